@@ -1,0 +1,53 @@
+// Views of memory that somebody else owns.  Sizes, strides and offsets are 64-bit everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace unswag {
+
+enum class DType : std::uint8_t { f32, f16, bf16, f64 };
+
+// rows x cols elements; elements of a row are adjacent, rows are `stride` ELEMENTS apart (any sign, any distance).
+// No alignment is asked for beyond that of the element.
+template <class Void>
+struct RowsOf {
+  Void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;
+};
+using Rows = RowsOf<void>;
+using ConstRows = RowsOf<const void>;
+
+// One vector of `size` adjacent elements; data == nullptr means "none".
+template <class Void>
+struct VectorOf {
+  Void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t size = 0;
+};
+using Vector = VectorOf<void>;
+using ConstVector = VectorOf<const void>;
+
+// Packed bits or codes of a RowsOf (docs/format.md): rows are `stride` BYTES apart and padded to 4 bytes.
+template <class Byte>
+struct PackedOf {
+  Byte* data = nullptr;
+  std::int64_t stride = 0;
+};
+using Packed = PackedOf<std::uint8_t>;
+using ConstPacked = PackedOf<const std::uint8_t>;
+
+// Bytes of one packed row of `cols` codes of `bits` bits, padded to a multiple of 4.
+constexpr std::int64_t packed_row_bytes(std::int64_t cols, std::int64_t bits) {
+  return (cols / 32 * bits + (cols % 32 * bits + 31) / 32) * 4;
+}
+
+// Where the work runs: a device stream, or on the CPU how many threads may be used (0: the library's default).
+struct Stream {
+  void* handle = nullptr;
+  int threads = 0;
+};
+
+}  // namespace unswag

@@ -1,0 +1,157 @@
+// The public C++ surface: what the backward pass needs, kept in the smallest exact form.
+//
+// Every entry point checks its arguments, picks the kernels and returns a Status.  Inputs are never written to; an output
+// may not overlap an input unless its comment says so.  Computation is in float (double for f64); the result is rounded
+// once to the output's dtype.  Results have the same bits for any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "unswag/status.hpp"
+#include "unswag/tensor.hpp"
+
+namespace unswag {
+
+// ---- one-bit masks: y = act(x) fused with the mask that its backward needs (1 bit per element) -------------------------
+//   relu        y = x > 0 ? x : 0 (NaN stays NaN, relu(-0) = -0 as torch)       bit = not (x <= 0)      NaN: gradient passes
+//   leaky_relu  y = x > 0 ? x : slope x                                         bit = x > 0             NaN: slope dy
+//   relu6       y = min(max(x, 0), 6)                                           bit = not (x <= 0 or x >= 6)
+enum class Mask : std::uint8_t { relu, leaky_relu, relu6 };
+
+struct MaskForward {
+  Mask act = Mask::relu;
+  double slope = 0;  // leaky_relu only
+  ConstRows x;
+  Rows y;         // same shape and dtype; data == nullptr: only the mask
+  Packed packed;  // packed_row_bytes(cols, 1) bytes per row; bits past cols are zero
+};
+Status mask_forward(const MaskForward& args, Stream stream = {});
+
+//   dx = bit ? dy : 0 (leaky_relu: bit ? dy : slope dy); selected, never multiplied: 0-bits give +0 for any dy
+struct MaskBackward {
+  Mask act = Mask::relu;
+  double slope = 0;
+  ConstRows dy;
+  ConstPacked packed;
+  Rows dx;
+};
+Status mask_backward(const MaskBackward& args, Stream stream = {});
+
+// ---- smooth activations, exact: saved is x -----------------------------------------------------------------------------
+enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
+
+struct ActivationForward {  // y = act(x)
+  Activation act = Activation::silu;
+  ConstRows x;
+  Rows y;
+};
+Status activation_forward(const ActivationForward& args, Stream stream = {});
+
+struct ActivationBackward {  // dx = dy act'(x)
+  Activation act = Activation::silu;
+  ConstRows x;
+  ConstRows dy;
+  Rows dx;
+};
+Status activation_backward(const ActivationBackward& args, Stream stream = {});
+
+// ---- gated units: h = act(gate) * up, rounded once; saved are gate and up ------------------------------------------------
+// swiglu: silu; geglu: gelu; geglu_tanh: gelu_tanh; reglu: relu (all from Activation)
+struct GatedForward {
+  Activation act = Activation::silu;
+  ConstRows gate;
+  ConstRows up;
+  Rows h;
+};
+Status gated_forward(const GatedForward& args, Stream stream = {});
+
+//   dgate = dh * up * act'(gate),  dup = dh * act(gate),  h = act(gate) * up when h.data is given
+struct GatedBackward {
+  Activation act = Activation::silu;
+  ConstRows gate;
+  ConstRows up;
+  ConstRows dh;
+  Rows dgate;
+  Rows dup;
+  Rows h;  // optional
+};
+Status gated_backward(const GatedBackward& args, Stream stream = {});
+
+// ---- RMSNorm ----------------------------------------------------------------------------------------------------------
+//   y = x rstd w',   rstd = 1 / sqrt(mean(x^2) + eps),   w' = weight_offset + weight  (no weight: w' = 1)
+// cast_before_weight: x rstd is first rounded to x's dtype (Llama); otherwise everything is float until y (Gemma).
+struct RmsNormForward {
+  ConstRows x;
+  ConstVector weight;  // optional; any dtype
+  double eps = 1e-6;
+  double weight_offset = 0;
+  bool cast_before_weight = true;
+  bool rstd_given = false;  // true: rstd is read, not written: y again from x
+  Rows y;                   // any floating dtype
+  Vector rstd;              // rows values, f32 (f64 when x is f64)
+};
+Status rms_norm_forward(const RmsNormForward& args, Stream stream = {});
+
+//   dx = rstd (w' dy - xhat mean(w' dy xhat)),  dw = sum over rows of dy xhat,  xhat = x rstd
+// The sum over rows is one fixed tree: its bits depend on rows and cols only.
+struct RmsNormBackward {
+  ConstRows x;
+  ConstVector weight;
+  ConstVector rstd;
+  ConstRows dy;
+  double weight_offset = 0;
+  bool cast_before_weight = true;
+  Rows dx;    // optional
+  Vector dw;  // optional; cols values, f32 (f64 when x is f64)
+};
+Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
+
+// ---- softmax cross-entropy over a chunk of logits, in one pass -----------------------------------------------------------
+//   z = softcap tanh(logit_scale logits / softcap)  (softcap 0: z = logit_scale logits),  lse = log sum exp z
+//   loss = (1 - label_smoothing) w[label] (lse - z[label]) + label_smoothing / classes * sum over c of w[c] (lse - z[c])
+// which is torch.nn.functional.cross_entropy(z, labels, weight=w, label_smoothing=…, reduction="none"); ignored rows: 0.
+// With write_gradient, logits is overwritten with row_scale[row] * gradient_scale * d loss / d logits (ignored rows: 0).
+// A label outside [0, classes) that is not ignore_index is an error and nothing is written.
+struct CrossEntropy {
+  Rows logits;
+  const std::int64_t* labels = nullptr;  // rows values
+  ConstVector class_weight;              // optional; classes values, f32 (f64 when logits is f64)
+  ConstVector row_scale;                 // optional; rows values, f32 (f64 when logits is f64)
+  double gradient_scale = 1;
+  std::int64_t ignore_index = -100;
+  double label_smoothing = 0;
+  double softcap = 0;
+  double logit_scale = 1;
+  bool write_gradient = true;
+  Vector loss;  // rows values, f32 (f64 when logits is f64)
+  Vector lse;   // likewise; optional
+};
+Status cross_entropy(const CrossEntropy& args, Stream stream = {});
+
+// ---- random draws: Philox4x32-10 (Salmon et al., SC 2011) ---------------------------------------------------------------
+// Draw i of a stream is word i % 4 of philox(counter = offset + i / 4, key = seed).
+Status philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream stream = {});
+
+//   y = keep ? x / (1 - p) : 0,  keep = draw(row * cols + col) >= p 2^32; the same call on dy is the backward: no mask is kept
+struct Dropout {
+  ConstRows x;
+  Rows y;
+  double p = 0;
+  std::uint64_t seed = 0;
+  std::uint64_t offset = 0;
+};
+Status dropout(const Dropout& args, Stream stream = {});
+
+// ---- backends -----------------------------------------------------------------------------------------------------------
+// Names of the kernel rows built in, slowest first ("portable", "x86-64", "avx2", "avx512"); runs_here says which can run.
+std::vector<std::string_view> backend_names();
+bool backend_runs_here(std::string_view name);
+std::string_view current_backend();
+Status use_backend(std::string_view name);  // "" = the fastest that runs here (also the environment's UNSWAG_BACKEND)
+
+int default_threads();              // UNSWAG_NUM_THREADS, else the number of processors
+std::string_view version();
+
+}  // namespace unswag
