@@ -1,0 +1,271 @@
+// unswag._core: the public C++ surface for Python, with plain integers: addresses, strides, sizes.  No torch, no numpy: a
+// front end knows its tensors, checks them once and keeps them alive during the call (a DLPack capsule per call costs 40
+// times as much).  Address 0 means "none".  The global lock is released while kernels run.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string_view.h>
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+#include <utility>
+
+#include "unswag/unswag.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using unswag::Status;
+using unswag::StatusCode;
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+// The position of a name is its code, here and in the enums of unswag.hpp.
+constexpr std::array<std::string_view, 4> kDTypes{"float32", "float16", "bfloat16", "float64"};
+constexpr std::array<std::string_view, 3> kMasks{"relu", "leaky_relu", "relu6"};
+constexpr std::array<std::string_view, 4> kActivations{"silu", "gelu", "gelu_tanh", "relu"};
+static_assert(static_cast<int>(unswag::DType::f64) == 3);
+static_assert(static_cast<int>(unswag::Mask::relu6) == 2);
+static_assert(static_cast<int>(unswag::Activation::relu) == 3);
+
+template <std::size_t n>
+nb::tuple names(const std::array<std::string_view, n>& list) {
+  nb::list out;
+  for (std::string_view name : list) out.append(name);
+  return nb::tuple(out);
+}
+
+[[noreturn]] void raise(const Status& status) {
+  PyObject* type = PyExc_RuntimeError;
+  switch (status.code()) {
+    case StatusCode::invalid_type: type = PyExc_TypeError; break;
+    case StatusCode::invalid_argument: type = PyExc_ValueError; break;
+    case StatusCode::not_supported: type = PyExc_NotImplementedError; break;
+    case StatusCode::device_error:
+    case StatusCode::ok: break;
+  }
+  PyErr_SetString(type, status.message().c_str());
+  throw nb::python_error();
+}
+
+void check(const Status& status) {
+  if (!status.ok()) raise(status);
+}
+
+// An integer from Python becomes an enum only if the enum has that value.
+template <class Enum, std::size_t n>
+Enum code(std::uint8_t value, const char* what, const std::array<std::string_view, n>& list) {
+  if (value >= list.size())
+    raise(unswag::invalid_argument(what, " code ", int{value}, " does not exist; codes are 0 to ", list.size() - 1));
+  return static_cast<Enum>(value);
+}
+unswag::DType dtype(std::uint8_t value) { return code<unswag::DType>(value, "dtype", kDTypes); }
+unswag::Mask mask(std::uint8_t value) { return code<unswag::Mask>(value, "mask", kMasks); }
+unswag::Activation activation(std::uint8_t value) { return code<unswag::Activation>(value, "activation", kActivations); }
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr): that is what this module is for
+}
+
+// All tensors of one call that share a dtype and a shape.
+struct Shape {
+  unswag::DType dtype;
+  Size rows;
+  Size cols;
+  unswag::ConstRows in(Address data, Size stride) const { return {pointer<const void>(data), dtype, rows, cols, stride}; }
+  unswag::Rows out(Address data, Size stride) const { return {pointer<void>(data), dtype, rows, cols, stride}; }
+};
+Shape shape(std::uint8_t dtype_code, Size rows, Size cols) { return {dtype(dtype_code), rows, cols}; }
+
+// Statistics and gradients of weights are float, or double beside double tensors.
+unswag::DType wide(unswag::DType t) { return t == unswag::DType::f64 ? t : unswag::DType::f32; }
+
+template <class Args>
+void run(Status (*entry)(const Args&, unswag::Stream), const Args& args, int threads) {
+  Status status;
+  {
+    nb::gil_scoped_release unlocked;
+    status = entry(args, unswag::Stream{.handle = nullptr, .threads = threads});
+  }
+  check(status);
+}
+
+void mask_forward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride,
+                  Address y, Size y_stride, Address packed, Size packed_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::MaskForward>(unswag::mask_forward,
+                           {.act = mask(act),
+                            .slope = slope,
+                            .x = s.in(x, x_stride),
+                            .y = s.out(y, y_stride),
+                            .packed = {pointer<std::uint8_t>(packed), packed_stride}},
+                           threads);
+}
+
+void mask_backward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size rows, Size cols, Address dy, Size dy_stride,
+                   Address packed, Size packed_stride, Address dx, Size dx_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::MaskBackward>(unswag::mask_backward,
+                            {.act = mask(act),
+                             .slope = slope,
+                             .dy = s.in(dy, dy_stride),
+                             .packed = {pointer<const std::uint8_t>(packed), packed_stride},
+                             .dx = s.out(dx, dx_stride)},
+                            threads);
+}
+
+void activation_forward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride, Address y,
+                        Size y_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::ActivationForward>(unswag::activation_forward,
+                                 {.act = activation(act), .x = s.in(x, x_stride), .y = s.out(y, y_stride)}, threads);
+}
+
+void activation_backward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride, Address dy,
+                         Size dy_stride, Address dx, Size dx_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::ActivationBackward>(
+      unswag::activation_backward,
+      {.act = activation(act), .x = s.in(x, x_stride), .dy = s.in(dy, dy_stride), .dx = s.out(dx, dx_stride)}, threads);
+}
+
+void gated_forward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address gate, Size gate_stride, Address up,
+                   Size up_stride, Address h, Size h_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::GatedForward>(
+      unswag::gated_forward,
+      {.act = activation(act), .gate = s.in(gate, gate_stride), .up = s.in(up, up_stride), .h = s.out(h, h_stride)}, threads);
+}
+
+void gated_backward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address gate, Size gate_stride, Address up,
+                    Size up_stride, Address dh, Size dh_stride, Address dgate, Size dgate_stride, Address dup, Size dup_stride,
+                    Address h, Size h_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::GatedBackward>(unswag::gated_backward,
+                             {.act = activation(act),
+                              .gate = s.in(gate, gate_stride),
+                              .up = s.in(up, up_stride),
+                              .dh = s.in(dh, dh_stride),
+                              .dgate = s.out(dgate, dgate_stride),
+                              .dup = s.out(dup, dup_stride),
+                              .h = s.out(h, h_stride)},
+                             threads);
+}
+
+void rms_norm_forward(double eps, double weight_offset, bool cast_before_weight, bool rstd_given, Size rows, Size cols,
+                      std::uint8_t x_dtype, Address x, Size x_stride, std::uint8_t weight_dtype, Address weight,
+                      std::uint8_t y_dtype, Address y, Size y_stride, Address rstd, int threads) {
+  const Shape s = shape(x_dtype, rows, cols);
+  run<unswag::RmsNormForward>(unswag::rms_norm_forward,
+                              {.x = s.in(x, x_stride),
+                               .weight = {pointer<const void>(weight), dtype(weight_dtype), cols},
+                               .eps = eps,
+                               .weight_offset = weight_offset,
+                               .cast_before_weight = cast_before_weight,
+                               .rstd_given = rstd_given,
+                               .y = shape(y_dtype, rows, cols).out(y, y_stride),
+                               .rstd = {pointer<void>(rstd), wide(s.dtype), rows}},
+                              threads);
+}
+
+void rms_norm_backward(double weight_offset, bool cast_before_weight, Size rows, Size cols, std::uint8_t x_dtype, Address x,
+                       Size x_stride, std::uint8_t weight_dtype, Address weight, Address rstd, std::uint8_t dy_dtype,
+                       Address dy, Size dy_stride, Address dx, Size dx_stride, Address dw, int threads) {
+  const Shape s = shape(x_dtype, rows, cols);
+  run<unswag::RmsNormBackward>(unswag::rms_norm_backward,
+                               {.x = s.in(x, x_stride),
+                                .weight = {pointer<const void>(weight), dtype(weight_dtype), cols},
+                                .rstd = {pointer<const void>(rstd), wide(s.dtype), rows},
+                                .dy = shape(dy_dtype, rows, cols).in(dy, dy_stride),
+                                .weight_offset = weight_offset,
+                                .cast_before_weight = cast_before_weight,
+                                .dx = s.out(dx, dx_stride),
+                                .dw = {pointer<void>(dw), wide(s.dtype), cols}},
+                               threads);
+}
+
+void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits, Size logits_stride, Address labels,
+                   Address class_weight, Address row_scale, double gradient_scale, Size ignore_index, double label_smoothing,
+                   double softcap, double logit_scale, bool write_gradient, Address loss, Address lse, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  const unswag::DType w = wide(s.dtype);
+  run<unswag::CrossEntropy>(unswag::cross_entropy,
+                            {.logits = s.out(logits, logits_stride),
+                             .labels = pointer<const std::int64_t>(labels),
+                             .class_weight = {pointer<const void>(class_weight), w, cols},
+                             .row_scale = {pointer<const void>(row_scale), w, rows},
+                             .gradient_scale = gradient_scale,
+                             .ignore_index = ignore_index,
+                             .label_smoothing = label_smoothing,
+                             .softcap = softcap,
+                             .logit_scale = logit_scale,
+                             .write_gradient = write_gradient,
+                             .loss = {pointer<void>(loss), w, rows},
+                             .lse = {pointer<void>(lse), w, rows}},
+                            threads);
+}
+
+void philox_fill(Address out, Size n, std::uint64_t seed, std::uint64_t offset, int threads) {
+  Status status;
+  {
+    nb::gil_scoped_release unlocked;
+    status = unswag::philox_fill(pointer<std::uint32_t>(out), n, seed, offset,
+                                 unswag::Stream{.handle = nullptr, .threads = threads});
+  }
+  check(status);
+}
+
+void dropout(double p, std::uint64_t seed, std::uint64_t offset, std::uint8_t dtype_code, Size rows, Size cols, Address x,
+             Size x_stride, Address y, Size y_stride, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::Dropout>(unswag::dropout,
+                       {.x = s.in(x, x_stride), .y = s.out(y, y_stride), .p = p, .seed = seed, .offset = offset}, threads);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "UnSwag's C++ core; addresses, strides (elements; bytes for packed) and sizes are integers, 0 means none.";
+  m.attr("dtypes") = names(kDTypes);
+  m.attr("masks") = names(kMasks);
+  m.attr("activations") = names(kActivations);
+
+  m.def("mask_forward", &mask_forward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
+        "y_stride"_a, "packed"_a, "packed_stride"_a, "threads"_a);
+  m.def("mask_backward", &mask_backward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "dy"_a, "dy_stride"_a, "packed"_a,
+        "packed_stride"_a, "dx"_a, "dx_stride"_a, "threads"_a);
+  m.def("activation_forward", &activation_forward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
+        "y_stride"_a, "threads"_a);
+  m.def("activation_backward", &activation_backward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "dy"_a,
+        "dy_stride"_a, "dx"_a, "dx_stride"_a, "threads"_a);
+  m.def("gated_forward", &gated_forward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "gate"_a, "gate_stride"_a, "up"_a,
+        "up_stride"_a, "h"_a, "h_stride"_a, "threads"_a);
+  m.def("gated_backward", &gated_backward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "gate"_a, "gate_stride"_a, "up"_a,
+        "up_stride"_a, "dh"_a, "dh_stride"_a, "dgate"_a, "dgate_stride"_a, "dup"_a, "dup_stride"_a, "h"_a, "h_stride"_a,
+        "threads"_a);
+  m.def("rms_norm_forward", &rms_norm_forward, "eps"_a, "weight_offset"_a, "cast_before_weight"_a, "rstd_given"_a, "rows"_a,
+        "cols"_a, "x_dtype"_a, "x"_a, "x_stride"_a, "weight_dtype"_a, "weight"_a, "y_dtype"_a, "y"_a, "y_stride"_a, "rstd"_a,
+        "threads"_a);
+  m.def("rms_norm_backward", &rms_norm_backward, "weight_offset"_a, "cast_before_weight"_a, "rows"_a, "cols"_a, "x_dtype"_a,
+        "x"_a, "x_stride"_a, "weight_dtype"_a, "weight"_a, "rstd"_a, "dy_dtype"_a, "dy"_a, "dy_stride"_a, "dx"_a, "dx_stride"_a,
+        "dw"_a, "threads"_a);
+  m.def("cross_entropy", &cross_entropy, "dtype"_a, "rows"_a, "cols"_a, "logits"_a, "logits_stride"_a, "labels"_a,
+        "class_weight"_a, "row_scale"_a, "gradient_scale"_a, "ignore_index"_a, "label_smoothing"_a, "softcap"_a,
+        "logit_scale"_a, "write_gradient"_a, "loss"_a, "lse"_a, "threads"_a);
+  m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "threads"_a);
+  m.def("dropout", &dropout, "p"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
+        "y_stride"_a, "threads"_a);
+
+  m.def("backend_names", [] {
+    nb::list out;
+    for (std::string_view name : unswag::backend_names()) out.append(name);
+    return nb::tuple(out);
+  });
+  m.def("backend_runs_here", &unswag::backend_runs_here, "name"_a);
+  m.def("current_backend", &unswag::current_backend);
+  m.def("use_backend", [](std::string_view name) { check(unswag::use_backend(name)); }, "name"_a);
+  m.def("default_threads", &unswag::default_threads);
+  m.def("version", &unswag::version);
+}

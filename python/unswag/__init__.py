@@ -1,0 +1,52 @@
+"""UnSwag makes training fit: it keeps what the backward pass needs in the smallest exact form, and says what it kept.
+
+Importing `unswag` imports neither torch nor jax; each public name loads its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from unswag.data import prepare_data
+    from unswag.ledger import Ledger
+    from unswag.policy import Policy
+    from unswag.torch.audit import audit
+    from unswag.torch.surgery import SurgeryReport, apply_unswag_surgery, remove_unswag_surgery
+
+_HOME = {
+    "apply_unswag_surgery": "unswag.torch.surgery",
+    "remove_unswag_surgery": "unswag.torch.surgery",
+    "SurgeryReport": "unswag.torch.surgery",
+    "audit": "unswag.torch.audit",
+    "prepare_data": "unswag.data",
+    "Ledger": "unswag.ledger",
+    "Policy": "unswag.policy",
+}
+
+__all__ = [
+    "Ledger",
+    "Policy",
+    "SurgeryReport",
+    "__version__",
+    "apply_unswag_surgery",
+    "audit",
+    "prepare_data",
+    "remove_unswag_surgery",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'unswag' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
