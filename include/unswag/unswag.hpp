@@ -151,7 +151,7 @@ bool backend_runs_here(std::string_view name);
 std::string_view current_backend();
 Status use_backend(std::string_view name);  // "" = the fastest that runs here (also the environment's UNSWAG_BACKEND)
 
-int default_threads();              // UNSWAG_NUM_THREADS, else the number of processors
+int default_threads();  // UNSWAG_NUM_THREADS, else the number of processors
 std::string_view version();
 
 }  // namespace unswag

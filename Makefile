@@ -1,0 +1,65 @@
+# make help lists what there is.  Everything sets itself up: a virtual environment in .venv with the versions of
+# constraints.txt, and, when root, the few Debian packages that are missing.
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench clean
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)/python
+# Tests run two by two; each with one thread, or they would fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -q
+
+READY := $(VENV)/ready-$(shell cat constraints.txt tools/setup.sh | sha256sum | cut -c1-12)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## virtual environment, pinned packages, Debian packages when missing
+
+$(READY):
+	tools/setup.sh $(PYTHON) $(VENV)
+	touch $@
+
+native: setup ## build the C++ library, its tests and the Python module
+	cmake --preset release -G Ninja -DUNSWAG_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python --log-level=WARNING
+	cmake --build --preset release -j $(JOBS)
+
+test: native test-cpp test-python ## all tests but the long ones
+
+test-cpp: native ## C++ tests
+	ctest --preset release -j $(JOBS)
+
+test-python: native ## Python tests
+	$(PYTEST)
+
+test-exhaustive: native ## every value of every format: hours
+	UNSWAG_EXHAUSTIVE=1 ctest --preset release
+	UNSWAG_EXHAUSTIVE=1 $(PYTEST) -m 'slow or exhaustive'
+
+sanitize: setup ## C++ and native Python tests under the address, undefined-behaviour and thread sanitizers
+	tools/sanitize.sh $(JOBS)
+
+lint: native ## formatting, lint and types
+	tools/lint.sh $(JOBS)
+
+format: setup ## rewrite the sources in our format
+	git ls-files '*.cpp' '*.hpp' | xargs clang-format -i
+	ruff check --fix-only -q .
+	ruff format .
+
+demo: native ## fine-tune SmolLM2 with LoRA and checkpointing, stock against UnSwag: table and picture in demo-out/
+	python -m examples.demo
+
+demo-all: native ## the demo with full training and without checkpointing too
+	python -m examples.demo --all
+
+bench: native ## the benchmarks whose results are committed
+	python -m bench
+
+clean: ## remove what was built (not .venv)
+	rm -rf build python/unswag/_core*.so
