@@ -1,0 +1,10 @@
+"""Patterns: shapes of modules that run with less memory. Recognised by structure, proven by probe, never by name.
+
+A new pattern is one file here, one line in `ALL`, one test and one row of docs/supported.md.
+"""
+
+from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, replaced, restore
+
+ALL: tuple[Pattern, ...] = ()  # in the order in which they are tried
+
+__all__ = ["ALL", "Candidate", "Pattern", "replace", "replace_forward", "replaced", "restore"]

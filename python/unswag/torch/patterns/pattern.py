@@ -1,0 +1,112 @@
+"""What a pattern is, and how it replaces something on a module so that it can be put back."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute path: what was there}; ABSENT when nothing was
+ABSENT = ...  # survives deepcopy and pickle as itself
+
+
+@dataclass
+class Candidate:
+    """A place where a pattern may apply.
+
+    name     dotted name of the module in the model, "" for the model itself
+    module   the module whose forward (or other attribute) would be replaced
+    parts    what `find` saw and `probe` chose, for `apply`: the pattern's own business
+    """
+
+    name: str
+    module: nn.Module
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+class Pattern(Protocol):
+    """A shape of module that UnSwag knows how to run with less memory. One file each, listed in `patterns.ALL`.
+
+    name     one word, the same in reports and in the options of `apply_unswag_surgery`
+    saves    one line for the table of support: what is kept, and what was
+    """
+
+    name: str
+    saves: str
+
+    def find(self, model: nn.Module) -> Iterable[Candidate]:
+        """The places in `model` with the right structure. Looks, changes nothing."""
+
+    def probe(self, candidate: Candidate) -> str | None:
+        """None if the replacement computes what the module computes, else the reason to leave it. Changes nothing
+        but `candidate.parts`: random numbers, gradients, buffers and hooks of the model stay as they are."""
+
+    def apply(self, candidate: Candidate) -> None:
+        """Puts the replacement in place, by `replace` or `replace_forward` alone, so that `restore` undoes it."""
+
+
+def replace(module: nn.Module, path: str, value: Any) -> None:
+    """Sets the attribute `path` (dotted: "forward", "config.use_cache") below `module` on the instance, and records
+    in the module what was there. A second replacement of the same path keeps the first record."""
+    owner, name = _owner(module, path)
+    module.__dict__.setdefault(RECORD, {}).setdefault(path, vars(owner).get(name, ABSENT))
+    vars(owner)[name] = value
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Replaces `module.forward` by the function `forward(self, …)`, bound to the instance: a deepcopy binds it to the
+    copy, and class and state_dict do not change."""
+    replace(module, "forward", types.MethodType(forward, module))
+
+
+def restore(module: nn.Module) -> bool:
+    """Puts back everything `replace` changed on `module`, last first. True if there was something."""
+    record = module.__dict__.pop(RECORD, {})
+    for path, value in reversed(record.items()):
+        owner, name = _owner(module, path)
+        if value is ABSENT:
+            vars(owner).pop(name, None)
+        else:
+            vars(owner)[name] = value
+    return bool(record)
+
+
+def _owner(module: nn.Module, path: str) -> tuple[Any, str]:
+    parent, _, name = path.rpartition(".")
+    return (attrgetter(parent)(module) if parent else module), name
+
+
+def replaced(module: nn.Module, path: str = "forward") -> bool:
+    """Whether UnSwag has replaced `path` on this module."""
+    return path in module.__dict__.get(RECORD, {})
+
+
+def foreign_forward(module: nn.Module) -> str | None:
+    """Who else has replaced this module's forward, or None: a forward on the instance, or one that its class got from
+    another package (Liger-Kernel and Unsloth do both)."""
+    if replaced(module):
+        return None
+    on_instance = module.__dict__.get("forward")
+    if on_instance is not None:
+        function = getattr(on_instance, "__func__", getattr(on_instance, "func", on_instance))
+        return getattr(function, "__module__", None) or type(on_instance).__name__
+    home = type(module).forward.__module__.partition(".")[0]
+    if home in ("liger_kernel", "unsloth", "unsloth_zoo") or type(module).__module__.startswith("liger_kernel"):
+        return home
+    return None
+
+
+def no_kernel(op: str, *tensors: torch.Tensor | None) -> str | None:
+    """The reason why the op `unswag::<op>` cannot run on these tensors (their device), or None."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(tensor.device.type)
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"unswag::{op}", key):
+            return f"it is on {tensor.device}, where this build has no kernels; move the model to the cpu first"
+    return None
