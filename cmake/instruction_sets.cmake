@@ -20,8 +20,8 @@ function(unswag_instruction_set name)
   set(UNSWAG_ROWS "${UNSWAG_ROWS} ROW(${ns})" PARENT_SCOPE)
 endfunction()
 
-if(NOT UNSWAG_KERNEL_SOURCES)
-  return()
+if(NOT EXISTS ${PROJECT_SOURCE_DIR}/src/cpu/backend.cpp)
+  list(APPEND UNSWAG_KERNEL_SOURCES ${PROJECT_SOURCE_DIR}/cmake/stub_backend.cpp)
 endif()
 
 # Slowest first.

@@ -10,19 +10,19 @@
 namespace unswag {
 
 struct Kernels {
-  const char* name;
-  bool (*runs_here)();
-  void (*mask_forward)(const MaskForward&, Stream);
-  void (*mask_backward)(const MaskBackward&, Stream);
-  void (*activation_forward)(const ActivationForward&, Stream);
-  void (*activation_backward)(const ActivationBackward&, Stream);
-  void (*gated_forward)(const GatedForward&, Stream);
-  void (*gated_backward)(const GatedBackward&, Stream);
-  void (*rms_norm_forward)(const RmsNormForward&, Stream);
-  void (*rms_norm_backward)(const RmsNormBackward&, Stream);
-  void (*cross_entropy)(const CrossEntropy&, Stream);
-  void (*philox_fill)(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream);
-  void (*dropout)(const Dropout&, Stream);
+  const char* name = nullptr;
+  bool (*runs_here)() = nullptr;
+  void (*mask_forward)(const MaskForward&, Stream) = nullptr;
+  void (*mask_backward)(const MaskBackward&, Stream) = nullptr;
+  void (*activation_forward)(const ActivationForward&, Stream) = nullptr;
+  void (*activation_backward)(const ActivationBackward&, Stream) = nullptr;
+  void (*gated_forward)(const GatedForward&, Stream) = nullptr;
+  void (*gated_backward)(const GatedBackward&, Stream) = nullptr;
+  void (*rms_norm_forward)(const RmsNormForward&, Stream) = nullptr;
+  void (*rms_norm_backward)(const RmsNormBackward&, Stream) = nullptr;
+  void (*cross_entropy)(const CrossEntropy&, Stream) = nullptr;
+  void (*philox_fill)(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream) = nullptr;
+  void (*dropout)(const Dropout&, Stream) = nullptr;
 };
 
 // Slowest first; row 0 is the portable one, and the only one that has f64.

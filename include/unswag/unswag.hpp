@@ -149,7 +149,7 @@ Status dropout(const Dropout& args, Stream stream = {});
 std::vector<std::string_view> backend_names();
 bool backend_runs_here(std::string_view name);
 std::string_view current_backend();
-Status use_backend(std::string_view name);  // "" = the fastest that runs here (also the environment's UNSWAG_BACKEND)
+Status use_backend(std::string_view name);  // "" = what UNSWAG_BACKEND names, else the fastest that runs here
 
 int default_threads();  // UNSWAG_NUM_THREADS, else the number of processors
 std::string_view version();

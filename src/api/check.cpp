@@ -1,0 +1,220 @@
+#include "api/check.hpp"
+
+#include <algorithm>
+
+namespace unswag {
+namespace {
+
+// Floor of a / b for b > 0.
+std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+
+}  // namespace
+
+std::string_view dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return "float32";
+    case DType::f16:
+      return "float16";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::f64:
+      return "float64";
+  }
+  return "unknown";
+}
+
+std::int64_t dtype_size(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return 4;
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::f64:
+      return 8;
+  }
+  return 0;
+}
+
+void fill(const Vector& v, double value) {
+  for (std::int64_t i = 0; i < v.size; ++i) {
+    if (v.dtype == DType::f64) {
+      static_cast<double*>(v.data)[i] = value;
+    } else {
+      static_cast<float*>(v.data)[i] = static_cast<float>(value);
+    }
+  }
+}
+
+Check::Check(const char* op, Stream stream) : op_(op), stream_(stream), status_(environment_status()) {
+  if (!ok()) return;
+  if (stream.handle) fail(not_supported(op_, ": a device stream is given, but this build has CPU kernels only; pass none"));
+  if (stream.threads < 0) {
+    fail(invalid_argument(op_, ": threads is ", stream.threads, "; pass a positive number, or 0 for the default"));
+  }
+}
+
+Check& Check::add(const char* name, const ConstRows& x, bool written) {
+  if (!ok()) return *this;
+  if (x.dtype > DType::f64) {
+    fail(invalid_type(op_, ": ", name, " has the unknown dtype code ", int(x.dtype),
+                      "; use float32, float16, bfloat16 or float64"));
+    return *this;
+  }
+  has_f64_ |= x.dtype == DType::f64;
+  return add(name, x.data, dtype_size(x.dtype), x.rows, x.cols, x.stride, written);
+}
+
+Check& Check::add(const char* name, const ConstPacked& packed, const ConstRows& of, bool written) {
+  return add(name, packed.data, 1, of.rows, packed_row_bytes(of.cols, 1), packed.stride, written);
+}
+
+Check& Check::words(const char* name, const std::uint32_t* out, std::int64_t n) { return add(name, out, 4, 1, n, n, true); }
+
+Check& Check::add(const char* name, const void* data, std::int64_t element_bytes, std::int64_t rows, std::int64_t cols,
+                  std::int64_t stride, bool written) {
+  if (!ok()) return *this;
+  if (rows < 0 || cols < 0) {
+    fail(invalid_argument(op_, ": ", name, " has the shape [", rows, ", ", cols, "]; sizes cannot be negative"));
+    return *this;
+  }
+  if (rows == 0 || cols == 0) {
+    empty_ = true;
+    return *this;
+  }
+  if (!data) {
+    fail(invalid_argument(op_, ": ", name, " is null but has ", rows, " x ", cols, " elements; pass its memory"));
+    return *this;
+  }
+  // A single row has no use for its stride.
+  if (rows == 1) stride = cols;
+  std::int64_t begin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(data));
+  std::int64_t stride_bytes = 0, row_bytes = 0, extent = 0, last = 0;
+  if (__builtin_mul_overflow(stride, element_bytes, &stride_bytes) || __builtin_mul_overflow(cols, element_bytes, &row_bytes) ||
+      __builtin_mul_overflow(stride_bytes, rows - 1, &extent) || __builtin_add_overflow(begin, extent, &last) ||
+      __builtin_add_overflow(std::max(begin, last), row_bytes, &extent)) {
+    fail(invalid_argument(op_, ": ", name, " with ", rows, " rows of ", cols, " elements, ", stride,
+                          " apart, does not fit into 64-bit addresses; check its sizes and stride"));
+    return *this;
+  }
+  if (begin % element_bytes != 0) {
+    fail(invalid_type(op_, ": ", name, " begins at an address that is no multiple of its ", element_bytes,
+                      "-byte elements; pass an aligned copy"));
+    return *this;
+  }
+  if (stride_bytes < 0) {
+    begin = last;
+    stride_bytes = -stride_bytes;
+  }
+  if (written && stride_bytes < row_bytes) {
+    fail(invalid_argument(op_, ": rows of ", name, " are ", stride, " apart but ", cols,
+                          " long, so that writing one would overwrite the next; pass a tensor whose rows do not overlap"));
+    return *this;
+  }
+  const Operand added{name, begin, stride_bytes == 0 ? 1 : rows, row_bytes, stride_bytes, written};
+  for (int i = 0; i < count_; ++i) {
+    const Operand& other = operands_[i];
+    if ((written || other.written) && overlap(added, other)) {
+      fail(invalid_argument(op_, ": ", (written ? added : other).name, " is written but shares memory with ",
+                            (written ? other : added).name, "; pass separate memory"));
+      return *this;
+    }
+  }
+  operands_[count_++] = added;
+  return *this;
+}
+
+// Exact: interleaved views, such as the two halves of every row of one matrix, do not overlap.
+bool Check::overlap(const Operand& a, const Operand& b) {
+  if (a.end() <= b.begin || b.end() <= a.begin) return false;
+  if (a.rows == 1 && b.rows == 1) return true;
+  if (a.rows == 1 || b.rows == 1 || a.stride_bytes == b.stride_bytes) {
+    // Row i of a meets row j of b when -b.row_bytes < distance + (j - i) * stride < a.row_bytes.
+    const std::int64_t stride = a.rows == 1 ? b.stride_bytes : a.stride_bytes;
+    const std::int64_t distance = b.begin - a.begin;
+    const std::int64_t lowest = floor_div(-b.row_bytes - distance, stride) + 1;
+    const std::int64_t highest = -floor_div(distance - a.row_bytes, stride) - 1;
+    return std::max(lowest, 1 - a.rows) <= std::min(highest, b.rows - 1);
+  }
+  for (std::int64_t i = 0, j = 0; i < a.rows && j < b.rows;) {
+    const std::int64_t row_a = a.begin + i * a.stride_bytes, row_b = b.begin + j * b.stride_bytes;
+    if (row_a + a.row_bytes <= row_b) {
+      ++i;
+    } else if (row_b + b.row_bytes <= row_a) {
+      ++j;
+    } else {
+      return true;
+    }
+  }
+  return false;
+}
+
+Check& Check::labels(const std::int64_t* labels, std::int64_t rows, std::int64_t classes, std::int64_t ignore_index) {
+  add("labels", labels, 8, 1, rows, rows, false);
+  if (!ok()) return *this;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t label = labels[row];
+    if ((label < 0 || label >= classes) && label != ignore_index) {
+      fail(invalid_argument(op_, ": label ", label, " of row ", row, " is outside [0, ", classes,
+                            "); correct the label, or mark rows without one with ignore_index (", ignore_index, ")"));
+      return *this;
+    }
+  }
+  return *this;
+}
+
+Check& Check::require_shape(const char* name, std::int64_t rows, std::int64_t cols, const char* like, std::int64_t like_rows,
+                            std::int64_t like_cols) {
+  if (ok() && (rows != like_rows || cols != like_cols)) {
+    fail(invalid_argument(op_, ": ", name, " has the shape [", rows, ", ", cols, "] but ", like, " has [", like_rows, ", ",
+                          like_cols, "]; pass a ", name, " of the shape of ", like));
+  }
+  return *this;
+}
+
+Check& Check::same_dtype(const char* name, DType a, const char* like, DType b) {
+  if (ok() && a != b) {
+    fail(invalid_type(op_, ": ", name, " is ", dtype_name(a), " but ", like, " is ", dtype_name(b), "; convert ", name, " to ",
+                      dtype_name(b)));
+  }
+  return *this;
+}
+
+Check& Check::vector_size(const char* name, std::int64_t size, const char* of, std::int64_t expected, const char* like) {
+  if (ok() && size != expected) {
+    fail(invalid_argument(op_, ": ", name, " has ", size, " elements but ", like, " has ", expected, " ", of, "; pass a ", name,
+                          " of shape [", expected, "]"));
+  }
+  return *this;
+}
+
+Check& Check::sum_dtype_of(const char* name, DType dtype, const char* like, DType like_dtype) {
+  const DType expected = sum_dtype(like_dtype);
+  if (ok() && dtype != expected) {
+    fail(invalid_type(op_, ": ", name, " is ", dtype_name(dtype), " but must be ", dtype_name(expected), " where ", like,
+                      " is ", dtype_name(like_dtype), "; convert ", name, " to ", dtype_name(expected)));
+  }
+  return *this;
+}
+
+Check& Check::finite(const char* name, double value) {
+  if (ok() && !std::isfinite(value)) fail(invalid_argument(op_, ": ", name, " is ", value, "; pass a finite number"));
+  return *this;
+}
+
+Check& Check::not_negative(const char* name, double value) {
+  if (ok() && !(value >= 0 && std::isfinite(value))) {
+    fail(invalid_argument(op_, ": ", name, " is ", value, "; pass a finite number that is not negative"));
+  }
+  return *this;
+}
+
+Check& Check::fraction(const char* name, double value, bool one_excluded) {
+  if (ok() && !(value >= 0 && (one_excluded ? value < 1 : value <= 1))) {
+    fail(invalid_argument(op_, ": ", name, " is ", value, "; pass a number in [0, 1", one_excluded ? ")" : "]"));
+  }
+  return *this;
+}
+
+}  // namespace unswag

@@ -1,0 +1,126 @@
+// The checks of the entry points.  Each entry point names its arguments to a Check, which keeps the first thing that is wrong
+// with them, and then hands the arguments to a kernel:
+//
+//   Check check("gated_forward", stream);
+//   check.input("gate", args.gate).output("h", args.h).same("h", args.h, "gate", args.gate);
+//   return check.run(&Kernels::gated_forward, args);
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <string_view>
+
+#include "kernels.hpp"
+
+namespace unswag {
+
+std::string_view dtype_name(DType dtype);
+std::int64_t dtype_size(DType dtype);
+
+// The dtype of what is summed over x: rstd, loss, dw.
+constexpr DType sum_dtype(DType x) { return x == DType::f64 ? DType::f64 : DType::f32; }
+
+// UNSWAG_BACKEND and UNSWAG_NUM_THREADS are checked at the first call, and their error is what every call returns.
+Status environment_status();
+
+// The row that serves calls now, or the portable one, which alone has f64.
+const Kernels& kernels_for(bool has_f64);
+
+// Every value of a sum over nothing.
+void fill(const Vector& v, double value);
+
+class Check {
+ public:
+  Check(const char* op, Stream stream);
+
+  // Tensors.  Pointers, sizes, strides, alignment; what is written may not overlap anything else.
+  Check& input(const char* name, const ConstRows& x) { return add(name, x, false); }
+  Check& output(const char* name, const Rows& y) { return add(name, {y.data, y.dtype, y.rows, y.cols, y.stride}, true); }
+  Check& input(const char* name, const ConstVector& x) { return add(name, {x.data, x.dtype, 1, x.size, x.size}, false); }
+  Check& output(const char* name, const Vector& y) { return add(name, {y.data, y.dtype, 1, y.size, y.size}, true); }
+  Check& input(const char* name, const ConstPacked& packed, const ConstRows& of) { return add(name, packed, of, false); }
+  Check& output(const char* name, const Packed& packed, const ConstRows& of) {
+    return add(name, ConstPacked{packed.data, packed.stride}, of, true);
+  }
+  Check& labels(const std::int64_t* labels, std::int64_t rows, std::int64_t classes, std::int64_t ignore_index);
+  Check& words(const char* name, const std::uint32_t* out, std::int64_t n);
+
+  // How they belong together.
+  template <class A, class B>
+  Check& same_shape(const char* name, const RowsOf<A>& a, const char* like, const RowsOf<B>& b) {
+    return require_shape(name, a.rows, a.cols, like, b.rows, b.cols);
+  }
+  template <class A, class B>
+  Check& same(const char* name, const RowsOf<A>& a, const char* like, const RowsOf<B>& b) {
+    return same_dtype(name, a.dtype, like, b.dtype).same_shape(name, a, like, b);
+  }
+  Check& same_dtype(const char* name, DType a, const char* like, DType b);
+  // A vector with one value for each `of` ("rows", "classes") of `like`, in the dtype of sums over `like`.
+  template <class Void>
+  Check& vector_of(const char* name, const VectorOf<Void>& v, const char* of, std::int64_t size, const char* like,
+                   DType dtype) {
+    return vector_size(name, v.size, of, size, like).sum_dtype_of(name, v.dtype, like, dtype);
+  }
+  Check& vector_size(const char* name, std::int64_t size, const char* of, std::int64_t expected, const char* like);
+
+  // Numbers.
+  template <class Enum>
+  Check& known(const char* name, Enum value, Enum last) {
+    if (ok() && value > last) {
+      fail(invalid_argument(op_, ": ", name, " is ", int(value), ", which is not one of its ", int(last) + 1, " values"));
+    }
+    return *this;
+  }
+  Check& finite(const char* name, double value);
+  Check& not_negative(const char* name, double value);
+  // [0, 1], or [0, 1) when one_excluded.
+  Check& fraction(const char* name, double value, bool one_excluded);
+
+  bool ok() const { return status_.ok(); }
+
+  // Whether some argument has no elements: then there is no work, and no kernel is called.
+  bool empty() const { return empty_; }
+
+  // The error, or the kernel's work.
+  template <class Entry, class... Args>
+  Status run(Entry Kernels::* entry, const Args&... args) const {
+    if (!ok() || empty_) return status_;
+    const Entry kernel = kernels_for(has_f64_).*entry;
+    if (!kernel) return not_supported(op_, ": no backend that runs here has a kernel for it");
+    kernel(args..., stream_);
+    return {};
+  }
+
+ private:
+  // Memory: `rows` stretches of row_bytes bytes, stride_bytes apart (made positive).
+  struct Operand {
+    const char* name;
+    std::int64_t begin;
+    std::int64_t rows;
+    std::int64_t row_bytes;
+    std::int64_t stride_bytes;
+    bool written;
+    std::int64_t end() const { return begin + (rows - 1) * stride_bytes + row_bytes; }
+  };
+  static bool overlap(const Operand& a, const Operand& b);
+
+  void fail(Status status) { status_ = std::move(status); }
+  Check& add(const char* name, const ConstRows& x, bool written);
+  Check& add(const char* name, const ConstPacked& packed, const ConstRows& of, bool written);
+  Check& add(const char* name, const void* data, std::int64_t element_bytes, std::int64_t rows, std::int64_t cols,
+             std::int64_t stride, bool written);
+  Check& require_shape(const char* name, std::int64_t rows, std::int64_t cols, const char* like, std::int64_t like_rows,
+                       std::int64_t like_cols);
+  Check& sum_dtype_of(const char* name, DType dtype, const char* like, DType like_dtype);
+
+  const char* op_;
+  Stream stream_;
+  Status status_;
+  std::array<Operand, 8> operands_;
+  int count_ = 0;
+  bool has_f64_ = false;
+  bool empty_ = false;
+};
+
+}  // namespace unswag
