@@ -1,0 +1,457 @@
+"""The stash: the one door through which every tensor saved for backward passes while a model runs.
+
+    with Stash("exact"):
+        loss = model(**batch).loss
+    loss.backward()
+
+At the door a saved tensor is, in this order:
+
+1. a parameter, a view of one, or autocast's copy of one: held by reference;
+2. held already: another tensor of the same storage was kept, so this one costs nothing;
+3. the output of an op with a recipe (`remember`), or a dtype cast of one: not kept, made again from the recipe's inputs;
+4. given to the policy's codec for its role; without one it is held by reference.
+
+Held by reference means: an alias that shares storage and version counter, and the version. A tensor that was modified in
+place after it was saved is an error on the way out, as in plain PyTorch (a plain hook would lose that check).
+
+Who owns what. Autograd owns the packed handles, handles own their cell, a cell owns the handles of its recipe's inputs.
+So the graph frees everything layer by layer, as without a stash, and nothing waits for the garbage collector. The door's
+registries hold weak references to storages; an entry keeps its cell only while the output's storage lives, and all of
+them end with the `with` block. Identity is the storage (`_cdata`, with a weak reference beside it so that the address is
+not used again), never a data pointer, never `id()` of a tensor.
+
+Writes that PyTorch itself cannot see (through `.data`, a raw pointer, numpy) are not seen here either.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from unswag.policy import Policy
+
+_KEEP_MADE = 2  # tensors made again and kept for another reader, at most, per stash
+_MARK = "unswag"  # Node.metadata[_MARK]: weak reference to the registry entry of the node's output
+
+
+def remember(output: torch.Tensor, remake: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, **constants: Any) -> None:
+    """Tells the stash that `output == remake(*inputs, **constants)`, bit for bit, whenever it is called.
+
+    Call it on what `Function.apply` returned (inside `forward` autograd is off and this does nothing). `remake` is an op
+    or a module-level function, independent of autocast and of random state; it must not write to its inputs. Inputs may
+    be parameters, activations, outputs remembered before, or None. Costs nothing unless `output` is saved for backward.
+    Does nothing when no stash is active on this thread, so that ops can always call it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    stash = Stash.current()
+    if stash is not None and torch.is_grad_enabled() and output.requires_grad:
+        stash._register(output, remake, inputs, constants)
+
+
+class _Layout(NamedTuple):
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(t: torch.Tensor) -> _Layout:
+        return _Layout(t.size(), t.stride(), t.dtype, t.device)
+
+
+class _Kept:
+    """A tensor held by reference: an alias with its storage and version counter, and the version it was saved with."""
+
+    __slots__ = ("about", "alias", "hold", "version")
+
+    def __init__(self, t: torch.Tensor, about: _About, hold: _Hold | None = None) -> None:
+        self.alias = t.detach()  # never t itself: an op that saves its own output would own itself
+        self.version = t._version
+        self.about = about
+        self.hold = hold
+
+    def open(self) -> torch.Tensor:
+        if self.alias._version != self.version:
+            raise RuntimeError(self._modified())
+        return self.alias
+
+    def _modified(self) -> str:
+        t = self.alias
+        return (
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{t.type()} {list(t.shape)}], which is {self.about.describe(t)}, is at version {t._version}; "
+            f"expected version {self.version} instead. Hint: UnSwag holds it by reference until the backward pass; "
+            "do not modify it between forward and backward, or clone it first."
+        )
+
+
+class _About(NamedTuple):
+    """What an error message says of a tensor. `model` is only asked when there is something to say."""
+
+    role: str
+    module: str | None
+    model: weakref.ref[nn.Module] | None
+
+    def describe(self, t: torch.Tensor) -> str:
+        model = self.model() if self.model is not None else None
+        if self.role == "parameter" and model is not None:
+            key = _storage_key(t)
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if key is not None and _storage_key(parameter) == key:
+                    return f"the parameter {name!r}"
+        what = "a parameter" if self.role == "parameter" else f"a tensor saved for backward, role {self.role!r}"
+        return what if self.module is None else f"{what}, in module {self.module!r}"
+
+
+class _Hold:
+    """Shared by all handles that keep one storage; dead when the last of them is."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Cell:
+    """A tensor that is not kept but can be made again.
+
+    Made once for all its readers: it stays until every handle alive has read it (`waiting` is empty), until its handles
+    die, or until two younger ones push it out; then it would be made again. `alive` and `waiting` hold ids of live
+    handles (a handle leaves both when it dies) and change by single set operations, so that backward threads need no lock.
+    """
+
+    __slots__ = ("__weakref__", "alive", "constants", "inputs", "layout", "made", "recent", "remake", "waiting")
+
+    def __init__(
+        self, remake: Callable[..., torch.Tensor], inputs: tuple[Any, ...], constants: dict[str, Any], layout: _Layout,
+        recent: _Recent,
+    ) -> None:  # fmt: skip
+        self.remake, self.inputs, self.constants, self.layout, self.recent = remake, inputs, constants, layout, recent
+        self.alive: set[int] = set()
+        self.waiting: set[int] = set()
+        self.made: torch.Tensor | None = None
+
+    def read(self, reader: int) -> torch.Tensor:
+        made = self.made
+        if made is None:
+            made = self._make()
+            self.waiting = set(self.alive)
+            self.made = made
+            self.recent.push(self)
+        self.waiting.discard(reader)
+        if not self.waiting:
+            self.made = None
+        return made
+
+    def leave(self, reader: int) -> None:
+        self.alive.discard(reader)
+        self.waiting.discard(reader)
+        if not self.waiting:
+            self.made = None
+
+    def _make(self) -> torch.Tensor:
+        with torch.no_grad():
+            made = self.remake(*[None if x is None else x.open() for x in self.inputs], **self.constants)
+            if (made.size(), made.dtype, made.device) != (self.layout.size, self.layout.dtype, self.layout.device):
+                name = getattr(self.remake, "__name__", str(self.remake))
+                raise RuntimeError(
+                    f"the recipe {name} made {made.dtype} {list(made.shape)} on {made.device}, but its output was "
+                    f"{self.layout.dtype} {list(self.layout.size)} on {self.layout.device}; a recipe must give the same "
+                    "tensor whenever it is called"
+                )
+            if made.stride() != self.layout.stride:
+                made = made.new_empty_strided(made.size(), self.layout.stride).copy_(made)
+            return made
+
+
+class _Recent:
+    """The cells of one stash that keep a tensor for another reader: at most `_KEEP_MADE`, held weakly."""
+
+    __slots__ = ("cells",)
+
+    def __init__(self) -> None:
+        self.cells: list[weakref.ref[_Cell]] = []
+
+    def push(self, cell: _Cell) -> None:
+        kept = [ref for ref in self.cells if (other := ref()) is not None and other.made is not None and other is not cell]
+        for ref in kept[: 1 - _KEEP_MADE]:
+            oldest = ref()
+            if oldest is not None:
+                oldest.made = None
+        self.cells = [*kept[1 - _KEEP_MADE :], weakref.ref(cell)]
+
+
+class _Again:
+    """A handle on a cell: the tensor it makes, or a view of it `offset` elements behind its start."""
+
+    __slots__ = ("cell", "offset", "size", "stride")
+
+    def __init__(self, cell: _Cell, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
+        self.cell, self.size, self.stride, self.offset = cell, size, stride, offset
+        cell.alive.add(id(self))
+        if cell.made is not None:
+            cell.waiting.add(id(self))
+
+    def open(self) -> torch.Tensor:
+        made = self.cell.read(id(self))
+        if self.size == made.size() and self.stride == made.stride():
+            return made
+        return made.as_strided(self.size, self.stride, made.storage_offset() + self.offset)
+
+    def __del__(self) -> None:
+        self.cell.leave(id(self))
+
+
+class _Output:
+    """The registry's entry for a remembered output. `counter` shares the output's version counter and none of its memory."""
+
+    __slots__ = ("__weakref__", "casts", "cell", "counter", "offset", "storage", "version")
+
+    def __init__(self, output: torch.Tensor, cell: _Cell) -> None:
+        self.storage = StorageWeakRef(output.untyped_storage())
+        self.version = output._version
+        self.counter = output.detach()
+        self.counter.data = output.new_empty(0)  # keeps the version counter, lets go of the storage
+        self.offset = output.storage_offset()
+        self.cell = cell
+        self.casts: dict[tuple[torch.dtype, tuple[int, ...]], _Cell] = {}
+
+    def unchanged(self) -> bool:
+        return self.counter._version == self.version
+
+    def handle(self, t: torch.Tensor) -> _Again | None:
+        """A handle for `t`, which shares the output's storage; None if it is not all inside the output, unmodified."""
+        if t._version != self.version or not self.unchanged():
+            return None
+        return _view(self.cell, t, t.storage_offset() - self.offset)
+
+    def cast(self, copy: torch.Tensor) -> _Cell:
+        """The cell of `copy`, a dtype cast of the output; one for all copies of that dtype."""
+        key = (copy.dtype, copy.stride())
+        if key not in self.casts:
+            source = self.cell.layout
+            whole = _Again(self.cell, source.size, source.stride, 0)
+            self.casts[key] = _Cell(_cast, (whole,), {"dtype": copy.dtype}, _Layout.of(copy), self.cell.recent)
+        return self.casts[key]
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype)
+
+
+def _view(cell: _Cell, t: torch.Tensor, offset: int) -> _Again | None:
+    """A handle for `t`, a view that starts `offset` elements into the cell's (dense) tensor; None if it reaches outside."""
+    if t.dtype != cell.layout.dtype or t.is_conj() or t.is_neg():
+        return None
+    last = offset + sum((n - 1) * step for n, step in zip(t.size(), t.stride(), strict=True))
+    if t.numel() and (offset < 0 or last >= cell.layout.size.numel()):
+        return None
+    return _Again(cell, t.size(), t.stride(), offset)
+
+
+class _Frame(NamedTuple):
+    stash: Stash
+    pack: Callable[[torch.Tensor], Any]
+    owner: bool  # False: entered again inside itself or another stash, whose door stays the one in use
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[_Frame | None] = []  # None: stepped aside
+
+
+_thread = _Thread()
+
+
+class Stash:
+    """The door, for the time of one forward. A context manager; enter it around the model's forward.
+
+    policy  a `Policy` or its name
+    ledger  a `Ledger` to be filled with a row per saved tensor; None writes nothing
+    model   only for names in error messages; held weakly
+
+    Steps aside (everything is then as without it) when gradients are off, when other saved-tensor hooks are already in
+    place (a checkpoint, save_on_cpu or an offloader around the model: theirs would be switched off by ours), inside
+    another stash (that one stays in use), under functorch and under torch.compile.
+    """
+
+    def __init__(self, policy: str | Policy = "exact", ledger: Any = None, model: nn.Module | None = None) -> None:
+        self.policy = Policy.named(policy)
+        self.ledger = ledger
+        self.model = weakref.ref(model) if model is not None else None
+        self._outputs: dict[int, _Output] = {}  # by storage
+        self._holds: dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]] = {}  # by storage
+        self._recent = _Recent()
+
+    @staticmethod
+    def current() -> Stash | None:
+        """The stash whose door a tensor saved now, on this thread, would pass; None if there is none."""
+        frame = _thread.frames[-1] if _thread.frames else None
+        if frame is None:
+            return None
+        hooks = _top_hooks()
+        return frame.stash if hooks is not None and hooks[0] is frame.pack else None
+
+    def __enter__(self) -> Stash:
+        if torch.compiler.is_compiling():
+            _warn_compiled()
+        else:
+            _thread.frames.append(self._frame())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not torch.compiler.is_compiling():
+            frame = _thread.frames.pop()
+            if frame is not None and frame.owner:
+                frame.stash._close()
+
+    def _frame(self) -> _Frame | None:
+        if not torch.is_grad_enabled() or not _can_enter():
+            return None
+        if _top_hooks() is not None:
+            within = Stash.current()
+            return None if within is None else _thread.frames[-1]._replace(owner=False)  # type: ignore[union-attr]
+        return self._open(self._door, _unpack)
+
+    def _open(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> _Frame:
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+        return _Frame(self, pack, owner=True)
+
+    def _close(self) -> None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        self._outputs.clear()
+        self._holds.clear()
+
+    # The door
+
+    def _door(self, t: torch.Tensor) -> _Kept | _Again:
+        if _is_parameter(t) or _is_cast_of_parameter(t):
+            return _Kept(t, _About("parameter", None, self.model))
+        key = _storage_key(t)
+        if key is None:
+            return _Kept(t, _About("other", None, self.model))
+        hold = self._held(key)
+        if hold is None:
+            made_again = self._from_recipe(t, key)
+            if made_again is not None:
+                return made_again
+            hold = _Hold()
+            self._holds[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(hold))
+        return _Kept(t, _About("other", None, self.model), hold)
+
+    def _held(self, key: int) -> _Hold | None:
+        storage, hold = self._holds.get(key, (None, None))
+        return None if storage is None or hold is None or storage.expired() else hold()
+
+    def _from_recipe(self, t: torch.Tensor, key: int) -> _Again | None:
+        self._prune()
+        output = self._outputs.get(key)
+        if output is not None:
+            return output.handle(t)
+        copy = t if t._base is None else t._base
+        source = _cast_from(copy)
+        if source is None:
+            return None
+        mark = source.metadata.get(_MARK)
+        output = None if mark is None else mark()
+        if output is None or not output.unchanged() or copy._version or t._version or not _same_place(copy, output.cell.layout):
+            return None
+        return _view(output.cast(copy), t, t.storage_offset() - copy.storage_offset())
+
+    def _register(
+        self, output: torch.Tensor, remake: Callable[..., torch.Tensor], inputs: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        self._prune()
+        key = _storage_key(output)
+        if key is None or not _is_dense(output) or self._held(key) is not None:
+            return
+        handles = tuple(None if x is None else self._door(x) for x in inputs)
+        cell = _Cell(remake, handles, constants, _Layout.of(output), self._recent)
+        self._outputs[key] = entry = _Output(output, cell)
+        if output.grad_fn is not None:
+            output.grad_fn.metadata[_MARK] = weakref.ref(entry)
+
+    def _prune(self) -> None:
+        for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
+            del self._outputs[key]
+
+
+def _unpack(handle: _Kept | _Again) -> torch.Tensor:
+    return handle.open()
+
+
+def _storage_key(t: torch.Tensor) -> int | None:
+    """The address of the storage object, or None for what has no storage of its own (sparse, wrapper subclasses)."""
+    if type(t) not in (torch.Tensor, nn.Parameter) or t.layout is not torch.strided:
+        return None
+    return t.untyped_storage()._cdata
+
+
+def _is_dense(t: torch.Tensor) -> bool:
+    """Whether the elements fill a stretch of the storage without gaps or overlaps, in any order of dimensions."""
+    step = 1
+    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.size(), strict=True) if n != 1):
+        if stride != step:
+            return t.numel() == 0
+        step *= n
+    return True
+
+
+def _same_place(copy: torch.Tensor, layout: _Layout) -> bool:
+    return copy.device == layout.device and copy.size() == layout.size and copy.stride() == layout.stride
+
+
+def _is_parameter(t: torch.Tensor) -> bool:
+    return isinstance(t, nn.Parameter) or isinstance(t._base, nn.Parameter)
+
+
+def _is_cast_of_parameter(t: torch.Tensor) -> bool:
+    """Autocast's copy of a weight, or a view of it: a cast whose source is a leaf that accumulates into a parameter."""
+    source = _cast_from(t if t._base is None else t._base)
+    return source is not None and isinstance(getattr(source, "variable", None), nn.Parameter)
+
+
+def _cast_from(t: torch.Tensor) -> Any:
+    """The autograd node of what `t` is a dtype cast of, or None."""
+    node = t.grad_fn
+    return node.next_functions[0][0] if node is not None and node.name() == "ToCopyBackward0" else None
+
+
+# Saved-tensor hooks of others. The private functions are looked up once; without them the stash steps aside.
+
+_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", None)
+_functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+
+
+def _top_hooks() -> Any:
+    return None if _top is None else _top(False)
+
+
+def _can_enter() -> bool:
+    if _top is None or _enabled is None or _functorch is None:
+        _warn_once(f"torch {torch.__version__} does not say which saved-tensor hooks are in place")
+        return False
+    if _functorch() is not None:
+        _warn_once("torch.func transforms do not support saved-tensor hooks")
+        return False
+    return _enabled()
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"UnSwag's stash steps aside: {reason}. Ops and chunked loss still apply.", stacklevel=2)
+
+
+@torch.compiler.assume_constant_result
+def _warn_compiled() -> None:
+    _warn_once("torch.compile decides itself what is saved")
