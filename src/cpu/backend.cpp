@@ -1,0 +1,38 @@
+// The row of one instruction set.
+#include "cpu/backend.hpp"
+
+namespace unswag::UNSWAG_ISA_NS {
+namespace {
+
+bool runs_here() {
+#if defined(UNSWAG_ISA_PORTABLE)
+  return true;
+#elif defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+const Kernels backend = {
+    .name = UNSWAG_ISA_NAME,
+    .runs_here = runs_here,
+    .mask_forward = nullptr,
+    .mask_backward = nullptr,
+    .activation_forward = nullptr,
+    .activation_backward = nullptr,
+    .gated_forward = nullptr,
+    .gated_backward = nullptr,
+    .rms_norm_forward = nullptr,
+    .rms_norm_backward = nullptr,
+    .cross_entropy = nullptr,
+    .philox_fill = nullptr,
+    .dropout = nullptr,
+};
+
+}  // namespace unswag::UNSWAG_ISA_NS

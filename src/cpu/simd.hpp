@@ -1,0 +1,104 @@
+// f32x16: sixteen float lanes on every instruction set, so that a kernel is written once.
+//
+//   portable  array16<float>, an array (and array16<double>: this is the row that has f64)
+//   x86-64    4 registers of 4 (SSE2)      avx2  2 registers of 8      avx512  1 register of 16
+//
+// Each instruction set brings one register type (src/cpu/simd/), and `twice` puts two of a kind together.  They all offer
+//
+//   V::load(p)  v.store(p)  v.stream(p)      p to float, f16, bf16 (double); stores round to nearest even; no alignment is
+//                                            asked for, except stream (past the cache): a multiple of 16 elements
+//   + - * / unary -   fma min max abs sqrt   fma rounds twice where there is no such instruction; min and max give their
+//                                            second operand when either is NaN
+//   < <= > >= == !=   select(mask, a, b)     false for NaN, except !=;  mask.bits(), mask::from_bits(bits), & | ~
+//   reduce_add reduce_max                    lane i with i + 8, then i + 4, i + 2, i + 1: the same order everywhere
+//   product_error times_pow2                 as in math/scalar.hpp, where float and double have the same functions
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "math/dtype.hpp"
+#include "math/exp.hpp"
+
+#ifndef UNSWAG_ISA_NS
+#error "compile src/cpu once per instruction set, with -DUNSWAG_ISA_NS=portable, x86_64, avx2 or avx512"
+#endif
+
+#define UNSWAG_INLINE [[gnu::always_inline]] inline
+
+#include "cpu/simd/twice.hpp"
+#if defined(UNSWAG_ISA_PORTABLE)
+#include "cpu/simd/portable.hpp"
+#elif defined(__AVX512F__)
+#include "cpu/simd/avx512.hpp"
+#elif defined(__AVX2__)
+#include "cpu/simd/avx2.hpp"
+#else
+#include "cpu/simd/sse2.hpp"
+#endif
+
+namespace unswag::UNSWAG_ISA_NS {
+
+using mask16 = f32x16::mask;
+static_assert(f32x16::size == 16);
+
+// The lanes that compute for elements of type T.
+template <class T>
+struct lanes_of {
+  using type = f32x16;
+};
+#ifdef UNSWAG_ISA_PORTABLE
+template <>
+struct lanes_of<double> {
+  using type = f64x16;
+};
+#endif
+template <class T>
+using lanes_t = typename lanes_of<T>::type;
+
+template <class T>
+UNSWAG_INLINE lanes_t<T> load(const T* p) {
+  return lanes_t<T>::load(p);
+}
+template <class V, class T>
+UNSWAG_INLINE void store(T* p, V x) {
+  x.store(p);
+}
+template <class V, class T>
+UNSWAG_INLINE void stream(T* p, V x) {
+  x.stream(p);
+}
+
+// The first n lanes, 0 <= n <= 16; memory past them is not touched.  Lanes that are not loaded are 0.
+template <class T>
+UNSWAG_INLINE lanes_t<T> load_partial(const T* p, std::int64_t n) {
+  T all[16] = {};
+  memcpy(all, p, std::size_t(n) * sizeof(T));
+  return load(all);
+}
+template <class V, class T>
+UNSWAG_INLINE void store_partial(T* p, V x, std::int64_t n) {
+  T all[16];
+  store(all, x);
+  memcpy(p, all, std::size_t(n) * sizeof(T));
+}
+
+// visit(dtype, f) calls f(type<T>{}) for the types that this row serves: src/api sends f64 to the portable one.
+template <class F>
+UNSWAG_INLINE void visit(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(math::type<float>{});
+    case DType::f16: return f(math::type<f16>{});
+    case DType::bf16: return f(math::type<bf16>{});
+    case DType::f64:
+#ifdef UNSWAG_ISA_PORTABLE
+      return f(math::type<double>{});
+#else
+      return;
+#endif
+  }
+}
+
+UNSWAG_INLINE f32x16 exp(f32x16 x) { return math::exp_full(x); }
+
+}  // namespace unswag::UNSWAG_ISA_NS

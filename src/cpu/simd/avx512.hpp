@@ -1,0 +1,95 @@
+// Sixteen lanes in a register of AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 warns of its own _mm512_undefined_ps (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+namespace unswag::UNSWAG_ISA_NS {
+
+struct mask_of_16 {
+  static constexpr int size = 16;
+  __mmask16 m;
+  UNSWAG_INLINE static mask_of_16 from_bits(unsigned bits) { return {__mmask16(bits)}; }
+  UNSWAG_INLINE unsigned bits() const { return m; }
+  UNSWAG_INLINE friend mask_of_16 operator&(mask_of_16 a, mask_of_16 b) { return {__mmask16(a.m & b.m)}; }
+  UNSWAG_INLINE friend mask_of_16 operator|(mask_of_16 a, mask_of_16 b) { return {__mmask16(a.m | b.m)}; }
+  UNSWAG_INLINE friend mask_of_16 operator~(mask_of_16 a) { return {__mmask16(~a.m)}; }
+};
+
+struct f32x16 {
+  using scalar = float;
+  using mask = mask_of_16;
+  static constexpr int size = 16;
+  __m512 v;
+
+  f32x16() = default;
+  UNSWAG_INLINE f32x16(__m512 x) : v(x) {}
+  UNSWAG_INLINE f32x16(float x) : v(_mm512_set1_ps(x)) {}
+
+  UNSWAG_INLINE static f32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+  UNSWAG_INLINE static f32x16 load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  UNSWAG_INLINE static f32x16 load(const bf16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  UNSWAG_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  UNSWAG_INLINE void store(f16* p) const { _mm256_storeu_si256((__m256i*)p, to_f16()); }
+  UNSWAG_INLINE void store(bf16* p) const { _mm256_storeu_si256((__m256i*)p, to_bf16()); }
+  UNSWAG_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  UNSWAG_INLINE void stream(f16* p) const { _mm256_stream_si256((__m256i*)p, to_f16()); }
+  UNSWAG_INLINE void stream(bf16* p) const { _mm256_stream_si256((__m256i*)p, to_bf16()); }
+
+  UNSWAG_INLINE friend f32x16 operator-(f32x16 a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.f)); }
+  UNSWAG_INLINE friend f32x16 operator+(f32x16 a, f32x16 b) { return _mm512_add_ps(a.v, b.v); }
+  UNSWAG_INLINE friend f32x16 operator-(f32x16 a, f32x16 b) { return _mm512_sub_ps(a.v, b.v); }
+  UNSWAG_INLINE friend f32x16 operator*(f32x16 a, f32x16 b) { return _mm512_mul_ps(a.v, b.v); }
+  UNSWAG_INLINE friend f32x16 operator/(f32x16 a, f32x16 b) { return _mm512_div_ps(a.v, b.v); }
+  UNSWAG_INLINE friend f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+  UNSWAG_INLINE friend f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a.v, b.v); }
+  UNSWAG_INLINE friend f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a.v, b.v); }
+  UNSWAG_INLINE friend f32x16 abs(f32x16 a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.f), a.v); }
+  UNSWAG_INLINE friend f32x16 sqrt(f32x16 a) { return _mm512_sqrt_ps(a.v); }
+  UNSWAG_INLINE friend mask operator<(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+  UNSWAG_INLINE friend mask operator<=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+  UNSWAG_INLINE friend mask operator>(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+  UNSWAG_INLINE friend mask operator>=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+  UNSWAG_INLINE friend mask operator==(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+  UNSWAG_INLINE friend mask operator!=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+  UNSWAG_INLINE friend f32x16 select(mask m, f32x16 a, f32x16 b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
+  UNSWAG_INLINE friend float reduce_add(f32x16 a) {
+    const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  UNSWAG_INLINE friend float reduce_max(f32x16 a) {
+    const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  UNSWAG_INLINE friend f32x16 product_error(f32x16 a, f32x16 b, f32x16 p) { return _mm512_fmsub_ps(a.v, b.v, p.v); }
+  UNSWAG_INLINE friend f32x16 times_pow2(f32x16 m, f32x16 z) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(z.v), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(m.v), n));
+  }
+
+ private:
+  UNSWAG_INLINE __m256i to_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  UNSWAG_INLINE __m256i to_bf16() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i upper = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16));
+  }
+};
+
+// Makes streamed stores visible to other threads in order.
+UNSWAG_INLINE void stream_fence() { _mm_sfence(); }
+
+}  // namespace unswag::UNSWAG_ISA_NS

@@ -1,0 +1,53 @@
+// e^x, the only transcendental function that the formulas need.
+#pragma once
+
+#include <type_traits>
+
+#include "math/scalar.hpp"
+
+namespace unswag::math {
+
+// e^(x + tail) = m 2^n with n = round(x / ln 2):  r = x - n ln 2 in two steps (n ln2_high is exact), m = e^r by a polynomial
+// that is off by 2^-28.3 at most.  n is returned as z = 1.5 2^23 + n + bias, for times_pow2.
+template <class V>
+UNSWAG_HD inline V exp_mantissa(V x, V tail, float bias, V& z) {
+  const V magic(0x1.8p23f + bias);
+  z = fma(x, V(1.44269504f), magic);
+  const V n = z - magic;
+  const V r = fma(n, V(-1.42860677e-6f), fma(n, V(-0.693145751953125f), x)) + tail;
+  V p = fma(r, V(0x1.6a2430p-10f), V(0x1.1239e4p-7f));
+  p = fma(r, p, V(0x1.5558f2p-5f));
+  p = fma(r, p, V(0x1.555492p-3f));
+  p = fma(r, p, V(0x1.fffffcp-2f));
+  return V(1.f) + fma(r * r, p, r);
+}
+
+// e^x over the whole range: right to 1 ulp, subnormal results too; 0 and inf beyond, NaN stays NaN.
+template <class V>
+UNSWAG_HD inline V exp_full(V x) {
+  V z;
+  const V m = exp_mantissa(min(V(89.f), max(V(-104.5f), x)), V(0.f), 0.f, z);
+  // 2^n in two halves, each of them a normal number; only the last product rounds.
+  const V magic(0x1.8p23f);
+  const V n = z - magic;
+  const V half = fma(n, V(0.5f), magic);
+  return times_pow2(m, half) * times_pow2(V(1.f), magic + (n - (half - magic)));
+}
+
+// 2^64 e^(x + tail) for -130 < x <= 0 (double: any x <= 0) and a small tail.  The factor keeps small results normal, so that
+// they can be multiplied on before the last rounding.
+template <class V>
+UNSWAG_HD inline V exp_scaled(V x, V tail) {
+  if constexpr (std::is_same_v<scalar_t<V>, double>) {
+    return exp(x) * (V(1.) + tail) * V(0x1p64);
+  } else {
+    V z;
+    const V m = exp_mantissa(x, tail, 64.f, z);
+    return times_pow2(m, z);
+  }
+}
+
+UNSWAG_HD inline float exp(float x) { return exp_full(x); }
+UNSWAG_HD inline double exp(double x) { return ::exp(x); }
+
+}  // namespace unswag::math
