@@ -5,6 +5,7 @@ Strides count elements, those of packed rows bytes. Codes are positions in `dtyp
 (no kernel), RuntimeError (device). The global lock is released while kernels run.
 """
 
+# fmt: off
 dtypes: tuple[str, ...]
 masks: tuple[str, ...]
 activations: tuple[str, ...]

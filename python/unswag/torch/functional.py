@@ -1,0 +1,293 @@
+"""Differentiable functions that keep the smallest exact form of what their backward needs.
+
+Every function takes tensors of any shape on the CPU, of dtype float32, float16, bfloat16 or float64, computes in float32
+(float64 for float64) and rounds once. "Saved" is what is kept from forward to backward, with n elements of b bytes each.
+
+Errors of all of them: TypeError for another dtype, a sparse layout or something that is no tensor; ValueError for a shape
+that does not fit; NotImplementedError for a device without kernels. Each message says what to do.
+
+Under autocast the functions neither cast their inputs nor change their results: the output has the input's dtype. They can
+be differentiated once; a second derivative is an error. Sources of the formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unswag.torch import ops, stash
+
+__all__ = ["gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
+
+_DEVICES = ("cpu", "meta")
+
+
+def _check(op: str, name: str, x: Tensor) -> None:
+    """What the dispatcher would refuse with a page of text."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; pass a torch.Tensor")
+    if x.dtype not in ops.DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}; pass a floating tensor, e.g. {name}.to(torch.float32)")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has layout {x.layout}; pass {name}.to_dense()")
+    if x.device.type not in _DEVICES:
+        raise NotImplementedError(
+            f"{op}: {name} is on device '{x.device}', for which this version has no kernels; pass {name}.to('cpu')"
+        )
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on gradients, in the graph of what they were made from, where differentiating again is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "UnSwag's functions can be differentiated once; for second derivatives use PyTorch's own function, "
+            "or remove_unswag_surgery(model)"
+        )
+
+
+def _once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Makes a second derivative an error, always.
+
+    torch.autograd.function.once_differentiable looks at the incoming gradients only: where they are constants, as in a
+    gradient penalty on y.sum(), it lets the penalty's gradient vanish without a word.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *dy: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, *dy)
+        if not torch.is_grad_enabled():  # no create_graph
+            return grads
+        made = [grad for grad in grads if isinstance(grad, Tensor)]
+        sources = [x for x in (*ctx.saved_tensors, *dy) if isinstance(x, Tensor)]
+        guarded = iter(_NoSecondDerivative.apply(len(made), *made, *sources))
+        return tuple(next(guarded) if isinstance(grad, Tensor) else None for grad in grads)
+
+    return once
+
+
+def _remember(output: Tensor, remake: Callable[..., Tensor], *inputs: Tensor, **constants: Any) -> None:
+    """Tells the stash how `output` can be made again. Only eager autograd has a use for it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        stash.remember(output, remake, *inputs, **constants)
+
+
+# ---- one-bit masks --------------------------------------------------------------------------------------------------------
+
+
+class _Mask(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+        return ops.mask_forward(x, act, slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, float], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.act, ctx.slope = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        (packed,) = ctx.saved_tensors
+        return None if dy is None else ops.mask_backward(dy, packed, ctx.act, ctx.slope), None, None
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), bit for bit as `torch.relu`: NaN stays NaN and passes its gradient.
+
+    Saved: a mask of one bit per element, rows (last dimension) padded to 4 bytes: n / 8 bytes; neither x nor y.
+    Where the next layer keeps y anyway (a Linear that is trained), `torch.relu` adds nothing and this adds n / 8 bytes.
+    """
+    _check("relu", "x", x)
+    y: Tensor = _Mask.apply(x, "relu", 0.0)[0]
+    return y
+
+
+def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
+    """x > 0 ? x : negative_slope x, as `torch.nn.functional.leaky_relu`. Saved: one bit per element, n / 8 bytes."""
+    _check("leaky_relu", "x", x)
+    y: Tensor = _Mask.apply(x, "leaky_relu", float(negative_slope))[0]
+    return y
+
+
+def relu6(x: Tensor) -> Tensor:
+    """min(max(x, 0), 6), bit for bit as `torch.nn.functional.relu6`. Saved: one bit per element, n / 8 bytes."""
+    _check("relu6", "x", x)
+    y: Tensor = _Mask.apply(x, "relu6", 0.0)[0]
+    return y
+
+
+# ---- smooth activations -----------------------------------------------------------------------------------------------------
+
+
+class _Activation(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, act: str) -> Tensor:
+        return ops.activation_forward(x, act)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        x, ctx.act = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        return ops.activation_backward(x, dy, ctx.act), None
+
+
+def _activation(x: Tensor, act: str) -> Tensor:
+    _check(act, "x", x)
+    y: Tensor = _Activation.apply(x, act)
+    _remember(y, ops.activation_forward, x, act=act)
+    return y
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; under the stash y is made again from x when asked for."""
+    return _activation(x, "silu")
+
+
+def _gelu_name(approximate: str) -> str:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate is {approximate!r}; choose 'none' or 'tanh'")
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x) with the normal distribution's Phi, or with `approximate="tanh"` its tanh form (Hendrycks & Gimpel 2016).
+
+    Saved: x, n b bytes; under the stash y is made again from x when asked for.
+    """
+    return _activation(x, _gelu_name(approximate))
+
+
+# ---- gated units ----------------------------------------------------------------------------------------------------------
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        return ops.gated_forward(gate, up, act)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = ops.gated_backward(gate, up, dh, ctx.act)
+        return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None, None
+
+
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """act(gate) * up, rounded once (Shazeer 2020); `act` is one of silu, gelu, gelu_tanh, relu.
+
+    gate, up: same shape, same dtype; nothing is broadcast. Result: that shape and dtype.
+    Saved: gate and up, 2 n b bytes; not act(gate), and under the stash not the product, which is made again when asked for.
+    """
+    _check("gated", "gate", gate)
+    _check("gated", "up", up)
+    h: Tensor = _Gated.apply(gate, up, act)
+    _remember(h, ops.gated_forward, gate, up, act=act)
+    return h
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Saved: gate and up, see `gated`."""
+    return gated(gate, up, "silu")
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate, approximate) * up. Saved: gate and up, see `gated`."""
+    return gated(gate, up, _gelu_name(approximate))
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * up. Saved: gate and up, see `gated`."""
+    return gated(gate, up, "relu")
+
+
+# ---- RMSNorm --------------------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, rstd = ops.rms_norm_forward(x, weight, eps, weight_offset, cast_before_weight, out_dtype)
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.weight_offset, ctx.cast_before_weight = weight_offset, cast_before_weight
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rstd, weight)
+        return y, rstd
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        if dy is None:
+            return None, None, None, None, None, None
+        x, rstd, weight = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        dx, dw = ops.rms_norm_backward(x, rstd, weight, dy, ctx.weight_offset, ctx.cast_before_weight, need_dx, need_dw)
+        # dw is summed in float and rounded to the weight's dtype once, here.
+        return dx if need_dx else None, dw.to(ctx.weight_dtype) if need_dw else None, None, None, None, None
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x rstd (weight_offset + weight) over the last dimension, rstd = 1 / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019).
+
+    x: [..., cols]; weight: [cols] of any supported dtype, or None for no weight. Result: shape of x, dtype `out_dtype` or x's.
+    weight_offset: 1 for models that store weight - 1 (Gemma). cast_before_weight: round x rstd to x's dtype before the weight
+    is applied (Llama); otherwise all is float until the result (Gemma).
+    Saved: x, which its other readers share, and rstd: 4 bytes per row (8 for float64); under the stash the result is not kept
+    by who reads it, but made again from x and rstd.
+    """
+    _check("rms_norm", "x", x)
+    if weight is not None:
+        _check("rms_norm", "weight", weight)
+    out_dtype = out_dtype or x.dtype
+    if not eps >= 0:
+        raise ValueError(f"rms_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-6")
+    y, rstd = _RmsNorm.apply(x, weight, float(eps), float(weight_offset), bool(cast_before_weight), out_dtype)
+    constants = {"weight_offset": float(weight_offset), "cast_before_weight": bool(cast_before_weight), "out_dtype": out_dtype}
+    if weight is None:
+        _remember(y, ops.rms_norm_apply, x, rstd, weight=None, **constants)
+    else:
+        _remember(y, ops.rms_norm_apply, x, rstd, weight, **constants)
+    result: Tensor = y
+    return result

@@ -1,0 +1,129 @@
+"""Modules over `unswag.torch.functional`; what each saves is said there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unswag.torch import functional
+
+__all__ = ["GEGLU", "GELU", "LeakyReLU", "RMSNorm", "ReGLU", "ReLU", "ReLU6", "SiLU", "SwiGLU"]
+
+
+class ReLU(torch.nn.Module):
+    """`functional.relu`. Saved: one bit per element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(x)
+
+
+class LeakyReLU(torch.nn.Module):
+    """`functional.leaky_relu`. Saved: one bit per element."""
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        super().__init__()
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.leaky_relu(x, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"negative_slope={self.negative_slope}"
+
+
+class ReLU6(torch.nn.Module):
+    """`functional.relu6`. Saved: one bit per element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu6(x)
+
+
+class SiLU(torch.nn.Module):
+    """`functional.silu`. Saved: x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(x)
+
+
+class GELU(torch.nn.Module):
+    """`functional.gelu`. Saved: x."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(x, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * up of two tensors. Saved: gate and up."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.swiglu(gate, up)
+
+
+class GEGLU(torch.nn.Module):
+    """gelu(gate) * up of two tensors. Saved: gate and up."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.geglu(gate, up, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+class ReGLU(torch.nn.Module):
+    """relu(gate) * up of two tensors. Saved: gate and up."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.reglu(gate, up)
+
+
+class RMSNorm(torch.nn.Module):
+    """`functional.rms_norm` over the last dimension of size `cols`. Saved: x and 4 bytes per row.
+
+    The weight starts where the factor weight_offset + weight is 1. elementwise_affine=False: no weight.
+    """
+
+    weight: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        cols: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        *,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.cols, self.eps = cols, eps
+        self.weight_offset, self.cast_before_weight = weight_offset, cast_before_weight
+        weight = torch.nn.Parameter(torch.empty(cols, **factory)) if elementwise_affine else None
+        self.register_parameter("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.cols,):
+            raise ValueError(f"RMSNorm: x has shape {list(x.shape)}; its last dimension must be {self.cols}")
+        return functional.rms_norm(
+            x, self.weight, self.eps, weight_offset=self.weight_offset, cast_before_weight=self.cast_before_weight
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.cols}, eps={self.eps}, weight_offset={self.weight_offset}, cast_before_weight={self.cast_before_weight}"

@@ -1,0 +1,553 @@
+"""The ops `torch.ops.unswag.*`: schema, kernel and fake kernel of each; no autograd here.
+
+Each op is two functions. `_<op>_outputs` checks the arguments and makes the empty outputs: it is the shape rule, so it is the
+fake kernel too. `_<op>` fills them with the C++ core, which gets addresses and strides as integers.
+
+Layout. An input is read where it lies if one row stride describes it: any view whose last dimension is contiguous and whose
+leading dimensions collapse, a constant row expanded (row stride 0) included. Otherwise a contiguous copy of that input is
+made first. Outputs are always contiguous. Inputs are never written to, `cross_entropy_`'s logits apart.
+
+An op has no derivative: a backward registered here would cost three times what the `autograd.Function`s of
+`unswag.torch.functional` cost. Called on a tensor that autograd is following, an op would silently cut the graph, so it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unswag import _core
+
+_DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[torch.dtype, int] = {_DTYPE_NAMES[name]: code for code, name in enumerate(_core.dtypes)}
+MASKS: dict[str, int] = {name: code for code, name in enumerate(_core.masks)}
+ACTIVATIONS: dict[str, int] = {name: code for code, name in enumerate(_core.activations)}
+
+# torch's integers are signed, a seed is not.
+_64_BITS = 0xFFFF_FFFF_FFFF_FFFF
+
+# ---- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _dtype(op: str, name: str, x: Tensor) -> int:
+    code = DTYPES.get(x.dtype)
+    if code is None:
+        raise TypeError(
+            f"{op}: {name} has dtype {x.dtype}; supported are {', '.join(_core.dtypes)}: "
+            f"convert it, e.g. {name}.to(torch.float32)"
+        )
+    return code
+
+
+def _same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """`x` has the shape and the dtype of `like`."""
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {name} has dtype {x.dtype} but {like_name} has {like.dtype}; convert one, e.g. {name}.to({like.dtype})"
+        )
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {list(x.shape)} but {like_name} has {list(like.shape)}; "
+            "they must be equal, nothing is broadcast"
+        )
+
+
+def _code(op: str, act: str, names: dict[str, int]) -> int:
+    code = names.get(act)
+    if code is None:
+        raise ValueError(f"{op}: there is no activation {act!r}; choose from {', '.join(names)}")
+    return code
+
+
+def _vector(op: str, name: str, x: Tensor | None, size: int, what: str) -> None:
+    if x is not None and (x.dim() != 1 or x.shape[0] != size):
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)} but {what} is {size}; pass a {name} of shape [{size}]")
+
+
+def _no_graph(op: str, *inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise RuntimeError(
+            f"torch.ops.unswag.{op} has no derivative, and an input requires grad; call unswag.torch.functional, "
+            "or call the op under torch.no_grad()"
+        )
+
+
+# ---- layout -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(tensor, rows, cols, row stride): x as rows of adjacent elements, or a copy of it when it cannot be seen that way."""
+    if x.data_ptr() % x.element_size():  # e.g. torch.frombuffer at an odd offset
+        x = x.clone(memory_format=torch.contiguous_format)
+    if x.dim() == 0:
+        return x, 1, 1, 1
+    cols = x.shape[-1]
+    if x.is_contiguous():
+        return x, (x.numel() // cols if cols else 0), cols, cols
+    stride = _row_stride(x)
+    if stride is None:
+        if not any(x.stride()):  # one value expanded, as sum() and mean() give: one row of it, read again and again
+            row = x.as_strided((cols,), (0,)).contiguous()
+            return row, x.numel() // cols, cols, 0
+        x, stride = x.contiguous(), cols
+    return x, x.numel() // cols, cols, stride
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """The one stride that walks the rows of x, or None. x has elements and at least one dimension."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return None
+    step, span = None, 1  # dimensions of size 1 say nothing
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        elif stride != step * span:
+            return None
+        span *= size
+    return x.shape[-1] if step is None else step
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """A vector whose elements are adjacent, for arguments that have no stride in the core."""
+    return None if x is None else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and weight gradients are float, or double beside double tensors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- one-bit masks --------------------------------------------------------------------------------------------------------
+
+
+def packed_row_bytes(cols: int, bits: int = 1) -> int:
+    """Bytes of one packed row (docs/format.md section 1): rows are padded to a multiple of 4."""
+    return (cols * bits + 31) // 32 * 4
+
+
+def _packed_shape(x: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:-1], packed_row_bytes(x.shape[-1] if x.dim() else 1))
+
+
+def _mask_forward_outputs(x: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+    _dtype(act, "x", x)
+    return _empty(x), x.new_empty(_packed_shape(x), dtype=torch.uint8)
+
+
+def _mask_forward(x: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+    _no_graph("mask_forward", x)
+    code, dtype = _code("mask_forward", act, MASKS), _dtype(act, "x", x)
+    y, packed = _mask_forward_outputs(x, act, slope)
+    x, rows, cols, stride = _rows(x)
+    _core.mask_forward(
+        code, slope, dtype, rows, cols, x.data_ptr(), stride, y.data_ptr(), cols,
+        packed.data_ptr(), packed.shape[-1], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, packed
+
+
+def _mask_backward_outputs(dy: Tensor, packed: Tensor, act: str, slope: float) -> Tensor:
+    _dtype(act, "dy", dy)
+    if packed.dtype != torch.uint8 or packed.shape != _packed_shape(dy):
+        raise ValueError(
+            f"{act}: packed is {packed.dtype} of shape {list(packed.shape)} but dy of shape {list(dy.shape)} needs "
+            f"torch.uint8 of shape {list(_packed_shape(dy))}; pass the mask of the same call of mask_forward"
+        )
+    return _empty(dy)
+
+
+def _mask_backward(dy: Tensor, packed: Tensor, act: str, slope: float) -> Tensor:
+    _no_graph("mask_backward", dy)
+    code, dtype = _code("mask_backward", act, MASKS), _dtype(act, "dy", dy)
+    dx = _mask_backward_outputs(dy, packed, act, slope)
+    dy, rows, cols, stride = _rows(dy)
+    packed, _, _, packed_stride = _rows(packed)
+    _core.mask_backward(
+        code, slope, dtype, rows, cols, dy.data_ptr(), stride, packed.data_ptr(), packed_stride,
+        dx.data_ptr(), cols, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+# ---- smooth activations -----------------------------------------------------------------------------------------------------
+
+
+def _activation_forward_outputs(x: Tensor, act: str) -> Tensor:
+    _dtype(act, "x", x)
+    return _empty(x)
+
+
+def _activation_forward(x: Tensor, act: str) -> Tensor:
+    _no_graph("activation_forward", x)
+    code, dtype = _code("activation_forward", act, ACTIVATIONS), _dtype(act, "x", x)
+    y = _activation_forward_outputs(x, act)
+    x, rows, cols, stride = _rows(x)
+    _core.activation_forward(code, dtype, rows, cols, x.data_ptr(), stride, y.data_ptr(), cols, torch.get_num_threads())
+    return y
+
+
+def _activation_backward_outputs(x: Tensor, dy: Tensor, act: str) -> Tensor:
+    _dtype(act, "x", x)
+    _same(act, "dy", dy, "x", x)
+    return _empty(x)
+
+
+def _activation_backward(x: Tensor, dy: Tensor, act: str) -> Tensor:
+    _no_graph("activation_backward", x, dy)
+    code, dtype = _code("activation_backward", act, ACTIVATIONS), _dtype(act, "x", x)
+    dx = _activation_backward_outputs(x, dy, act)
+    x, rows, cols, x_stride = _rows(x)
+    dy, _, _, dy_stride = _rows(dy)
+    _core.activation_backward(
+        code, dtype, rows, cols, x.data_ptr(), x_stride, dy.data_ptr(), dy_stride, dx.data_ptr(), cols, torch.get_num_threads()
+    )
+    return dx
+
+
+# ---- gated units ----------------------------------------------------------------------------------------------------------
+
+
+def _gated_forward_outputs(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    _dtype("gated", "gate", gate)
+    _same("gated", "up", up, "gate", gate)
+    return _empty(gate)
+
+
+def _gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    _no_graph("gated_forward", gate, up)
+    code, dtype = _code("gated_forward", act, ACTIVATIONS), _dtype("gated", "gate", gate)
+    h = _gated_forward_outputs(gate, up, act)
+    gate, rows, cols, gate_stride = _rows(gate)
+    up, _, _, up_stride = _rows(up)
+    _core.gated_forward(
+        code, dtype, rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, h.data_ptr(), cols,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return h
+
+
+def _gated_backward_outputs(gate: Tensor, up: Tensor, dh: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    _dtype("gated", "gate", gate)
+    _same("gated", "up", up, "gate", gate)
+    _same("gated", "dh", dh, "gate", gate)
+    return _empty(gate), _empty(gate)
+
+
+def _gated_backward_product_outputs(gate: Tensor, up: Tensor, dh: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    return *_gated_backward_outputs(gate, up, dh, act), _empty(gate)
+
+
+def _fill_gated_backward(gate: Tensor, up: Tensor, dh: Tensor, act: str, dgate: Tensor, dup: Tensor, h: Tensor | None) -> None:
+    code, dtype = _code("gated_backward", act, ACTIVATIONS), _dtype("gated", "gate", gate)
+    gate, rows, cols, gate_stride = _rows(gate)
+    up, _, _, up_stride = _rows(up)
+    dh, _, _, dh_stride = _rows(dh)
+    _core.gated_backward(
+        code, dtype, rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, dh.data_ptr(), dh_stride,
+        dgate.data_ptr(), cols, dup.data_ptr(), cols, _address(h), cols, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _gated_backward(gate: Tensor, up: Tensor, dh: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    _no_graph("gated_backward", gate, up, dh)
+    dgate, dup = _gated_backward_outputs(gate, up, dh, act)
+    _fill_gated_backward(gate, up, dh, act, dgate, dup, None)
+    return dgate, dup
+
+
+def _gated_backward_product(gate: Tensor, up: Tensor, dh: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    _no_graph("gated_backward_product", gate, up, dh)
+    dgate, dup, h = _gated_backward_product_outputs(gate, up, dh, act)
+    _fill_gated_backward(gate, up, dh, act, dgate, dup, h)
+    return dgate, dup, h
+
+
+# ---- RMSNorm --------------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_check(x: Tensor, weight: Tensor | None) -> None:
+    _dtype("rms_norm", "x", x)
+    if x.dim() == 0:
+        raise ValueError("rms_norm: x has no dimension to normalise over; pass x of shape [..., cols]")
+    if weight is not None:
+        _dtype("rms_norm", "weight", weight)
+        _vector("rms_norm", "weight", weight, x.shape[-1], "the last dimension of x")
+
+
+def _rms_norm_y(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    y = torch.empty_like(x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format)
+    _dtype("rms_norm", "out_dtype", y)
+    return y
+
+
+def _rms_norm_rstd_check(x: Tensor, rstd: Tensor) -> None:
+    if rstd.dtype != _wide(x.dtype) or rstd.shape != x.shape[:-1]:
+        raise ValueError(
+            f"rms_norm: rstd is {rstd.dtype} of shape {list(rstd.shape)} but x of shape {list(x.shape)} needs "
+            f"{_wide(x.dtype)} of shape {list(x.shape[:-1])}; pass what rms_norm_forward gave"
+        )
+
+
+def _rms_norm_forward_outputs(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _rms_norm_check(x, weight)
+    return _rms_norm_y(x, out_dtype), x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
+
+
+def _fill_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool,
+    y: Tensor, rstd: Tensor, given: bool,
+) -> None:  # fmt: skip
+    x_dtype, y_dtype = DTYPES[x.dtype], DTYPES[y.dtype]
+    x, rows, cols, stride = _rows(x)
+    weight = _dense(weight)
+    _core.rms_norm_forward(
+        eps, weight_offset, cast_before_weight, given, rows, cols, x_dtype, x.data_ptr(), stride,
+        0 if weight is None else DTYPES[weight.dtype], _address(weight), y_dtype, y.data_ptr(), cols,
+        rstd.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _rms_norm_forward(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _no_graph("rms_norm_forward", x, weight)
+    y, rstd = _rms_norm_forward_outputs(x, weight, eps, weight_offset, cast_before_weight, out_dtype)
+    _fill_rms_norm(x, weight, eps, weight_offset, cast_before_weight, y, rstd, given=False)
+    return y, rstd
+
+
+def _rms_norm_apply_outputs(
+    x: Tensor, rstd: Tensor, weight: Tensor | None, weight_offset: float, cast_before_weight: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    _rms_norm_check(x, weight)
+    _rms_norm_rstd_check(x, rstd)
+    return _rms_norm_y(x, out_dtype)
+
+
+def _rms_norm_apply(
+    x: Tensor, rstd: Tensor, weight: Tensor | None, weight_offset: float, cast_before_weight: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    _no_graph("rms_norm_apply", x, weight)
+    y = _rms_norm_apply_outputs(x, rstd, weight, weight_offset, cast_before_weight, out_dtype)
+    _fill_rms_norm(x, weight, 0.0, weight_offset, cast_before_weight, y, rstd.contiguous(), given=True)
+    return y
+
+
+def _rms_norm_backward_outputs(
+    x: Tensor, rstd: Tensor, weight: Tensor | None, dy: Tensor, weight_offset: float, cast_before_weight: bool,
+    need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _rms_norm_check(x, weight)
+    _rms_norm_rstd_check(x, rstd)
+    _dtype("rms_norm", "dy", dy)
+    if dy.shape != x.shape:
+        raise ValueError(f"rms_norm: dy has shape {list(dy.shape)} but x has {list(x.shape)}; they must be equal")
+    return (
+        _empty(x) if need_dx else x.new_empty(0),
+        x.new_empty(x.shape[-1:] if need_dw else 0, dtype=_wide(x.dtype)),
+    )
+
+
+def _rms_norm_backward(
+    x: Tensor, rstd: Tensor, weight: Tensor | None, dy: Tensor, weight_offset: float, cast_before_weight: bool,
+    need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _no_graph("rms_norm_backward", x, weight, dy)
+    dx, dw = _rms_norm_backward_outputs(x, rstd, weight, dy, weight_offset, cast_before_weight, need_dx, need_dw)
+    x_dtype, dy_dtype = DTYPES[x.dtype], DTYPES[dy.dtype]
+    x, rows, cols, x_stride = _rows(x)
+    dy, _, _, dy_stride = _rows(dy)
+    weight, rstd = _dense(weight), rstd.contiguous()
+    _core.rms_norm_backward(
+        weight_offset, cast_before_weight, rows, cols, x_dtype, x.data_ptr(), x_stride,
+        0 if weight is None else DTYPES[weight.dtype], _address(weight), rstd.data_ptr(), dy_dtype, dy.data_ptr(), dy_stride,
+        dx.data_ptr() if need_dx else 0, cols, dw.data_ptr() if need_dw else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dw
+
+
+# ---- cross-entropy --------------------------------------------------------------------------------------------------------
+
+
+def _cross_entropy_outputs(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, row_scale: Tensor | None, gradient_scale: float,
+    ignore_index: int, label_smoothing: float, softcap: float, logit_scale: float, write_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op = "cross_entropy_"
+    _dtype(op, "logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"{op}: logits have shape {list(logits.shape)}; pass [rows, classes], e.g. logits.flatten(0, -2)")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{op}: labels have dtype {labels.dtype}; pass labels.to(torch.int64)")
+    rows, classes = logits.shape
+    wide = _wide(logits.dtype)
+    _vector(op, "labels", labels, rows, "the number of rows of logits")
+    _vector(op, "class_weight", class_weight, classes, "the number of classes")
+    _vector(op, "row_scale", row_scale, rows, "the number of rows of logits")
+    for name, vector in (("class_weight", class_weight), ("row_scale", row_scale)):
+        if vector is not None and vector.dtype != wide:
+            raise TypeError(f"{op}: {name} has dtype {vector.dtype}; pass {name}.to({wide})")
+    return logits.new_empty(rows, dtype=wide), logits.new_empty(rows, dtype=wide)
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, row_scale: Tensor | None, gradient_scale: float,
+    ignore_index: int, label_smoothing: float, softcap: float, logit_scale: float, write_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _no_graph("cross_entropy_", logits, class_weight)
+    loss, lse = _cross_entropy_outputs(
+        logits, labels, class_weight, row_scale, gradient_scale, ignore_index, label_smoothing, softcap, logit_scale,
+        write_gradient,
+    )  # fmt: skip
+    here, rows, cols, stride = _rows(logits)
+    if here is not logits:
+        raise ValueError(
+            f"cross_entropy_: logits with strides {list(logits.stride())} cannot be written in place; pass logits.contiguous()"
+        )
+    labels, class_weight, row_scale = labels.contiguous(), _dense(class_weight), _dense(row_scale)
+    _core.cross_entropy(
+        DTYPES[logits.dtype], rows, cols, logits.data_ptr(), stride, labels.data_ptr(), _address(class_weight),
+        _address(row_scale), gradient_scale, ignore_index, label_smoothing, softcap, logit_scale, write_gradient,
+        loss.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, lse
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------------
+
+
+def _dropout_outputs(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
+    _dtype("dropout", "x", x)
+    return _empty(x)
+
+
+def _dropout(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
+    _no_graph("dropout", x)
+    dtype, y = _dtype("dropout", "x", x), _dropout_outputs(x, p, seed, offset)
+    x, rows, cols, stride = _rows(x)
+    _core.dropout(
+        p, seed & _64_BITS, offset & _64_BITS, dtype, rows, cols, x.data_ptr(), stride, y.data_ptr(), cols,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("unswag", "DEF")
+
+
+def _register(schema: str, kernel: Callable[..., Any], outputs: Callable[..., Any]) -> torch._ops.OpOverload:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CPU")  # another device is another line here
+    torch.library.register_fake(f"unswag::{name}", outputs, lib=_library)
+    op: torch._ops.OpOverload = getattr(torch.ops.unswag, name).default
+    return op
+
+
+mask_forward = _register(
+    "mask_forward(Tensor x, str act, float slope) -> (Tensor y, Tensor packed)", _mask_forward, _mask_forward_outputs
+)
+mask_backward = _register(
+    "mask_backward(Tensor dy, Tensor packed, str act, float slope) -> Tensor", _mask_backward, _mask_backward_outputs
+)
+activation_forward = _register(
+    "activation_forward(Tensor x, str act) -> Tensor", _activation_forward, _activation_forward_outputs
+)
+activation_backward = _register(
+    "activation_backward(Tensor x, Tensor dy, str act) -> Tensor", _activation_backward, _activation_backward_outputs
+)
+gated_forward = _register("gated_forward(Tensor gate, Tensor up, str act) -> Tensor", _gated_forward, _gated_forward_outputs)
+gated_backward = _register(
+    "gated_backward(Tensor gate, Tensor up, Tensor dh, str act) -> (Tensor dgate, Tensor dup)",
+    _gated_backward,
+    _gated_backward_outputs,
+)
+gated_backward_product = _register(
+    "gated_backward_product(Tensor gate, Tensor up, Tensor dh, str act) -> (Tensor dgate, Tensor dup, Tensor h)",
+    _gated_backward_product,
+    _gated_backward_product_outputs,
+)
+rms_norm_forward = _register(
+    "rms_norm_forward(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor rstd)",
+    _rms_norm_forward,
+    _rms_norm_forward_outputs,
+)
+rms_norm_apply = _register(
+    "rms_norm_apply(Tensor x, Tensor rstd, Tensor? weight, float weight_offset, bool cast_before_weight, ScalarType? out_dtype)"
+    " -> Tensor",
+    _rms_norm_apply,
+    _rms_norm_apply_outputs,
+)
+rms_norm_backward = _register(
+    "rms_norm_backward(Tensor x, Tensor rstd, Tensor? weight, Tensor dy, float weight_offset, bool cast_before_weight,"
+    " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)",
+    _rms_norm_backward,
+    _rms_norm_backward_outputs,
+)
+cross_entropy_ = _register(
+    "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? class_weight, Tensor? row_scale, float gradient_scale,"
+    " int ignore_index, float label_smoothing, float softcap, float logit_scale, bool write_gradient)"
+    " -> (Tensor loss, Tensor lse)",
+    _cross_entropy,
+    _cross_entropy_outputs,
+)
+dropout = _register("dropout(Tensor x, float p, int seed, int offset) -> Tensor", _dropout, _dropout_outputs)
+
+
+# ---- vmap of the elementwise ops: the mapped dimension becomes one more leading dimension ---------------------------------
+
+
+def _leading(x: Tensor, dim: int | None, size: int) -> Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _mask_forward_vmap(info: Any, dims: Any, x: Tensor, act: str, slope: float) -> tuple[Any, Any]:
+    x = _leading(x, dims[0], info.batch_size)
+    if x.dim() == 1:  # each example is one value with a packed row of its own
+        y, packed = mask_forward(x.unsqueeze(-1), act, slope)
+        return (y.squeeze(-1), packed), (0, 0)
+    return mask_forward(x, act, slope), (0, 0)
+
+
+def _mask_backward_vmap(info: Any, dims: Any, dy: Tensor, packed: Tensor, act: str, slope: float) -> tuple[Tensor, int]:
+    dy, packed = _leading(dy, dims[0], info.batch_size), _leading(packed, dims[1], info.batch_size)
+    if dy.dim() == 1:
+        return mask_backward(dy.unsqueeze(-1), packed, act, slope).squeeze(-1), 0
+    return mask_backward(dy, packed, act, slope), 0
+
+
+def _elementwise_vmap(op: torch._ops.OpOverload, inputs: int) -> Callable[..., Any]:
+    def rule(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+        tensors = [_leading(x, dim, info.batch_size) for x, dim in zip(args[:inputs], dims[:inputs], strict=True)]
+        out = op(*tensors, *args[inputs:])
+        return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
+
+    return rule
+
+
+torch.library.register_vmap("unswag::mask_forward", _mask_forward_vmap, lib=_library)
+torch.library.register_vmap("unswag::mask_backward", _mask_backward_vmap, lib=_library)
+for _op, _inputs in ((activation_forward, 1), (activation_backward, 2), (gated_forward, 2), (gated_backward, 3)):
+    torch.library.register_vmap(_op._name, _elementwise_vmap(_op, _inputs), lib=_library)
