@@ -82,12 +82,6 @@ def _once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[.
     return once
 
 
-def _remember(output: Tensor, remake: Callable[..., Tensor], *inputs: Tensor, **constants: Any) -> None:
-    """Tells the stash how `output` can be made again. Only eager autograd has a use for it."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        stash.remember(output, remake, *inputs, **constants)
-
-
 # ---- one-bit masks --------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +156,7 @@ class _Activation(torch.autograd.Function):
 def _activation(x: Tensor, act: str) -> Tensor:
     _check(act, "x", x)
     y: Tensor = _Activation.apply(x, act)
-    _remember(y, ops.activation_forward, x, act=act)
+    stash.remember(y, ops.activation_forward, x, act=act)
     return y
 
 
@@ -212,7 +206,7 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     _check("gated", "gate", gate)
     _check("gated", "up", up)
     h: Tensor = _Gated.apply(gate, up, act)
-    _remember(h, ops.gated_forward, gate, up, act=act)
+    stash.remember(h, ops.gated_forward, gate, up, act=act)
     return h
 
 
@@ -284,10 +278,9 @@ def rms_norm(
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-6")
     y, rstd = _RmsNorm.apply(x, weight, float(eps), float(weight_offset), bool(cast_before_weight), out_dtype)
-    constants = {"weight_offset": float(weight_offset), "cast_before_weight": bool(cast_before_weight), "out_dtype": out_dtype}
-    if weight is None:
-        _remember(y, ops.rms_norm_apply, x, rstd, weight=None, **constants)
-    else:
-        _remember(y, ops.rms_norm_apply, x, rstd, weight, **constants)
+    stash.remember(
+        y, ops.rms_norm_apply, x, rstd, weight,
+        weight_offset=float(weight_offset), cast_before_weight=bool(cast_before_weight), out_dtype=out_dtype,
+    )  # fmt: skip
     result: Tensor = y
     return result
