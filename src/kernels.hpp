@@ -1,5 +1,6 @@
 // What a backend provides: one row of function pointers.  The arguments have been checked by src/api before a kernel sees
-// them, so a kernel returns nothing: it cannot fail.  A kernel that a backend lacks is null, and the next slower row serves.
+// them, so a kernel returns nothing: it cannot fail; where there are no elements it is not called.  A kernel that a backend
+// lacks is null, and the next slower row serves.
 #pragma once
 
 #include <cstdint>

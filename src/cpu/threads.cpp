@@ -1,6 +1,7 @@
 #include "cpu/threads.hpp"
 
 #include <dlfcn.h>
+#include <link.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -115,18 +116,36 @@ Pool* own_pool() {
 
 using GompParallel = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
 
-// libgomp's entry when this process has loaded libgomp, else null.  Asked again until found: torch may be imported late.
+// libgomp's threads die in a fork, and its next parallel region then waits for them for ever; dlopen in a forked child can
+// crash when another thread of the parent was in it.  So a child neither uses libgomp nor looks for it.
+const pid_t loaded_by = getpid();
+bool forked() { return getpid() != loaded_by; }
+
+// How many libraries this process has ever loaded.
+unsigned long long libraries_loaded() {
+  unsigned long long loaded = 0;
+  const auto read = [](dl_phdr_info* first, std::size_t, void* out) {
+    *static_cast<unsigned long long*>(out) = first->dlpi_adds;
+    return 1;
+  };
+  dl_iterate_phdr(read, &loaded);
+  return loaded;
+}
+
+// libgomp's entry when this process has loaded libgomp, else null.  torch may be imported late, so we look again (27 us)
+// whenever libraries were added (30 ns to see).
 GompParallel gomp_parallel() {
   static std::atomic<GompParallel> found{nullptr};
+  static std::atomic<unsigned long long> searched{0};
   if (GompParallel entry = found.load()) return entry;
+  if (forked()) return nullptr;
+  const unsigned long long loaded = libraries_loaded();
+  if (searched.exchange(loaded) == loaded) return nullptr;
   void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return nullptr;
   found = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
   return found;
 }
-
-// libgomp's threads die in a fork, and its next parallel region then waits for them for ever.
-const pid_t loaded_by = getpid();
 
 }  // namespace
 
@@ -138,7 +157,7 @@ void run_chunks(std::int64_t n, std::int64_t grain, int threads, void (*run)(voi
   threads = static_cast<int>(std::min<std::int64_t>(threads, job.chunks));
   if (threads == 1) return job.work();
   if (GompParallel parallel = gomp_parallel()) {
-    if (getpid() != loaded_by) return job.work();
+    if (forked()) return job.work();
     parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
   } else if (Pool* pool = own_pool()) {
     pool->run(job, threads - 1);

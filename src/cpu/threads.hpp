@@ -10,7 +10,7 @@ namespace unswag {
 //
 // threads: how many may work, the caller included; 0: default_threads().  Served by the OpenMP pool of this process when it
 // has one (torch's), because a second pool would fight with its spinning workers; else by a small pool of our own.  A pool
-// does not survive fork: a child with an OpenMP library works alone, without one it starts a pool of its own.
+// does not survive fork: the child of a process that used OpenMP works alone, any other starts a pool of its own.
 void run_chunks(std::int64_t n, std::int64_t grain, int threads,
                 void (*run)(void* context, std::int64_t begin, std::int64_t end), void* context) noexcept;
 
