@@ -20,10 +20,6 @@ function(unswag_instruction_set name)
   set(UNSWAG_ROWS "${UNSWAG_ROWS} ROW(${ns})" PARENT_SCOPE)
 endfunction()
 
-if(NOT EXISTS ${PROJECT_SOURCE_DIR}/src/cpu/backend.cpp)
-  list(APPEND UNSWAG_KERNEL_SOURCES ${PROJECT_SOURCE_DIR}/cmake/stub_backend.cpp)
-endif()
-
 # Slowest first.
 unswag_instruction_set(portable -DUNSWAG_ISA_PORTABLE)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")

@@ -12,27 +12,20 @@ std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b <
 
 std::string_view dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::f32:
-      return "float32";
-    case DType::f16:
-      return "float16";
-    case DType::bf16:
-      return "bfloat16";
-    case DType::f64:
-      return "float64";
+    case DType::f32: return "float32";
+    case DType::f16: return "float16";
+    case DType::bf16: return "bfloat16";
+    case DType::f64: return "float64";
   }
   return "unknown";
 }
 
 std::int64_t dtype_size(DType dtype) {
   switch (dtype) {
-    case DType::f32:
-      return 4;
+    case DType::f32: return 4;
     case DType::f16:
-    case DType::bf16:
-      return 2;
-    case DType::f64:
-      return 8;
+    case DType::bf16: return 2;
+    case DType::f64: return 8;
   }
   return 0;
 }
