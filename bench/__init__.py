@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, one command each (`python -m bench.memory --help`), results in bench/results/*.json."""

@@ -1,0 +1,120 @@
+"""The bytes really alive, counted without asking anyone: every storage that an op returns is watched by a weak reference.
+
+Independent of the ledger: it sees tensors held on a context, in a closure or in a registry as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Storage(NamedTuple):
+    alive: StorageWeakRef
+    bytes: int
+    elements: int
+    of_loss: bool  # born while the loss ran
+    weight_copy: bool
+
+
+class LiveStorages(TorchDispatchMode):
+    """While active, follows every storage that comes out of an op.
+
+    Not counted: parameters, buffers, gradients of parameters, `inputs`, casts of parameters to another dtype (autocast's copies), and,
+    on a line of their own, the loss's gradient buffers: of what was born while the loss ran, one storage with as many elements as the
+    hidden states and one with as many as the head's weight.
+
+    The loss runs from the call of the head to the end of the forward, and in the backward until the hidden states have their gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, inputs: list[torch.Tensor]):
+        super().__init__()
+        self.model = model
+        self.peak = 0  # the most bytes alive at any moment outside the loss
+        self.backward_curve: list[int] = []  # alive when the backward reaches the input of each layer, last layer first
+        self._outside = {_address(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
+        self._followed: dict[int, _Storage] = {}  # an address is not used again while its weak reference lives
+        self._at_most = 0  # alive, if nothing has been freed since the last look
+        self._forward = self._loss = False
+        self._loss_sizes: tuple[int, ...] = ()
+        head = model.get_output_embeddings()
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        self._hooks = [head.register_forward_pre_hook(self._enter_loss)]
+        self._hooks += [layer.register_forward_pre_hook(self._enter_layer) for layer in layers]
+
+    def forward(self, run):
+        """`run()` is the forward with its loss."""
+        self._forward = True
+        try:
+            return run()
+        finally:
+            self._forward = False
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*exception)
+
+    @property
+    def bytes(self) -> int:
+        """Alive now, without what is not counted."""
+        return self._look()[0]
+
+    @property
+    def loss_buffers(self) -> int:
+        """Bytes of the loss's own gradient buffers, alive now."""
+        return self._look()[1]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        casts_weight = func is torch.ops.aten._to_copy.default and _address(args[0]) in self._outside
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf, casts_weight)
+        if not self._loss and self._at_most > self.peak:
+            self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _follow(self, tensor: torch.Tensor, weight_copy: bool) -> None:
+        storage, key = tensor.untyped_storage(), _address(tensor)
+        known = self._followed.get(key)
+        if key not in self._outside and (known is None or known.alive.expired()):
+            size = storage.nbytes()
+            self._followed[key] = _Storage(StorageWeakRef(storage), size, size // tensor.element_size(), self._loss, weight_copy)
+            self._at_most += size
+
+    def _look(self) -> tuple[int, int]:
+        self._followed = {key: s for key, s in self._followed.items() if not s.alive.expired()}
+        grads = {_address(p.grad) for p in self.model.parameters() if p.grad is not None}
+        buffers: dict[int, int] = {}  # elements -> bytes
+        total = 0
+        for key, s in self._followed.items():
+            if key in grads or s.weight_copy:
+                continue
+            if s.of_loss and s.elements in self._loss_sizes and s.elements not in buffers:
+                buffers[s.elements] = s.bytes
+            else:
+                total += s.bytes
+        self._at_most = total + sum(buffers.values())
+        return total, sum(buffers.values())
+
+    def _enter_loss(self, head, args) -> None:
+        if self._forward:
+            self._loss = True
+            self._loss_sizes = args[0].numel(), head.weight.numel()
+            args[0].register_hook(self._leave_loss)
+
+    def _leave_loss(self, grad) -> None:
+        self._loss = False
+
+    def _enter_layer(self, layer, args) -> None:
+        if self._forward and args[0].requires_grad:
+            args[0].register_hook(lambda grad: self.backward_curve.append(self.bytes))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
