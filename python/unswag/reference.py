@@ -1,0 +1,357 @@
+"""docs/format.md and docs/math.md in plain numpy: written for reading, derived from those texts and not from the C++.
+
+Formats work on arrays of shape [rows, cols] of float16, float32 or float64; bfloat16 values are float32 arrays made by
+`from_bfloat16`. Mathematics is done in float64. `python -m unswag.reference --vectors DIR` writes the golden files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+Bytes = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+
+FORMAT_VERSION = "1.0"
+
+# ---- format.md section 1: rows -----------------------------------------------------------------------------------------
+
+
+def row_bytes(cols: int, bits: int) -> int:
+    return 4 * math.ceil(cols * bits / 32)
+
+
+def pack(bit: Bools) -> Bytes:
+    """One bit per element, [rows, cols] → [rows, row_bytes]."""
+    rows, cols = bit.shape
+    padded = np.zeros((rows, 8 * row_bytes(cols, 1)), np.uint8)
+    padded[:, :cols] = bit
+    bytes_of_eight = padded.reshape(rows, -1, 8) << np.arange(8, dtype=np.uint8)
+    return bytes_of_eight.sum(-1).astype(np.uint8)
+
+
+def unpack(packed: Bytes, cols: int) -> Bools:
+    bit = (packed[:, :, None] >> np.arange(8, dtype=np.uint8)) & 1
+    return bit.reshape(len(packed), 8 * packed.shape[1])[:, :cols].astype(bool)
+
+
+# ---- format.md section 2: one-bit masks --------------------------------------------------------------------------------
+
+
+def not_le_zero(x: Array) -> Bools:
+    return ~(x <= 0)
+
+
+def gt_zero(x: Array) -> Bools:
+    return x > 0
+
+
+def inside_zero_six(x: Array) -> Bools:
+    return ~((x <= 0) | (x >= 6))
+
+
+PREDICATES = {"relu": not_le_zero, "leaky_relu": gt_zero, "relu6": inside_zero_six}
+
+
+def mask_value(x: Array, act: str, slope: float = 0.0) -> Array:
+    if act == "relu":
+        return np.where(x < 0, x.dtype.type(0), x)
+    if act == "leaky_relu":
+        with np.errstate(invalid="ignore"):  # 0 inf
+            return np.where(x > 0, x, (x.astype(np.float64) * slope).astype(x.dtype))
+    return np.where(x < 0, x.dtype.type(0), np.where(x > 6, x.dtype.type(6), x))
+
+
+def mask_forward(x: Array, act: str, slope: float = 0.0) -> tuple[Array, Bytes]:
+    return mask_value(x, act, slope), pack(PREDICATES[act](x))
+
+
+def mask_backward(dy: Array, packed: Bytes, act: str, slope: float = 0.0) -> Array:
+    off = (dy.astype(np.float64) * slope).astype(dy.dtype) if act == "leaky_relu" else dy.dtype.type(0)
+    return np.where(unpack(packed, dy.shape[1]), dy, off)
+
+
+# ---- format.md section 3: random draws ---------------------------------------------------------------------------------
+
+_WORD = 0xFFFF_FFFF
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & _WORD, (a >> 32) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def draw(i: int, seed: int, offset: int) -> int:
+    counter = offset + i // 4
+    words = (counter & _WORD, counter >> 32 & _WORD, counter >> 64 & _WORD, counter >> 96 & _WORD)
+    return philox4x32(words, (seed & _WORD, seed >> 32))[i % 4]
+
+
+# ---- format.md section 4: dropout --------------------------------------------------------------------------------------
+
+
+def dropout_keep(rows: int, cols: int, p: float, seed: int, offset: int) -> Bools:
+    threshold = p * 2.0**32
+    return np.array([draw(i, seed, offset) >= threshold for i in range(rows * cols)], bool).reshape(rows, cols)
+
+
+def dropout(x: Array, p: float, seed: int, offset: int) -> Array:
+    keep = dropout_keep(x.shape[0], x.shape[1], p, seed, offset)
+    return np.where(keep, x.astype(np.float64) / (1 - p), 0.0).astype(x.dtype)
+
+
+# ---- bfloat16: the upper half of a float32 -----------------------------------------------------------------------------
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to nearest, ties to even; a NaN stays a NaN."""
+    u = x.view(np.uint32)
+    rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), u >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+# ---- math.md: activations, in float64 ----------------------------------------------------------------------------------
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+_TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _sigmoid(x: Array) -> Array:
+    e = np.exp(-np.abs(x))  # never overflows
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def _normal(x: Array) -> Array:
+    """Phi(x), the normal distribution."""
+    return _erfc(-x / math.sqrt(2)) / 2
+
+
+def activation(x: Array, act: str) -> Array:
+    x = x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        if act == "silu":
+            return x * _sigmoid(x)
+        if act == "gelu":
+            return x * _normal(x)
+        if act == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2 u)
+            return x * _sigmoid(2 * _TANH_SCALE * (x + _TANH_CUBE * x**3))
+        return np.where(x < 0, 0.0, x)
+
+
+def activation_derivative(x: Array, act: str) -> Array:
+    x = x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        if act == "silu":
+            s = _sigmoid(x)
+            return s + x * s * _sigmoid(-x)
+        if act == "gelu":
+            return _normal(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        if act == "gelu_tanh":
+            u = 2 * _TANH_SCALE * (x + _TANH_CUBE * x**3)
+            s = _sigmoid(u)
+            return s + x * s * _sigmoid(-u) * 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBE * x**2)
+        return not_le_zero(x).astype(np.float64)
+
+
+# ---- math.md: gated units, RMSNorm, cross-entropy, in float64 ----------------------------------------------------------
+
+
+def gated_forward(gate: Array, up: Array, act: str) -> Array:
+    return activation(gate, act) * up
+
+
+def gated_backward(gate: Array, up: Array, dh: Array, act: str) -> tuple[Array, Array]:
+    return dh * up * activation_derivative(gate, act), dh * activation(gate, act)
+
+
+def rms_norm_forward(x: Array, weight: Array | None, eps: float, weight_offset: float = 0.0) -> tuple[Array, Array]:
+    x = x.astype(np.float64)
+    rstd = 1 / np.sqrt((x * x).mean(-1) + eps)
+    factor = 1.0 if weight is None else weight_offset + weight.astype(np.float64)
+    return x * rstd[:, None] * factor, rstd
+
+
+def rms_norm_backward(
+    x: Array, rstd: Array, weight: Array | None, dy: Array, weight_offset: float = 0.0
+) -> tuple[Array, Array]:
+    xhat = x.astype(np.float64) * rstd[:, None]
+    g = dy * (1.0 if weight is None else weight_offset + weight.astype(np.float64))
+    dx = rstd[:, None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
+    return dx, (dy * xhat).sum(0)
+
+
+def cross_entropy(
+    logits: Array,
+    labels: NDArray[np.int64],
+    class_weight: Array | None = None,
+    row_scale: Array | None = None,
+    gradient_scale: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+) -> tuple[Array, Array, Array]:
+    """loss [rows], lse [rows], gradient [rows, classes] with respect to the logits."""
+    rows, classes = logits.shape
+    z = logit_scale * logits.astype(np.float64)
+    dz = np.full_like(z, logit_scale)
+    if softcap:
+        z = softcap * np.tanh(z / softcap)
+        dz *= 1 - (z / softcap) ** 2
+    top = z.max(-1)
+    lse = top + np.log(np.exp(z - top[:, None]).sum(-1))
+    w = np.ones(classes) if class_weight is None else class_weight.astype(np.float64)
+    loss, gradient = np.zeros(rows), np.zeros_like(z)
+    for row, label in enumerate(labels):
+        if label == ignore_index:
+            continue
+        # The target: (1 - smoothing) on the label, smoothing / classes on each class, all times the class weights.
+        target = label_smoothing / classes * w
+        target[label] += (1 - label_smoothing) * w[label]
+        loss[row] = (target * (lse[row] - z[row])).sum()
+        softmax = np.exp(z[row] - lse[row])
+        scale = gradient_scale * (1.0 if row_scale is None else float(row_scale[row]))
+        gradient[row] = (target.sum() * softmax - target) * dz[row] * scale
+    return loss, lse, gradient
+
+
+# ---- golden files ------------------------------------------------------------------------------------------------------
+# Lines of words: "case NAME key=value …" opens a case; "NAME dtype rows cols WORD…" is a tensor whose words are the hexadecimal
+# bits of its elements, row after row.  Everything in a file is exact: bytes, or float64 truth for an error bound.
+
+
+def _special(rng: np.random.Generator, rows: int, cols: int) -> NDArray[np.float32]:
+    """Values of every kind; each row starts elsewhere among the special ones."""
+    below_six = np.nextafter(np.float32(6), np.float32(0))
+    special = [0.0, -0.0, math.nan, math.inf, -math.inf, 6.0, below_six, 1e-45, -1e-45, 1e-39, 6e-8, -1.0, 65504.0]
+    x = (rng.standard_normal((rows, cols)) * 4).astype(np.float32)
+    for i in range(rows * cols):
+        if i % 3 == 0:
+            x.flat[i] = special[i // 3 % len(special)]
+    return x
+
+
+def _line(name: str, dtype: str, x: NDArray[np.generic]) -> str:
+    """`dtype` names the format of the elements; x holds them, or their bits."""
+    width = {"float64": 16, "float32": 8, "float16": 4, "bfloat16": 4, "uint32": 8, "uint8": 2, "int64": 16}[dtype]
+    x = np.ascontiguousarray(np.atleast_2d(x))
+    bits = x.view({16: np.uint64, 8: np.uint32, 4: np.uint16, 2: np.uint8}[width])
+    return " ".join([name, dtype, *map(str, x.shape), *(f"{int(v):0{width}x}" for v in bits.flat)])
+
+
+def _as(x: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.generic], Array]:
+    """x rounded to `dtype`: what is stored, and its value."""
+    if dtype == "bfloat16":
+        bits = to_bfloat16(x)
+        return bits, from_bfloat16(bits)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = x.astype(dtype)
+    return rounded, rounded
+
+
+def _mask_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for act in PREDICATES:
+        slope = 0.25 if act == "leaky_relu" else 0.0  # a power of two: slope x is exact
+        for dtype in ("float32", "float16", "bfloat16", "float64"):
+            for rows, cols in ((1, 1), (3, 7), (2, 8), (2, 31), (2, 32), (3, 33), (2, 100)):
+                stored, value = _as(_special(rng, rows, cols), dtype)
+                yield f"case mask act={act} slope={slope}"
+                yield _line("x", dtype, stored)
+                yield _line("packed", "uint8", pack(PREDICATES[act](value)))
+
+
+def _philox_vectors() -> Iterator[str]:
+    for seed, offset, n in ((0, 0, 9), (0x0123456789ABCDEF, 5, 16), (2**64 - 1, 2**64 - 2, 13), (1, 2**32 - 1, 8)):
+        yield f"case philox seed={seed} offset={offset}"
+        yield _line("draws", "uint32", np.array([draw(i, seed, offset) for i in range(n)], np.uint32))
+
+
+def _dropout_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for p, seed, offset in ((0.5, 0, 0), (0.5, 7, 2**63), (0.0, 3, 1), (0.75, 2**64 - 1, 11)):  # 1 / (1 - p) is exact
+        for dtype in ("float32", "float16", "bfloat16", "float64"):
+            stored, value = _as(rng.standard_normal((3, 37)).astype(np.float32), dtype)
+            yield f"case dropout p={p} seed={seed} offset={offset}"
+            yield _line("x", dtype, stored)
+            dropped = dropout(value, p, seed, offset)
+            yield _line("y", dtype, to_bfloat16(dropped.astype(np.float32)) if dtype == "bfloat16" else dropped)
+
+
+def _gated_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for act in ("silu", "gelu", "gelu_tanh", "relu"):
+        for dtype in ("float32", "bfloat16"):
+            tensors = [_as((rng.standard_normal((3, 37)) * 3).astype(np.float32), dtype) for _ in range(3)]
+            (gate, up, dh), (g, u, d) = zip(*tensors, strict=True)
+            dgate, dup = gated_backward(g, u, d, act)
+            yield f"case gated act={act}"
+            yield _line("gate", dtype, gate)
+            yield _line("up", dtype, up)
+            yield _line("dh", dtype, dh)
+            yield _line("h", "float64", gated_forward(g, u, act))
+            yield _line("dgate", "float64", dgate)
+            yield _line("dup", "float64", dup)
+
+
+def _rms_norm_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for weight_offset in (0.0, 1.0):
+        x, w, dy = ((rng.standard_normal(shape) * 2).astype(np.float32) for shape in ((5, 67), 67, (5, 67)))
+        y, rstd = rms_norm_forward(x, w, 1e-6, weight_offset)
+        dx, dw = rms_norm_backward(x, rstd, w, dy, weight_offset)
+        yield f"case rms_norm eps=1e-6 weight_offset={weight_offset}"
+        for name, value in (("x", x), ("weight", w), ("dy", dy)):
+            yield _line(name, "float32", value)
+        for name, truth in (("y", y), ("rstd", rstd), ("dx", dx), ("dw", dw)):
+            yield _line(name, "float64", truth)
+
+
+def _cross_entropy_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for smoothing, softcap, scale in ((0.0, 0.0, 1.0), (0.1, 0.0, 1.0), (0.1, 30.0, 0.5)):
+        logits = (rng.standard_normal((6, 83)) * 8).astype(np.float32)
+        labels = np.array([0, 82, -100, 5, 41, 7], np.int64)
+        loss, lse, gradient = cross_entropy(logits, labels, label_smoothing=smoothing, softcap=softcap, logit_scale=scale)
+        yield f"case cross_entropy ignore_index=-100 label_smoothing={smoothing} softcap={softcap} logit_scale={scale}"
+        yield _line("logits", "float32", logits)
+        yield _line("labels", "int64", labels)
+        for name, truth in (("loss", loss), ("lse", lse), ("gradient", gradient)):
+            yield _line(name, "float64", truth)
+
+
+def vectors() -> dict[str, str]:
+    """File name → text of every golden file."""
+    rng = np.random.default_rng(20240229)
+    files = {
+        "mask": _mask_vectors(rng),
+        "philox": _philox_vectors(),
+        "dropout": _dropout_vectors(rng),
+        "gated": _gated_vectors(rng),
+        "rms_norm": _rms_norm_vectors(rng),
+        "cross_entropy": _cross_entropy_vectors(rng),
+    }
+    return {f"{name}.txt": "\n".join([f"format {FORMAT_VERSION}", *lines, ""]) for name, lines in files.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m unswag.reference", description="Writes the golden files.")
+    parser.add_argument("--vectors", type=Path, required=True, metavar="DIR")
+    directory: Path = parser.parse_args().vectors
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in vectors().items():
+        (directory / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
