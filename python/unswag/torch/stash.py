@@ -25,11 +25,12 @@ Writes that PyTorch itself cannot see (through `.data`, a raw pointer, numpy) ar
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def remember(output: torch.Tensor, remake: Callable[..., torch.Tensor], *inputs:
         return
     stash = Stash.current()
     if stash is not None and torch.is_grad_enabled() and output.requires_grad:
-        stash._register(output, remake, inputs, constants)
+        stash.register(output, remake, inputs, constants)
 
 
 class _Layout(NamedTuple):
@@ -94,27 +95,30 @@ class _Kept:
 
 
 class _About(NamedTuple):
-    """What an error message says of a tensor. `model` is only asked when there is something to say."""
+    """What an error message says of a tensor. The model is only asked when there is something to say."""
 
-    role: str
-    module: str | None
+    role: str | None
     model: weakref.ref[nn.Module] | None
 
     def describe(self, t: torch.Tensor) -> str:
+        if self.role == "parameter":
+            name = self._name(t)
+            return "a parameter" if name is None else f"the parameter {name!r}"
+        return "saved for backward" if self.role is None else f"saved for backward as {self.role}"
+
+    def _name(self, t: torch.Tensor) -> str | None:
         model = self.model() if self.model is not None else None
-        if self.role == "parameter" and model is not None:
-            key = _storage_key(t)
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                if key is not None and _storage_key(parameter) == key:
-                    return f"the parameter {name!r}"
-        what = "a parameter" if self.role == "parameter" else f"a tensor saved for backward, role {self.role!r}"
-        return what if self.module is None else f"{what}, in module {self.module!r}"
+        named = () if model is None else model.named_parameters(remove_duplicate=False)
+        return next((name for name, parameter in named if _storage_key(parameter) == _storage_key(t)), None)
 
 
 class _Hold:
     """Shared by all handles that keep one storage; dead when the last of them is."""
 
     __slots__ = ("__weakref__",)
+
+
+_Holds = dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]]  # by storage
 
 
 class _Cell:
@@ -189,7 +193,7 @@ class _Recent:
 class _Again:
     """A handle on a cell: the tensor it makes, or a view of it `offset` elements behind its start."""
 
-    __slots__ = ("cell", "offset", "size", "stride")
+    __slots__ = ("__weakref__", "cell", "offset", "size", "stride")
 
     def __init__(self, cell: _Cell, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
         self.cell, self.size, self.stride, self.offset = cell, size, stride, offset
@@ -228,7 +232,7 @@ class _Output:
         """A handle for `t`, which shares the output's storage; None if it is not all inside the output, unmodified."""
         if t._version != self.version or not self.unchanged():
             return None
-        return _view(self.cell, t, t.storage_offset() - self.offset)
+        return _view(self.cell, t, int(t.storage_offset() - self.offset))
 
     def cast(self, copy: torch.Tensor) -> _Cell:
         """The cell of `copy`, a dtype cast of the output; one for all copies of that dtype."""
@@ -254,6 +258,15 @@ def _view(cell: _Cell, t: torch.Tensor, offset: int) -> _Again | None:
     return _Again(cell, t.size(), t.stride(), offset)
 
 
+class Recorder(Protocol):
+    """Somebody who writes down what passes the doors of this thread (see `unswag.torch.audit`)."""
+
+    holds: _Holds  # shared by all doors while it records, so that a storage is counted once
+
+    def note(self, t: torch.Tensor, owner: object, tier: str) -> None:
+        """`t` was saved and costs what `tier` says: "device", "shared", "recipe" or "parameter"; until `owner` dies."""
+
+
 class _Frame(NamedTuple):
     stash: Stash
     pack: Callable[[torch.Tensor], Any]
@@ -263,6 +276,9 @@ class _Frame(NamedTuple):
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.frames: list[_Frame | None] = []  # None: stepped aside
+        self.recorder: Recorder | None = None
+        self.role: str | None = None
+        self.loss_depth = 0
 
 
 _thread = _Thread()
@@ -272,20 +288,18 @@ class Stash:
     """The door, for the time of one forward. A context manager; enter it around the model's forward.
 
     policy  a `Policy` or its name
-    ledger  a `Ledger` to be filled with a row per saved tensor; None writes nothing
     model   only for names in error messages; held weakly
 
     Steps aside (everything is then as without it) when gradients are off, when other saved-tensor hooks are already in
-    place (a checkpoint, save_on_cpu or an offloader around the model: theirs would be switched off by ours), inside
-    another stash (that one stays in use), under functorch and under torch.compile.
+    place (a checkpoint, save_on_cpu or an offloader around the model: ours would switch theirs off), inside another stash
+    (that one stays in use), under torch.func and under torch.compile.
     """
 
-    def __init__(self, policy: str | Policy = "exact", ledger: Any = None, model: nn.Module | None = None) -> None:
+    def __init__(self, policy: str | Policy = "exact", model: nn.Module | None = None) -> None:
         self.policy = Policy.named(policy)
-        self.ledger = ledger
-        self.model = weakref.ref(model) if model is not None else None
+        self._model = weakref.ref(model) if model is not None else None
         self._outputs: dict[int, _Output] = {}  # by storage
-        self._holds: dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]] = {}  # by storage
+        self._holds: _Holds = {}
         self._recent = _Recent()
 
     @staticmethod
@@ -306,43 +320,60 @@ class Stash:
 
     def __exit__(self, *exception: object) -> None:
         if not torch.compiler.is_compiling():
-            frame = _thread.frames.pop()
-            if frame is not None and frame.owner:
-                frame.stash._close()
+            leave()
 
     def _frame(self) -> _Frame | None:
         if not torch.is_grad_enabled() or not _can_enter():
             return None
-        if _top_hooks() is not None:
-            within = Stash.current()
-            return None if within is None else _thread.frames[-1]._replace(owner=False)  # type: ignore[union-attr]
-        return self._open(self._door, _unpack)
+        if _top_hooks() is None:
+            return self._open(self.door, unpack)
+        within = Stash.current()
+        if within is None:
+            _warn_once("other saved-tensor hooks are in place around it (a checkpoint or an offloader); they stay in use")
+            return None
+        return self._open(self.door, unpack) if within.passive else _thread.frames[-1]._replace(owner=False)  # type: ignore[union-attr]
+
+    def enter_behind(self, pack: Callable[[torch.Tensor], Any]) -> None:
+        """Enters with `pack` as the hook, on top of whatever hooks are in place; `pack` calls `door`. See `leave`."""
+        _thread.frames.append(self._open(pack, unpack))
 
     def _open(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> _Frame:
+        if _thread.recorder is not None:
+            self._holds = _thread.recorder.holds
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
         return _Frame(self, pack, owner=True)
 
     def _close(self) -> None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
         self._outputs.clear()
-        self._holds.clear()
+        self._holds = {}
 
-    # The door
+    passive = False  # True: a stash entered inside this one takes over
 
-    def _door(self, t: torch.Tensor) -> _Kept | _Again:
+    def door(self, t: torch.Tensor) -> _Kept | _Again:
+        """The handle that stands for `t` until the backward pass; `unpack` gives the tensor back."""
         if _is_parameter(t) or _is_cast_of_parameter(t):
-            return _Kept(t, _About("parameter", None, self.model))
+            return self._keep(t, _Hold(), "parameter")
         key = _storage_key(t)
         if key is None:
-            return _Kept(t, _About("other", None, self.model))
+            return self._keep(t, _Hold(), "device")
         hold = self._held(key)
-        if hold is None:
-            made_again = self._from_recipe(t, key)
-            if made_again is not None:
-                return made_again
-            hold = _Hold()
-            self._holds[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(hold))
-        return _Kept(t, _About("other", None, self.model), hold)
+        if hold is not None:
+            return self._keep(t, hold, "shared")
+        made_again = self._from_recipe(t, key)
+        if made_again is not None:
+            if _thread.recorder is not None:
+                _thread.recorder.note(t, made_again, "recipe")
+            return made_again
+        hold = _Hold()
+        self._holds[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(hold))
+        return self._keep(t, hold, "device")
+
+    def _keep(self, t: torch.Tensor, hold: _Hold, tier: str) -> _Kept:
+        if _thread.recorder is not None:
+            _thread.recorder.note(t, hold, tier)
+        role = "parameter" if tier == "parameter" else _thread.role
+        return _Kept(t, _About(role, self._model), hold)
 
     def _held(self, key: int) -> _Hold | None:
         storage, hold = self._holds.get(key, (None, None))
@@ -361,27 +392,94 @@ class Stash:
         output = None if mark is None else mark()
         if output is None or not output.unchanged() or copy._version or t._version or not _same_place(copy, output.cell.layout):
             return None
-        return _view(output.cast(copy), t, t.storage_offset() - copy.storage_offset())
+        return _view(output.cast(copy), t, int(t.storage_offset() - copy.storage_offset()))
 
-    def _register(
+    def register(
         self, output: torch.Tensor, remake: Callable[..., torch.Tensor], inputs: tuple[Any, ...], constants: dict[str, Any]
-    ) -> None:
+    ) -> None:  # fmt: skip
+        """What `remember` does, for the stash whose door is in use."""
         self._prune()
         key = _storage_key(output)
         if key is None or not _is_dense(output) or self._held(key) is not None:
             return
-        handles = tuple(None if x is None else self._door(x) for x in inputs)
-        cell = _Cell(remake, handles, constants, _Layout.of(output), self._recent)
-        self._outputs[key] = entry = _Output(output, cell)
+        handles = tuple(None if x is None else self.door(x) for x in inputs)
+        entry = _Output(output, _Cell(remake, handles, constants, _Layout.of(output), self._recent))
+        self._outputs[key] = entry
         if output.grad_fn is not None:
-            output.grad_fn.metadata[_MARK] = weakref.ref(entry)
+            output.grad_fn.metadata[_MARK] = weakref.ref(entry)  # type: ignore[index]
 
     def _prune(self) -> None:
         for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
             del self._outputs[key]
 
 
-def _unpack(handle: _Kept | _Again) -> torch.Tensor:
+def leave() -> None:
+    """Leaves the stash entered last on this thread."""
+    frame = _thread.frames.pop()
+    if frame is not None and frame.owner:
+        frame.stash._close()
+
+
+def step_aside() -> None:
+    """Stands for a stash that is not entered, until `leave`."""
+    _thread.frames.append(None)
+
+
+@contextlib.contextmanager
+def role(name: str) -> Iterator[None]:
+    """What is saved inside plays this role (one of `policy.ROLES`), whatever module runs."""
+    before, _thread.role = _thread.role, name
+    try:
+        yield
+    finally:
+        _thread.role = before
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """`recorder` is told of everything that passes a door on this thread inside."""
+    before, _thread.recorder = _thread.recorder, recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = before
+
+
+# The loss's own gradient buffers (dhidden, dW) live from forward to backward but are not activations: counted apart.
+
+_loss_buffers: dict[int, StorageWeakRef] = {}
+
+
+def mark_loss_buffer(t: torch.Tensor) -> None:
+    """Says that the storage of `t` is a gradient buffer of the loss. Held weakly."""
+    for key in [key for key, storage in _loss_buffers.items() if storage.expired()]:
+        del _loss_buffers[key]
+    storage = t.untyped_storage()
+    _loss_buffers[storage._cdata] = StorageWeakRef(storage)
+
+
+def is_loss_buffer(key: int | None) -> bool:
+    """Whether the storage with this `_cdata`, which the caller knows to be alive, was marked."""
+    storage = _loss_buffers.get(key) if key is not None else None
+    return storage is not None and not storage.expired()
+
+
+@contextlib.contextmanager
+def inside_loss() -> Iterator[None]:
+    """The work of the loss, forward or backward: what lives only inside does not count as a peak of the model."""
+    _thread.loss_depth += 1
+    try:
+        yield
+    finally:
+        _thread.loss_depth -= 1
+
+
+def is_inside_loss() -> bool:
+    return _thread.loss_depth > 0
+
+
+def unpack(handle: _Kept | _Again) -> torch.Tensor:
+    """The tensor that the handle stands for."""
     return handle.open()
 
 
