@@ -435,6 +435,11 @@ def role(name: str) -> Iterator[None]:
         _thread.role = before
 
 
+def current_role() -> str | None:
+    """The role set by `role`, if any."""
+    return _thread.role
+
+
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """`recorder` is told of everything that passes a door on this thread inside."""
