@@ -223,7 +223,7 @@ class _Output:
         self.counter.data = output.new_empty(0)  # keeps the version counter, lets go of the storage
         self.offset = output.storage_offset()
         self.cell = cell
-        self.casts: dict[tuple[torch.dtype, tuple[int, ...]], _Cell] = {}
+        self.casts: dict[torch.dtype, _Cell] = {}
 
     def unchanged(self) -> bool:
         return self.counter._version == self.version
@@ -236,11 +236,12 @@ class _Output:
 
     def cast(self, copy: torch.Tensor) -> _Cell:
         """The cell of `copy`, a dtype cast of the output; one for all copies of that dtype."""
-        key = (copy.dtype, copy.stride())
+        key = copy.dtype
         if key not in self.casts:
             source = self.cell.layout
             whole = _Again(self.cell, source.size, source.stride, 0)
-            self.casts[key] = _Cell(_cast, (whole,), {"dtype": copy.dtype}, _Layout.of(copy), self.cell.recent)
+            cast = source._replace(dtype=copy.dtype)
+            self.casts[key] = _Cell(_cast, (whole,), {"dtype": copy.dtype}, cast, self.cell.recent)
         return self.casts[key]
 
 
@@ -390,7 +391,7 @@ class Stash:
             return None
         mark = source.metadata.get(_MARK)
         output = None if mark is None else mark()
-        if output is None or not output.unchanged() or copy._version or t._version or not _same_place(copy, output.cell.layout):
+        if output is None or not output.unchanged() or copy._version or t._version or not _is_cast(copy, output.cell.layout):
             return None
         return _view(output.cast(copy), t, int(t.storage_offset() - copy.storage_offset()))
 
@@ -505,8 +506,20 @@ def _is_dense(t: torch.Tensor) -> bool:
     return True
 
 
-def _same_place(copy: torch.Tensor, layout: _Layout) -> bool:
-    return copy.device == layout.device and copy.size() == layout.size and copy.stride() == layout.stride
+def _is_cast(copy: torch.Tensor, layout: _Layout) -> bool:
+    """Whether `copy`, cast from the tensor of that layout or a view of it, has its elements in the same order."""
+    return copy.device == layout.device and copy.numel() == layout.size.numel() and (
+        (copy.size(), copy.stride()) == (layout.size, layout.stride) or (copy.is_contiguous() and _contiguous(layout))
+    )  # fmt: skip
+
+
+def _contiguous(layout: _Layout) -> bool:
+    step = 1
+    for n, stride in zip(reversed(layout.size), reversed(layout.stride), strict=True):
+        if n != 1 and stride != step:
+            return False
+        step *= n
+    return True
 
 
 def _is_parameter(t: torch.Tensor) -> bool:
@@ -519,10 +532,19 @@ def _is_cast_of_parameter(t: torch.Tensor) -> bool:
     return source is not None and isinstance(getattr(source, "variable", None), nn.Parameter)
 
 
+# Views that keep the order of the elements; if they keep their number too, they keep all.
+_ORDERLY = ("ViewBackward0", "UnsafeViewBackward0", "SliceBackward0", "AliasBackward0")
+
+
 def _cast_from(t: torch.Tensor) -> Any:
-    """The autograd node of what `t` is a dtype cast of, or None."""
-    node = t.grad_fn
-    return node.next_functions[0][0] if node is not None and node.name() == "ToCopyBackward0" else None
+    """The autograd node of what `t` is a dtype cast of (behind views of it that keep the order), or None."""
+    node: Any = t.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    node = node.next_functions[0][0]
+    while node is not None and node.name() in _ORDERLY:
+        node = node.next_functions[0][0]
+    return node
 
 
 # Saved-tensor hooks of others. The private functions are looked up once; without them the stash steps aside.
