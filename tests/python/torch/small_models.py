@@ -8,6 +8,7 @@ import types
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from unswag.torch.stash import Stash, remember
 
 made: list[str] = []  # the recipes that ran, in order
