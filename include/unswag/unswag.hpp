@@ -23,9 +23,9 @@ enum class Mask : std::uint8_t { relu, leaky_relu, relu6 };
 struct MaskForward {
   Mask act = Mask::relu;
   double slope = 0;  // leaky_relu only
-  ConstRows x;
-  Rows y;         // same shape and dtype; data == nullptr: only the mask
-  Packed packed;  // packed_row_bytes(cols, 1) bytes per row; bits past cols are zero
+  ConstRows x{};
+  Rows y{};         // same shape and dtype; data == nullptr: only the mask
+  Packed packed{};  // packed_row_bytes(cols, 1) bytes per row; bits past cols are zero
 };
 Status mask_forward(const MaskForward& args, Stream stream = {});
 
@@ -33,9 +33,9 @@ Status mask_forward(const MaskForward& args, Stream stream = {});
 struct MaskBackward {
   Mask act = Mask::relu;
   double slope = 0;
-  ConstRows dy;
-  ConstPacked packed;
-  Rows dx;
+  ConstRows dy{};
+  ConstPacked packed{};
+  Rows dx{};
 };
 Status mask_backward(const MaskBackward& args, Stream stream = {});
 
@@ -44,16 +44,16 @@ enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 
 struct ActivationForward {  // y = act(x)
   Activation act = Activation::silu;
-  ConstRows x;
-  Rows y;
+  ConstRows x{};
+  Rows y{};
 };
 Status activation_forward(const ActivationForward& args, Stream stream = {});
 
 struct ActivationBackward {  // dx = dy act'(x)
   Activation act = Activation::silu;
-  ConstRows x;
-  ConstRows dy;
-  Rows dx;
+  ConstRows x{};
+  ConstRows dy{};
+  Rows dx{};
 };
 Status activation_backward(const ActivationBackward& args, Stream stream = {});
 
@@ -61,21 +61,21 @@ Status activation_backward(const ActivationBackward& args, Stream stream = {});
 // swiglu: silu; geglu: gelu; geglu_tanh: gelu_tanh; reglu: relu (all from Activation)
 struct GatedForward {
   Activation act = Activation::silu;
-  ConstRows gate;
-  ConstRows up;
-  Rows h;
+  ConstRows gate{};
+  ConstRows up{};
+  Rows h{};
 };
 Status gated_forward(const GatedForward& args, Stream stream = {});
 
 //   dgate = dh * up * act'(gate),  dup = dh * act(gate),  h = act(gate) * up when h.data is given
 struct GatedBackward {
   Activation act = Activation::silu;
-  ConstRows gate;
-  ConstRows up;
-  ConstRows dh;
-  Rows dgate;
-  Rows dup;
-  Rows h;  // optional
+  ConstRows gate{};
+  ConstRows up{};
+  ConstRows dh{};
+  Rows dgate{};
+  Rows dup{};
+  Rows h{};  // optional
 };
 Status gated_backward(const GatedBackward& args, Stream stream = {});
 
@@ -83,28 +83,28 @@ Status gated_backward(const GatedBackward& args, Stream stream = {});
 //   y = x rstd w',   rstd = 1 / sqrt(mean(x^2) + eps),   w' = weight_offset + weight  (no weight: w' = 1)
 // cast_before_weight: x rstd is first rounded to x's dtype (Llama); otherwise everything is float until y (Gemma).
 struct RmsNormForward {
-  ConstRows x;
-  ConstVector weight;  // optional; any dtype
+  ConstRows x{};
+  ConstVector weight{};  // optional; any dtype
   double eps = 1e-6;
   double weight_offset = 0;
   bool cast_before_weight = true;
   bool rstd_given = false;  // true: rstd is read, not written: y again from x
-  Rows y;                   // any floating dtype
-  Vector rstd;              // rows values, f32 (f64 when x is f64)
+  Rows y{};                 // any floating dtype
+  Vector rstd{};            // rows values, f32 (f64 when x is f64)
 };
 Status rms_norm_forward(const RmsNormForward& args, Stream stream = {});
 
 //   dx = rstd (w' dy - xhat mean(w' dy xhat)),  dw = sum over rows of dy xhat,  xhat = x rstd
 // The sum over rows is one fixed tree: its bits depend on rows and cols only.
 struct RmsNormBackward {
-  ConstRows x;
-  ConstVector weight;
-  ConstVector rstd;
-  ConstRows dy;
+  ConstRows x{};
+  ConstVector weight{};
+  ConstVector rstd{};
+  ConstRows dy{};
   double weight_offset = 0;
   bool cast_before_weight = true;
-  Rows dx;    // optional
-  Vector dw;  // optional; cols values, f32 (f64 when x is f64)
+  Rows dx{};    // optional
+  Vector dw{};  // optional; cols values, f32 (f64 when x is f64)
 };
 Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 
@@ -115,18 +115,18 @@ Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 // With write_gradient, logits is overwritten with row_scale[row] * gradient_scale * d loss / d logits (ignored rows: 0).
 // A label outside [0, classes) that is not ignore_index is an error and nothing is written.
 struct CrossEntropy {
-  Rows logits;
+  Rows logits{};
   const std::int64_t* labels = nullptr;  // rows values
-  ConstVector class_weight;              // optional; classes values, f32 (f64 when logits is f64)
-  ConstVector row_scale;                 // optional; rows values, f32 (f64 when logits is f64)
+  ConstVector class_weight{};            // optional; classes values, f32 (f64 when logits is f64)
+  ConstVector row_scale{};               // optional; rows values, f32 (f64 when logits is f64)
   double gradient_scale = 1;
   std::int64_t ignore_index = -100;
   double label_smoothing = 0;
   double softcap = 0;
   double logit_scale = 1;
   bool write_gradient = true;
-  Vector loss;  // rows values, f32 (f64 when logits is f64)
-  Vector lse;   // likewise; optional
+  Vector loss{};  // rows values, f32 (f64 when logits is f64)
+  Vector lse{};   // likewise; optional
 };
 Status cross_entropy(const CrossEntropy& args, Stream stream = {});
 
@@ -136,8 +136,8 @@ Status philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::
 
 //   y = keep ? x / (1 - p) : 0,  keep = draw(row * cols + col) >= p 2^32; the same call on dy is the backward: no mask is kept
 struct Dropout {
-  ConstRows x;
-  Rows y;
+  ConstRows x{};
+  Rows y{};
   double p = 0;
   std::uint64_t seed = 0;
   std::uint64_t offset = 0;
