@@ -1,0 +1,148 @@
+"""RMSNorm: y = x rstd (offset + weight), whatever it is called."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unswag.torch.functional import rms_norm
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward
+from unswag.torch.patterns.probing import distance, takes_one_argument, twin, ulps, value_and_gradients
+
+ELEMENTS = 1 << 16  # of each probe: enough to see a rate of 1e-4
+SCALES = (1.0, 1e-3)  # of x; at 1e-3 the place and the value of eps show
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# How often a 16-bit y may be the neighbour of the module's own. Another order of summation moves rstd by 1e-7, which
+# crosses a rounding boundary in 1e-7 / 2^-8 (bf16) or 1e-7 / 2^-11 (fp16) of the elements; another order of casts, in 26 %.
+NEIGHBOURS = {torch.bfloat16: 1e-4, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the RMSNorms in use. `weight` and `eps` are names of attributes, read at each call."""
+
+    weight: str | None
+    eps: str
+    weight_offset: float
+    cast_before_weight: bool  # Llama rounds x rstd to x's dtype before the product, Gemma after it
+    promotes: bool  # y has the dtype of x * weight, or else that of x
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        weight = getattr(module, self.weight) if self.weight else None
+        eps = getattr(module, self.eps)
+        return rms_norm(
+            x,
+            weight,
+            torch.finfo(x.dtype).eps if eps is None else eps,
+            weight_offset=self.weight_offset,
+            cast_before_weight=self.cast_before_weight,
+            out_dtype=torch.promote_types(x.dtype, weight.dtype) if self.promotes and weight is not None else x.dtype,
+        )
+
+
+class Norm:
+    name = "norm"
+    saves = "x, which the residual stream keeps anyway, and 4 bytes per row; stock keeps a float32 copy of x, and x rstd"
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        for name, module in model.named_modules():
+            parameters = list(module.named_parameters(recurse=False))
+            weight = parameters[0][0] if parameters else None
+            eps = [k for k, v in vars(module).items() if (isinstance(v, float) and 0 < v <= 1e-2) or (v is None and "eps" in k)]
+            if (
+                eps
+                and not module._modules
+                and not module._buffers
+                and len(parameters) <= 1
+                and all(p.ndim == 1 and p.is_floating_point() for _, p in parameters)
+                and takes_one_argument(module)
+            ):
+                yield Candidate(name, module, {"weight": weight, "eps": eps, "like": parameters[0][1] if weight else like})
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module, weight = candidate.module, candidate.parts["weight"]
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        if reason := no_kernel("rms_norm_forward", candidate.parts["like"]):
+            return reason
+        try:
+            cases = list(_cases(module, weight, candidate.parts["like"]))
+        except Exception as error:  # it is not what it looked like
+            return f"not an RMSNorm: its forward raises {type(error).__name__}: {error}"
+        nearest = (-1, "")
+        for eps, offset, cast, promotes in itertools.product(
+            candidate.parts["eps"], (0.0, 1.0) if weight else (0.0,), (True, False), (True, False) if weight else (False,)
+        ):
+            variant = Variant(weight, eps, offset, cast, promotes)
+            failed = next(((i, why) for i, case in enumerate(cases) if (why := case.differs(variant))), None)
+            if failed is None:
+                candidate.parts["variant"] = variant
+                return None
+            nearest = max(nearest, failed, key=lambda f: f[0])
+        return f"not one of the known RMSNorms: {nearest[1]}"
+
+    def apply(self, candidate: Candidate) -> None:
+        variant: Variant = candidate.parts["variant"]
+
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            (x,) = (*args, *kwargs.values())
+            return variant(self, x)
+
+        replace_forward(candidate.module, forward)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input for a twin of the module with a random weight, and what the module's own forward makes of it."""
+
+    twin: nn.Module
+    x: Tensor
+    autocast: bool
+    theirs: list[Tensor]  # y, dx, and dw if there is a weight
+
+    def differs(self, variant: Variant) -> str | None:
+        """How `variant` differs from the module, or None."""
+        y, *gradients = _run(self.twin, self.x, self.autocast, lambda module, x: variant(module, x))
+        words = f"with {self.x.dtype} x of scale {self.x.std():.0e}" + (" under autocast" if self.autocast else "")
+        if y.dtype != self.theirs[0].dtype:
+            return f"y is {self.theirs[0].dtype} {words}, not {y.dtype}"
+        if y.dtype in NEIGHBOURS:
+            apart = ulps(y, self.theirs[0])
+            # x rstd one ulp off may be two ulp of the product
+            if (rate := (apart > 0).double().mean().item()) > NEIGHBOURS[y.dtype] or apart.max() > 2:
+                return f"{words}, {rate:.1%} of y differ, by up to {apart.max()} ulp"
+        elif (error := distance(y, self.theirs[0])) > 1e-6:
+            return f"y differs by {error:.1e} {words}"
+        for what, ours, theirs in zip(("dx", "dw"), gradients, self.theirs[1:], strict=False):
+            tolerance = 1e-6 if y.dtype not in NEIGHBOURS and ours.dtype not in NEIGHBOURS else 4 * torch.finfo(y.dtype).eps
+            if (error := distance(ours, theirs)) > tolerance:
+                return f"{what} differs by {error:.1e} {words}"
+        return None
+
+
+def _cases(module: nn.Module, weight: str | None, like: Tensor) -> Iterator[Case]:
+    cols = like.numel() if weight else 256
+    rows = max(2, ELEMENTS // cols)
+    own = like.dtype
+    generator = torch.Generator(like.device).manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=like.device, generator=generator)
+
+    kinds = [(torch.float32, torch.float32, False), *((x, own, False) for x in (own, *FLOATS)), (own, own, True)]
+    for x_dtype, w_dtype, autocast in dict.fromkeys(kinds):
+        for scale in SCALES:
+            drawn = {weight: nn.Parameter(draw(cols).to(w_dtype))} if weight else {}
+            copy, x = twin(module, **drawn), (scale * draw(rows, cols)).to(x_dtype)
+            yield Case(copy, x, autocast, _run(copy, x, autocast, type(module).forward))
+
+
+def _run(module: nn.Module, x: Tensor, autocast: bool, forward: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        return value_and_gradients(lambda: forward(module, x), [x, *module.parameters(recurse=False)])

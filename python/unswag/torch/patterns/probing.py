@@ -1,0 +1,79 @@
+"""What probes share: copies that nothing can leak out of, and the comparison of values and gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from unswag.torch.patterns.pattern import RECORD
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def sealed() -> Iterator[None]:
+    """Probes run in here: gradients on, autocast off, and the random state afterwards is the one before."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        torch.manual_seed(0)
+        yield
+
+
+def twin(module: nn.Module, **replaced: nn.Module | nn.Parameter) -> nn.Module:
+    """A shallow copy of `module` in which the named children and parameters are others. It has no hooks, its buffers
+    are copies, and its forward is that of the class."""
+    copy = type(module).__new__(type(module))
+    copy.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (RECORD, "forward")})
+    copy.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
+    copy._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
+    copy._parameters = {k: replaced.get(k, p) for k, p in module._parameters.items()}
+    copy._modules = {k: replaced.get(k, m) for k, m in module._modules.items()}
+    return copy
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    """Whether `module.forward` takes one tensor and nothing else."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return len(parameters) == 2 and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def value_and_gradients(f: Callable[[], Tensor], leaves: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """[y, dleaf, …] of y = f() for a random dy, a zero gradient where y does not depend on a leaf. `.grad` stays as it is."""
+    y = f()
+    generator = torch.Generator(y.device).manual_seed(seed)
+    dy = torch.randn(y.shape, dtype=torch.float32, device=y.device, generator=generator).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True, materialize_grads=True)]
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours - theirs‖ / ‖theirs‖ in fp64; inf for another shape or dtype, or where either is not finite."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return float("inf")
+    ours, theirs = ours.double(), theirs.double()
+    error = ((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    return error if error == error else float("inf")
+
+
+def ulps(ours: Tensor, theirs: Tensor) -> Tensor:
+    """How many 16-bit floats lie between ours and theirs, element by element."""
+
+    def ordered(t: Tensor) -> Tensor:  # sign and magnitude → two's complement, so that neighbours differ by one
+        bits = t.contiguous().view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (ordered(ours) - ordered(theirs)).abs()
