@@ -71,7 +71,12 @@ def register() -> None:
 def _flash_attention_runs(module: nn.Module) -> bool:
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     half = like.dtype in (torch.float16, torch.bfloat16)
-    return half and like.is_cuda and getattr(module, "_supports_flash_attn", False) and importlib.util.find_spec("flash_attn") is not None
+    return (
+        half
+        and like.is_cuda
+        and getattr(module, "_supports_flash_attn", False)
+        and importlib.util.find_spec("flash_attn") is not None
+    )
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------
@@ -131,9 +136,7 @@ def attention_mask(
     function = mask_function or causal_mask_function
 
     def stock() -> Tensor | None:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, **kwargs
-        )
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, **kwargs)
 
     training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     square = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
@@ -233,7 +236,9 @@ def attention_forward(
     def stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
 
-    recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)) and not torch.compiler.is_compiling()
+    recompute = (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)) and not torch.compiler.is_compiling()
+    )
     if attention_mask is None or attention_mask.dtype != torch.bool or special or dropout or not recompute:
         return stock(query, key, value, attention_mask), None
     device = query.device.type
@@ -259,9 +264,7 @@ def _attend(
         for piece, at, to in spans
     }
     nothing = query.new_zeros(()).to(next(iter(done.values())).dtype) if done else query.new_zeros(())
-    parts = [
-        done[at][0].transpose(0, 1) if at in done else nothing.expand(at[1] - at[0], heads, value.shape[-1]) for at in q
-    ]
+    parts = [done[at][0].transpose(0, 1) if at in done else nothing.expand(at[1] - at[0], heads, value.shape[-1]) for at in q]
     joined = join(*parts)
     stash.remember(joined, join, *parts)
     return joined.view(batch, length, heads, -1)

@@ -96,7 +96,9 @@ class Drawn(nn.Module):
         n = self.out_features
         self.index = torch.randint(self.in_features, (n,), device=device)
         self.scale = nn.Parameter(torch.randn(n, device=device).to(dtype))
-        self.shift = nn.Parameter((shifts * torch.linspace(-1, 1, n, device=device)[torch.randperm(n, device=device)]).to(dtype))
+        self.shift = nn.Parameter(
+            (shifts * torch.linspace(-1, 1, n, device=device)[torch.randperm(n, device=device)]).to(dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., self.index] * self.scale + self.shift

@@ -76,6 +76,12 @@ def restore(module: nn.Module) -> bool:
     return bool(record)
 
 
+def values(module: nn.Module) -> dict[str, Any]:
+    """What `replace` has put on `module`, by path: giving each to `replace` again brings it back after `restore`."""
+    record = module.__dict__.get(RECORD, {})
+    return {path: vars(owner)[name] for path in record for owner, name in [_owner(module, path)] if name in vars(owner)}
+
+
 def _owner(module: nn.Module, path: str) -> tuple[Any, str]:
     parent, _, name = path.rpartition(".")
     return (attrgetter(parent)(module) if parent else module), name

@@ -1,0 +1,181 @@
+"""Surgery: patterns found in a loaded model, proven by probe, replaced on the instance; and the stash around its forward."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from unswag.policy import Policy
+from unswag.torch import checkpoint, patterns
+from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, restore, values
+from unswag.torch.patterns.probing import sealed
+from unswag.torch.stash import Stash
+
+CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock")}
+INNER = "_unswag_forward"  # model.__dict__[INNER]: the forward on the instance before the stash was put around it
+
+
+@dataclass(frozen=True)
+class SurgeryReport:
+    """What `apply_unswag_surgery` did.
+
+    patched  (module name, pattern) for everything that was replaced; the model itself is ""
+    skipped  (module name, reason) for everything that looked like a pattern and was left
+    """
+
+    model: str
+    patched: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+
+    def __rich__(self) -> Table | str:
+        if not self.patched and not self.skipped:
+            return f"UnSwag: no known pattern in {self.model}; the model is untouched"
+        table = Table(title=f"UnSwag surgery on {self.model}" + ("" if self.patched else ": the model is untouched"))
+        table.add_column("modules", justify="right")
+        table.add_column("such as")
+        table.add_column("patched as, or left because")
+        for style, rows in (("", self.patched), ("dim", self.skipped)):
+            for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
+                names = [name or "the model" for name, _ in group]
+                table.add_row(str(len(names)), names[0], what if style == "" else f"left: {what}", style=style)
+        return table
+
+
+def apply_unswag_surgery(
+    model: nn.Module, policy: str | Policy = "exact", attention: str = "auto", loss: str = "chunked", verify: bool = True
+) -> SurgeryReport:
+    """Makes `model` train with less activation memory, prints what it did and returns it.
+
+    Every pattern of `unswag.torch.patterns` is looked for by structure. A place where the replacement computes what the
+    module computes (a probe of values and gradients says so) gets it, on the instance; any other is left, with the
+    reason. The forward of `model` then runs inside a `Stash`. Parameters, buffers, hooks, training mode, random state,
+    classes and state_dict stay as they are; `remove_unswag_surgery` takes everything back. Call it on the outermost
+    model (a PeftModel as it is), before or after `gradient_checkpointing_enable()`, before DDP, FSDP and torch.compile.
+    Calling it again starts afresh, with the new arguments.
+
+    policy     what is kept, and how: "exact", or a `Policy`
+    attention  "auto": flash-attn if it is installed and can run, else SDPA, for padded and packed batches too (packed
+               batches come with position_ids and without attention_mask); "stock": as the model has it
+    loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
+    verify     False probes one module of each kind (same class, shapes, dtypes and settings) and trusts the others
+
+    In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
+    after the forward, and transformers sees packed sequences only without one.
+
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention or loss. If anything else goes
+    wrong the model is as it was before the call.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
+    for argument, given in (("attention", attention), ("loss", loss)):
+        if given not in CHOICES[argument]:
+            known = " or ".join(map(repr, CHOICES[argument]))
+            raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
+    chosen = Policy.named(policy)
+    stock = {name for name, option in (("attention", attention), ("loss", loss)) if option == "stock"}
+    before = _take_back(model)
+    try:
+        with sealed():
+            planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify)
+        for pattern, candidate in planned:
+            pattern.apply(candidate)
+        patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
+        if patched:
+            _put_stash_around(model, chosen)
+            patched.append(("", "stash"))
+    except BaseException:
+        _take_back(model)
+        for module, replaced in before:
+            for path, value in replaced.items():
+                replace(module, path, value)
+        raise
+    report = SurgeryReport(type(model).__name__, patched, skipped)
+    Console().print(report)
+    return report
+
+
+def remove_unswag_surgery(model: nn.Module) -> None:
+    """Undoes `apply_unswag_surgery`: every attribute is what it was. Does nothing to a model without surgery."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"remove_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module")
+    _take_back(model)
+
+
+def _take_back(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Restores every module; returns what they had from us."""
+    checkpoint.release(model)
+    had = [(module, values(module)) for module in model.modules()]
+    for module in model.modules():
+        restore(module)
+    return had
+
+
+def _plan(
+    model: nn.Module, chosen: list[Pattern], verify: bool
+) -> tuple[list[tuple[Pattern, Candidate]], list[tuple[str, str]]]:
+    """What to patch, and what to leave with its reason. Changes nothing."""
+    planned: list[tuple[Pattern, Candidate]] = []
+    skipped: list[tuple[str, str]] = []
+    for pattern in chosen:
+        probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
+        for candidate in pattern.find(model):
+            kind = candidate.module if verify else _kind(candidate.module)
+            if kind not in probed:
+                probed[kind] = (pattern.probe(candidate), candidate.parts)
+            reason, parts = probed[kind]
+            candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
+            if reason is None:
+                planned.append((pattern, candidate))
+            else:
+                skipped.append((candidate.name, f"{pattern.name}: {reason}"))
+    return planned, skipped
+
+
+def _kind(module: nn.Module) -> Any:
+    """Equal for modules that differ in nothing but the values of their tensors."""
+
+    def settings(m: nn.Module) -> Iterator[Any]:
+        yield type(m)
+        for name, value in vars(m).items():
+            if isinstance(value, (int, float, str, bool, type(None))):
+                yield name, value
+
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return (
+        tuple((name, *settings(m)) for name, m in module.named_modules()),
+        tuple((name, t.shape, t.dtype, t.device) for name, t in tensors),
+    )
+
+
+def _put_stash_around(model: nn.Module, policy: Policy) -> None:
+    """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
+    inner = model.__dict__.get("forward")
+    if inner is not None:  # of a pattern, or of whoever wrapped the model before
+        replace(model, INNER, inner)
+    bound = inspect.signature(model.forward)
+    base = next((m for m in model.modules() if hasattr(type(m), "set_attn_implementation")), None)
+    takes_use_cache = base is not None and "use_cache" in inspect.signature(base.forward).parameters
+    place = list(bound.parameters).index("use_cache") if "use_cache" in bound.parameters else len(bound.parameters)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        checkpoint.prepare(self, policy)
+        trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
+        if takes_use_cache and trains and len(args) <= place:
+            kwargs.setdefault("use_cache", False)
+        with Stash(policy, model=self):
+            inner: Callable[..., Any] | None = self.__dict__.get(INNER)
+            return type(self).forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+
+    functools.update_wrapper(forward, model.forward, updated=())
+    del forward.__wrapped__  # accelerate unwraps forwards as far as it can, past us
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = bound.replace(parameters=[this, *bound.parameters.values()])  # type: ignore[attr-defined]
+    replace_forward(model, forward)
