@@ -122,13 +122,12 @@ Check& Check::add(const char* name, const void* data, std::int64_t element_bytes
 bool Check::overlap(const Operand& a, const Operand& b) {
   if (a.end() <= b.begin || b.end() <= a.begin) return false;
   if (a.rows == 1 && b.rows == 1) return true;
-  if (a.rows == 1 || b.rows == 1 || a.stride_bytes == b.stride_bytes) {
-    // Row i of a meets row j of b when -b.row_bytes < distance + (j - i) * stride < a.row_bytes.
-    const std::int64_t stride = a.rows == 1 ? b.stride_bytes : a.stride_bytes;
+  if (a.stride_bytes == b.stride_bytes) {
+    // Some row of a and the k-th row of b after it meet when -b.row_bytes < distance + k * stride < a.row_bytes.
     const std::int64_t distance = b.begin - a.begin;
-    const std::int64_t lowest = floor_div(-b.row_bytes - distance, stride) + 1;
-    const std::int64_t highest = -floor_div(distance - a.row_bytes, stride) - 1;
-    return std::max(lowest, 1 - a.rows) <= std::min(highest, b.rows - 1);
+    const std::int64_t lowest = floor_div(-b.row_bytes - distance, a.stride_bytes) + 1;
+    const std::int64_t highest = -floor_div(distance - a.row_bytes, a.stride_bytes) - 1;
+    return lowest <= highest;
   }
   for (std::int64_t i = 0, j = 0; i < a.rows && j < b.rows;) {
     const std::int64_t row_a = a.begin + i * a.stride_bytes, row_b = b.begin + j * b.stride_bytes;

@@ -314,6 +314,15 @@ TEST(Overlap, InputsMayShareAndRepeat) {
   EXPECT_TRUE(check.ok());
 }
 
+TEST(Overlap, TheStrideOfASingleRowDoesNotMatter) {
+  Memory memory;
+  for (std::int64_t stride : {std::int64_t{0}, std::int64_t{-1}, std::numeric_limits<std::int64_t>::max()}) {
+    Check check("op", {});
+    check.input("x", ConstRows{memory.at(0), DType::f32, 1, 5, stride}).output("y", {memory.at(20), DType::f32, 1, 5, stride});
+    EXPECT_TRUE(check.ok()) << stride;
+  }
+}
+
 // Against the definition: the sets of bytes meet.
 TEST(Overlap, AgreesWithTheSetsOfBytes) {
   Memory memory;
