@@ -1,0 +1,743 @@
+"""Linear + cross-entropy in chunks of rows: logits of size tokens x classes are neither built nor kept.
+
+    logits = hidden weight^T + bias,   z = softcap tanh(logit_scale logits / softcap)   (softcap 0: z = logit_scale logits)
+    loss   = cross_entropy(z, labels)
+
+The forward visits the rows once.  For each chunk it makes the logits, lets the native op write d loss / d logits over them,
+and at once turns that into dhidden and dweight; the backward only scales these by the incoming gradient.  Rows whose label is
+`ignore_index` are left out altogether: their gradient is zero.
+
+`LazyLogits` stands for the logits of a model in training, so that Hugging Face's `model.loss_function` can do the same
+(patterns/loss.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from unswag.torch import ops, stash
+
+NumItems = Tensor | float | None
+
+# A chunk holds at most this many logits: 64 MiB in float32, 32 MiB in 16 bits.  Smaller chunks cost time (dweight is read and
+# written once per chunk), larger ones memory.
+CHUNK_LOGITS = 1 << 24
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss does with the logits; see `linear_cross_entropy`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+    class_weight: Tensor | None = None
+    reduction: str = "mean"
+    num_items: NumItems = None
+    chunk_rows: int | None = None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    class_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: NumItems = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits.
+
+    Args:
+        hidden: [..., H], float32, float64, bfloat16 or float16.
+        weight: [classes, H], same dtype (any floating dtype under autocast, whose dtype is then used for the products).
+        labels: [...] integers in [0, classes) or `ignore_index`.  Not shifted: row i of `hidden` predicts label i.
+        bias: [classes].
+        softcap: 0, or s in z = s tanh(logit_scale logits / s), as Gemma 2 has it.
+        class_weight: [classes], as `weight` of `F.cross_entropy`.
+        reduction: "mean" (over labels that count, weighted by `class_weight`), "sum" or "none" ([...] losses).
+        num_items: with "mean", the number to divide the sum by: the labels of a whole gradient accumulation window.
+        chunk_rows: rows per chunk; by default as many as make 2^24 logits.
+
+    Returns a scalar (for "none": [...]) in float32 (float64 when the products are in float64).  When every label is ignored it
+    is NaN for "mean" without `num_items`, else 0, and the gradients are zero, as in PyTorch.
+
+    Saved for the backward: dhidden (H elements per row, in the dtype of the products), dweight and dbias in their own dtype,
+    each only if its gradient is asked for; for "none": hidden, weight and labels by reference, and the backward makes the
+    logits again.  dweight of 16-bit products is summed in float32.
+
+    Raises ValueError for shapes that do not fit, a label out of range (with its position), an unknown reduction; TypeError for
+    dtypes; NotImplementedError for tensor subclasses such as a sharded DTensor.
+    """
+    options = LossOptions(ignore_index, label_smoothing, softcap, logit_scale, class_weight, reduction, num_items, chunk_rows)
+    _check(hidden, weight, labels, bias, options)
+    make = functools.partial(_LinearSweep, _product_dtype(hidden))
+    return _loss(make, hidden, labels, options, (weight, bias))
+
+
+def head_cross_entropy(
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    classes: int,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    options: LossOptions = LossOptions(),
+) -> Tensor:
+    """The same for a head that is not a plain `nn.Linear` (LoRA, 4-bit, bias added elsewhere): it is called on chunks of rows.
+
+    `parameters` are the tensors that get gradients; `head` maps [rows, H] to [rows, classes].  Saved: dhidden and one gradient
+    for each parameter.  Reduction "none" is not offered: it would have to call a head with dropout a second time.
+    """
+    if options.reduction == "none":
+        raise ValueError('head_cross_entropy: reduction "none" is not supported; use "mean" or "sum"')
+    _check_labels(hidden, labels, classes, options)
+    make = functools.partial(_HeadSweep, head, classes)
+    return _loss(make, hidden, labels, options, parameters)
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int = -100, *, shifted: int = 0) -> None:
+    """Raises ValueError for the first label outside [0, classes) that is not `ignore_index`, naming where it is.
+
+    `shifted` is added to the position along the last dimension: labels of the next token were moved by one.
+    """
+    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bad.any():
+        position = bad.nonzero()[0].tolist()
+        label = labels[tuple(position)].item()
+        if position:
+            position[-1] += shifted
+        raise ValueError(
+            f"labels{position} is {label}, outside [0, {classes}); use {ignore_index} (ignore_index) for positions without a "
+            "label, and check that the tokenizer belongs to this model"
+        )
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which F.linear would run here: autocast's, else that of `hidden`."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: LossOptions) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("class_weight", options.class_weight)):
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise NotImplementedError(
+                f"linear_cross_entropy: {name} is a {type(tensor).__name__}; pass a plain tensor (of a sharded one: "
+                "full_tensor() or its local shard)"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"linear_cross_entropy: {name} has dtype {tensor.dtype}; a floating dtype is needed")
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; pass hidden "
+            "[..., H] and weight [classes, H]"
+        )
+    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"linear_cross_entropy: hidden has dtype {hidden.dtype} but weight {weight.dtype}; cast one, or use torch.autocast"
+        )
+    for name, vector in (("bias", bias), ("class_weight", options.class_weight)):
+        if vector is not None and vector.shape != weight.shape[:1]:
+            raise ValueError(
+                f"linear_cross_entropy: {name} has shape {tuple(vector.shape)}; one value per class is needed: "
+                f"({weight.shape[0]},)"
+            )
+    _check_labels(hidden, labels, weight.shape[0], options)
+
+
+def _check_labels(hidden: Tensor, labels: Tensor, classes: int, options: LossOptions) -> None:
+    if options.reduction not in _REDUCTIONS:
+        raise ValueError(f'reduction is {options.reduction!r}; use "mean", "sum" or "none"')
+    if options.num_items is not None and options.reduction != "mean":
+        raise ValueError(f'num_items goes with reduction "mean", not "{options.reduction}"')
+    if options.chunk_rows is not None and options.chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {options.chunk_rows}; it must be at least 1")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels have dtype {labels.dtype}; integers are needed")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}: one label per row of hidden is needed, "
+            f"{tuple(hidden.shape[:-1])}"
+        )
+    check_labels(labels, classes, options.ignore_index)
+
+
+# ---- one sweep over the rows ----------------------------------------------------------------------------------------------
+
+
+class _LinearSweep:
+    """logits = x weight^T + bias for chunks of rows, and dx, dweight, dbias from d loss / d logits of each chunk."""
+
+    def __init__(self, dtype: torch.dtype, x: Tensor, parameters: Sequence[Tensor | None], needs: Sequence[bool]):
+        weight, bias = parameters
+        assert weight is not None
+        self.dtype, self.x = dtype, x
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.classes = weight.shape[0]
+        self.out_dtypes = [None if p is None else p.dtype for p in parameters]
+        # Products of 16-bit numbers are summed over the chunks in float32 and rounded once.
+        self.dx = x.new_zeros(x.shape, dtype=dtype) if needs[0] else None
+        self.dweight = weight.new_zeros(weight.shape, dtype=self.sum_dtype) if needs[1] else None
+        self.dbias = weight.new_zeros(self.classes, dtype=self.sum_dtype) if needs[2] else None
+        self.buffer: Tensor | None = None
+
+    def logits(self, rows: Tensor | slice) -> Tensor:
+        self.chunk = self.x[rows].to(self.dtype)
+        n = self.chunk.shape[0]
+        if self.buffer is None or self.buffer.shape[0] < n:
+            self.buffer = self.weight.new_empty(n, self.classes)
+        out = self.buffer[:n]
+        if self.bias is None:
+            return torch.mm(self.chunk, self.weight.T, out=out)
+        return torch.addmm(self.bias, self.chunk, self.weight.T, out=out)
+
+    def backward(self, rows: Tensor | slice, dlogits: Tensor) -> None:
+        if self.dx is not None:
+            self.dx[rows] = torch.mm(dlogits, self.weight)
+        if self.dweight is not None:
+            self.dweight.addmm_(dlogits.T.to(self.sum_dtype), self.chunk.to(self.sum_dtype))
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=self.sum_dtype)
+
+    def gradients(self, scale: float) -> list[Tensor | None]:
+        """dx, and `scale` times dweight and dbias in the dtypes of the parameters."""
+        self.buffer = None
+        sums = (self.dweight, self.dbias)
+        return [self.dx, *(_finished(total, scale, dtype) for total, dtype in zip(sums, self.out_dtypes, strict=True))]
+
+
+class _HeadSweep:
+    """The same for any head: a small autograd graph per chunk."""
+
+    def __init__(
+        self,
+        head: Callable[[Tensor], Tensor],
+        classes: int,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        needs: Sequence[bool],
+    ):
+        self.head, self.classes, self.x, self.parameters = head, classes, x, parameters
+        self.dtype = _product_dtype(x)
+        self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.any = any(needs)
+        self.dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+        self.sums = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if need else None
+            for p, need in zip(parameters, needs[1:], strict=True)
+        ]
+
+    def logits(self, rows: Tensor | slice) -> Tensor:
+        with torch.set_grad_enabled(self.any), _kept_for_the_chunk():
+            self.chunk = self.x[rows].detach().requires_grad_(self.dx is not None)
+            self.made = self.head(self.chunk)
+        if self.made.shape != (self.chunk.shape[0], self.classes):
+            raise ValueError(
+                f"the head made logits of shape {tuple(self.made.shape)} from {self.chunk.shape[0]} rows; expected "
+                f"{(self.chunk.shape[0], self.classes)}"
+            )
+        # The op writes over its argument, and a node of the head may have kept its own output: give it a copy.
+        return self.made.detach().clone(memory_format=torch.contiguous_format)
+
+    def backward(self, rows: Tensor | slice, dlogits: Tensor) -> None:
+        wanted: list[tuple[Tensor, Tensor | None]] = [(self.chunk, None)] if self.dx is not None else []
+        wanted += [(p, total) for p, total in zip(self.parameters, self.sums, strict=True) if total is not None]
+        gradients = torch.autograd.grad(self.made, [p for p, _ in wanted], dlogits, allow_unused=True)
+        del self.made
+        for (_, total), gradient in zip(wanted, gradients, strict=True):
+            if gradient is None:
+                continue
+            if total is None:
+                self.dx[rows] = gradient  # type: ignore[index]
+            else:
+                total += gradient
+
+    def gradients(self, scale: float) -> list[Tensor | None]:
+        """dx, and `scale` times the gradients of the parameters in their dtypes."""
+        return [self.dx, *(_finished(t, scale, p.dtype) for t, p in zip(self.sums, self.parameters, strict=True))]
+
+
+def _finished(total: Tensor | None, scale: float, dtype: torch.dtype | None) -> Tensor | None:
+    if total is None or dtype is None:
+        return None
+    return (total if scale == 1 else total.mul_(scale)).to(dtype)
+
+
+def _kept_for_the_chunk() -> Any:
+    """What a head saves lives no longer than its chunk: it does not pass the hooks around the model.
+
+    Detached, because a hook that keeps an operation's own output would make a cycle that is never freed.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t)
+
+
+def _sweep(
+    sweep: _LinearSweep | _HeadSweep,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    gradient_scale: float = 1.0,
+    row_scale: Tensor | None = None,
+    write_gradient: bool = False,
+) -> Tensor:
+    """Visits the rows that have a label; returns the loss of each row, 0 for the others."""
+    losses = sweep.x.new_zeros(labels.shape, dtype=sweep.sum_dtype)
+    class_weight = None if options.class_weight is None else options.class_weight.to(sweep.sum_dtype)
+    kept = (labels != options.ignore_index).nonzero().squeeze(1)
+    everything = kept.numel() == labels.numel()
+    limit = options.chunk_rows or max(1, CHUNK_LOGITS // max(1, sweep.classes))
+    chunks = math.ceil(kept.numel() / limit)
+    for i in range(chunks):  # of nearly equal size; the borders depend on the labels and the limit alone
+        begin, end = i * kept.numel() // chunks, (i + 1) * kept.numel() // chunks
+        rows = slice(begin, end) if everything else kept[begin:end]
+        logits = sweep.logits(rows)
+        losses[rows], _ = ops.cross_entropy_(
+            logits,
+            labels[rows],
+            class_weight,
+            None if row_scale is None else row_scale[rows],
+            gradient_scale,
+            options.ignore_index,
+            options.label_smoothing,
+            options.softcap,
+            options.logit_scale,
+            write_gradient,
+        )
+        if write_gradient:
+            sweep.backward(rows, logits)
+    return losses
+
+
+def _denominator(labels: Tensor, options: LossOptions) -> float:
+    if options.reduction != "mean":
+        return 1.0
+    if options.num_items is not None:
+        return float(options.num_items)
+    kept = labels[labels != options.ignore_index]
+    if options.class_weight is not None:
+        return float(options.class_weight[kept].sum(dtype=torch.float64))
+    return float(kept.numel())
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------------
+
+
+def _loss(
+    make: Callable[..., _LinearSweep | _HeadSweep],
+    hidden: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    parameters: Sequence[Tensor | None],
+) -> Tensor:
+    shape = labels.shape
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    denominator = _denominator(labels, options)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, *parameters)):
+        losses = _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
+        return losses.view(shape) if options.reduction == "none" else _reduced(losses, denominator)
+    if options.reduction == "none":
+        return _RowLosses.apply(make, labels, options, hidden, *parameters).view(shape)
+    return _ReducedLoss.apply(make, labels, options, denominator, hidden, *parameters)
+
+
+def _reduced(losses: Tensor, denominator: float) -> Tensor:
+    return (losses.sum(dtype=torch.float64) / denominator).to(losses.dtype)  # over nothing: 0 / 0 = NaN, as in PyTorch
+
+
+def _not_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses create_graph=True.  `once_differentiable` would not: it lets constants through when the incoming gradient needs
+    none, though what was saved depends on hidden and weight."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, dloss: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "linear_cross_entropy cannot be differentiated twice (create_graph=True); use F.cross_entropy on real logits"
+            )
+        with stash.inside_loss():
+            return backward(ctx, dloss)
+
+    return checked
+
+
+class _ReducedLoss(torch.autograd.Function):
+    """The summed or averaged loss; its gradients are made in the forward and saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        make: Callable[..., _LinearSweep | _HeadSweep],
+        labels: Tensor,
+        options: LossOptions,
+        denominator: float,
+        hidden: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        with stash.inside_loss():
+            sweep = make(hidden, parameters, ctx.needs_input_grad[4:])
+            scale = 1 / denominator if denominator else math.inf
+            # In float16, softmax / rows is below the smallest number for most classes: there the division comes last.
+            late = scale if sweep.dtype == torch.float16 and math.isfinite(scale) else 1.0
+            losses = _sweep(sweep, labels, options, gradient_scale=scale / late, write_gradient=True)
+            buffers = sweep.gradients(late)
+        for buffer in buffers:
+            if buffer is not None:
+                stash.mark_loss_buffer(buffer)
+        ctx.save_for_backward(*buffers)
+        ctx.late = late
+        return _reduced(losses, denominator)
+
+    @staticmethod
+    @_not_twice
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, *dparameters = ctx.saved_tensors
+        scale = float(dloss)
+        return (
+            *(None,) * 4,
+            _scaled(dhidden, scale * ctx.late),
+            *(_scaled(gradient, scale) for gradient in dparameters),
+        )
+
+
+def _scaled(buffer: Tensor | None, scale: float) -> Tensor | None:
+    """scale * buffer.  The buffer itself is given away only when no later backward will ask for it: a leaf takes what it is
+    given as its `.grad` and adds to it in place."""
+    if buffer is None:
+        return None
+    if scale != 1:
+        return buffer * scale
+    return buffer.clone() if _graph_is_kept() else buffer
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was called with retain_graph=True."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
+
+
+class _RowLosses(torch.autograd.Function):
+    """One loss per row.  What the rows' gradients are multiplied with is known in the backward only, so it sweeps again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        make: Callable[..., _LinearSweep | _HeadSweep],
+        labels: Tensor,
+        options: LossOptions,
+        hidden: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        ctx.make, ctx.options = make, options
+        ctx.save_for_backward(labels, hidden, *parameters)
+        with stash.inside_loss():
+            return _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
+
+    @staticmethod
+    @_not_twice
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        labels, hidden, *parameters = ctx.saved_tensors
+        sweep = ctx.make(hidden, parameters, ctx.needs_input_grad[3:])
+        _sweep(sweep, labels, ctx.options, row_scale=dlosses.contiguous(), write_gradient=True)
+        return (None, None, None, *sweep.gradients(1.0))
+
+
+# ---- logits that are not made unless somebody looks at them -----------------------------------------------------------------
+
+_keep_logits: contextvars.ContextVar[bool] = contextvars.ContextVar("unswag_keep_logits", default=False)
+
+
+@contextlib.contextmanager
+def keep_logits() -> Iterator[None]:
+    """Within this context a patched model in training makes its logits as stock does."""
+    token = _keep_logits.set(True)
+    try:
+        yield
+    finally:
+        _keep_logits.reset(token)
+
+
+def logits_are_kept() -> bool:
+    return _keep_logits.get()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output embedding as the chunks use it.
+
+    call        [..., H] -> [..., classes]: what the head's forward was before it became lazy
+    parameters  all parameters of the head
+    linear      (weight, bias) when `call` is F.linear with them and nothing else
+    notes       counts what made the logits after all
+    """
+
+    call: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor, ...]
+    classes: int
+    linear: tuple[Tensor, Tensor | None] | None
+    notes: Counter[str]
+
+
+class LazyLogits:
+    """head(hidden), with the elementwise chain and the slices that followed, of shape [..., classes]; not made yet.
+
+    `cross_entropy` consumes it in chunks.  Any other use makes the real logits (once, kept as long as this object, under the
+    autocast state in which the head was called), says so in one warning and counts it in `head.notes`.
+
+    Holds `hidden`.  Raises RuntimeError when hidden or a parameter of the head has been changed in place since.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        *,
+        classes: int | None = None,
+        chain: tuple[tuple[str, Any], ...] = (),
+        like: LazyLogits | None = None,
+    ):
+        device = hidden.device.type
+        self._head, self._hidden, self._chain = head, hidden, chain
+        self._classes = head.classes if classes is None else classes
+        self._made: Tensor | None = None
+        if like is None:
+            self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            self._versions = [t._version for t in (hidden, *head.parameters)]
+        else:
+            self._autocast = like._autocast
+            # A slice of hidden is a view and shares its counter.
+            self._versions = like._versions
+        self.dtype = next((c for name, c in reversed(chain) if name == "to"), None) or (
+            self._autocast[1] if self._autocast[0] and hidden.dtype != torch.float64 else hidden.dtype
+        )
+
+    # -- what can be said without making them --
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self._classes))
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    @property
+    def ndim(self) -> int:
+        return self._hidden.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        return True
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self._hidden.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    # -- the chain --
+
+    def _then(self, name: str, constant: Any = None) -> LazyLogits:
+        chain = (*self._chain, (name, constant))
+        return LazyLogits(self._head, self._hidden, classes=self._classes, chain=chain, like=self)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._then("mul", other) if _is_number(other) else self.tensor("*") * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._then("div", other) if _is_number(other) else self.tensor("/") / other
+
+    def tanh(self) -> LazyLogits:
+        return self._then("tanh")
+
+    def float(self) -> LazyLogits:
+        return self.to(torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], torch.dtype) and args[0].is_floating_point and not kwargs:
+            return self if args[0] == self.dtype else self._then("to", args[0])
+        if len(args) == 1 and isinstance(args[0], (str, torch.device)) and torch.device(args[0]) == self.device and not kwargs:
+            return self
+        return self.tensor("to").to(*args, **kwargs)
+
+    def contiguous(self) -> LazyLogits:
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(i, slice) or i is Ellipsis for i in index) and index.count(Ellipsis) <= 1:
+            if Ellipsis in index:
+                at = index.index(Ellipsis)
+                index = (*index[:at], *(slice(None),) * (self.ndim - len(index) + 1), *index[at + 1 :])
+            index = (*index, *(slice(None),) * (self.ndim - len(index)))
+            first, stop, step = index[-1].indices(self._classes)
+            if len(index) == self.ndim and first == 0 and step == 1 and stop > 0:
+                hidden = self._hidden[index[:-1]]
+                return LazyLogits(self._head, hidden, classes=stop, chain=self._chain, like=self)
+        return self.tensor("[]")[index]
+
+    # -- their uses --
+
+    def _check_unchanged(self) -> None:
+        now = [t._version for t in (self._hidden, *self._head.parameters)]
+        if now != self._versions:
+            what = "the hidden states" if now[0] != self._versions[0] else "the output embedding's weights"
+            raise RuntimeError(
+                f"unswag: these logits were not made during the forward, and {what} have been changed in place since (by an "
+                "optimizer step?), so they can no longer be; read outputs.logits before, or run the forward under "
+                "unswag.torch.loss.keep_logits()"
+            )
+
+    def tensor(self, use: str = "tensor()") -> Tensor:
+        """The real logits, with their graph."""
+        self._check_unchanged()
+        if self._made is None:
+            self._note(use)
+            enabled, dtype = self._autocast
+            with torch.enable_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+                logits = self._head.call(self._hidden)
+                if self._classes != self._head.classes:
+                    logits = logits[..., : self._classes]
+                for name, constant in self._chain:
+                    logits = getattr(logits, name)(*() if constant is None else (constant,))
+            self._made = logits
+        return self._made
+
+    def _note(self, use: str) -> None:
+        self._head.notes[use] += 1
+        if self._head.notes[use] == 1:
+            size = self.numel() * self.dtype.itemsize / 2**20
+            warnings.warn(
+                f"unswag: the logits of a training step were made in full ({size:,.1f} MiB): `{use}` was used on them. "
+                "Results are right; memory is saved when the model computes the loss itself from `labels`.",
+                stacklevel=3,
+            )
+
+    def cross_entropy(self, labels: Tensor, *, ignore_index: int = -100, num_items: NumItems = None) -> Tensor | None:
+        """F.cross_entropy of these logits and labels [...] in chunks, or None if the chain is not
+        softcap tanh(scale logits / softcap)."""
+        form = _softcap_and_scale(self._chain)
+        if form is None:
+            return None
+        self._check_unchanged()
+        softcap, scale = form
+        options = LossOptions(ignore_index, softcap=softcap, logit_scale=scale, num_items=num_items)
+        enabled, dtype = self._autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            if self._head.linear is not None:
+                weight, bias = self._head.linear
+                if self._classes != weight.shape[0]:
+                    weight, bias = weight[: self._classes], None if bias is None else bias[: self._classes]
+                make = functools.partial(_LinearSweep, _product_dtype(self._hidden))
+                _check(self._hidden, weight, labels, bias, options)
+                return _loss(make, self._hidden, labels, options, (weight, bias))
+            call = self._head.call if self._classes == self._head.classes else self._sliced_call
+            wanted = tuple(p for p in self._head.parameters if p.requires_grad)
+            return head_cross_entropy(call, wanted, self._classes, self._hidden, labels, options=options)
+
+    def _sliced_call(self, hidden: Tensor) -> Tensor:
+        return self._head.call(hidden)[..., : self._classes]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(name), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        method = _CHAIN.get(name)
+        if method is not None and not kwargs and isinstance(args[0], cls):
+            return getattr(args[0], method)(*args[1:])
+        real = lambda x: x.tensor(name) if isinstance(x, cls) else x  # noqa: E731
+        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+
+
+# Functions that stay lazy, by the method that does it.
+_CHAIN = {"tanh": "tanh"}
+_CHAIN |= dict.fromkeys(("mul", "multiply"), "__mul__")
+_CHAIN |= dict.fromkeys(("div", "divide", "true_divide"), "__truediv__")
+
+# Python looks operators up on the class, past __getattr__.
+_OPERATORS = (
+    "add radd sub rsub rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul neg pos abs lt le gt ge eq ne bool float int "
+    "iter array invert and or setitem"
+)
+
+
+def _real(operator: str) -> Callable[..., Any]:
+    def method(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.tensor(operator), operator)(*args, **kwargs)
+
+    return method
+
+
+for _operator in _OPERATORS.split():
+    setattr(LazyLogits, f"__{_operator}__", _real(f"__{_operator}__"))
+LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _softcap_and_scale(chain: Sequence[tuple[str, Any]]) -> tuple[float, float] | None:
+    """(softcap, scale) if the chain is z = softcap tanh(scale x / softcap), or scale x with softcap 0; else None."""
+    inner, outer, capped = 1.0, 1.0, False  # z = outer tanh(inner x), or inner x
+    for name, constant in chain:
+        if name == "tanh":
+            if capped:
+                return None
+            capped = True
+        elif name in ("mul", "div"):
+            if name == "div" and constant == 0:
+                return None
+            factor = constant if name == "mul" else 1 / constant
+            inner, outer = (inner, outer * factor) if capped else (inner * factor, outer)
+    if not capped:
+        return 0.0, inner
+    return (abs(outer), inner * outer) if outer else None

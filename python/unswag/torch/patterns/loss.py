@@ -1,0 +1,188 @@
+"""The loss of a causal language model: from the hidden states, in chunks, instead of from logits of tokens x vocabulary.
+
+On the instance, and in training with gradients only: the output embedding returns `LazyLogits`, and `model.loss_function`
+makes the loss from them.  What the model does in between (a soft-cap, scale, cast or slice) is noted and done in the chunks;
+anything else makes the real logits.  In evaluation, generation, without gradients, under `keep_logits()`, torch.compile and
+torch.func the head works as before.
+
+Left alone, with a reason: models with a loss of their own, heads with backward hooks, sharded heads (the chunks would run after
+the weight was given back).
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from unswag.torch.loss import Head, LazyLogits, check_labels, logits_are_kept
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward
+
+STATE = "_unswag_loss"  # head.__dict__[STATE]: _State
+
+
+@dataclass
+class _State:
+    """previous: the head's forward before ours.  linear: it is F.linear(x, weight, bias).  notes: see `Head`."""
+
+    previous: Any
+    linear: bool
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+class Loss:
+    name = "loss"
+    saves = "hidden states' gradient and the head's (the loss's own buffers); no logits"
+
+    def find(self, model: nn.Module) -> Iterable[Candidate]:
+        names = {module: name for name, module in model.named_modules()}
+        users: dict[nn.Module, list[nn.Module]] = {}  # by output embedding: the models that use it
+        for module in names:
+            if not (hasattr(type(module), "get_output_embeddings") and hasattr(type(module), "loss_function")):
+                continue
+            try:
+                head = type(module).get_output_embeddings(module)
+            except NotImplementedError:
+                continue
+            if isinstance(head, nn.Module):
+                users.setdefault(head, []).append(module)
+        for head, models in users.items():
+            yield Candidate(names.get(head, ""), head, {"models": models})
+
+    def probe(self, candidate: Candidate) -> str | None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        head, models = candidate.module, candidate.parts["models"]
+        losses = {model: model.loss_function for model in models}
+        if ForCausalLMLoss not in losses.values():
+            names = " and ".join(sorted(getattr(loss, "__name__", str(loss)) for loss in losses.values()))
+            return f"the model's loss function is {names}, not the next-token cross-entropy"
+        for model in models:
+            home = foreign_forward(model) or ""
+            if home.startswith(("liger", "unsloth")):
+                return f"{home} has replaced the model's forward"
+        candidate.parts["models"] = [model for model, loss in losses.items() if loss is ForCausalLMLoss]
+        candidate.parts["linear"] = linear = _is_linear(head)
+        return _cannot_be_lazy(head, linear) or _probe_head(head, linear)
+
+    def apply(self, candidate: Candidate) -> None:
+        head = candidate.module
+        replace(head, STATE, _State(head.forward, candidate.parts["linear"]))
+        replace_forward(head, _lazy_forward)
+        for model in candidate.parts["models"]:
+            replace(model, "_loss_function", types.MethodType(_chunked_loss, model))
+
+
+def materialised(model: nn.Module) -> Counter[str]:
+    """What made the logits of training steps after all, and how often."""
+    return sum((vars(m)[STATE].notes for m in model.modules() if STATE in vars(m)), Counter())
+
+
+# ---- the probe ----------------------------------------------------------------------------------------------------------
+
+
+def _classes(head: Any) -> int | None:
+    classes = getattr(head, "out_features", None)
+    if classes is None and isinstance(getattr(head, "weight", None), Tensor):
+        classes = head.weight.shape[0]
+    return classes
+
+
+def _is_linear(head: Any) -> bool:
+    """F.linear with the module's own parameters, nothing added: hooks run around forward, so they do not matter."""
+    return type(head) is nn.Linear and "forward" not in vars(head) and type(head.weight) is nn.Parameter
+
+
+def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
+    if isinstance(head, (FSDPModule, FullyShardedDataParallel)):
+        return "it is a sharded unit of its own; shard it together with the model's root"
+    if any(isinstance(p, DTensor) for p in head.parameters()):
+        return "its weight is a DTensor"
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "it has backward hooks, which need the real logits"
+    if not linear and any(p._backward_hooks for p in head.parameters()):
+        return "one of its parameters has a gradient hook, which would see each chunk"
+    if _classes(head) is None:
+        return f"a {type(head).__name__} does not say how many classes it has"
+    return no_kernel("cross_entropy_", *head.parameters())
+
+
+def _probe_head(head: Any, linear: bool) -> str | None:
+    """The head makes [2, classes] of two random rows; and, if the chunks are to use its weight, just what F.linear makes."""
+    floating = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
+    width = getattr(head, "in_features", None) or floating.shape[-1]
+    x = torch.randn(2, width, device=floating.device).to(floating.dtype)
+    with torch.no_grad():
+        logits = head.forward(x)
+        if tuple(logits.shape) != (2, _classes(head)):
+            return f"it makes {tuple(logits.shape)} from 2 rows, not {(2, _classes(head))}"
+        if linear and not torch.equal(logits, F.linear(x, head.weight, head.bias)):
+            return "it is a Linear that does not compute x weight^T + bias"
+    return None
+
+
+# ---- the replacements -----------------------------------------------------------------------------------------------------
+
+
+def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output embedding's forward: lazy logits in training, else what it was."""
+    state: _State = vars(self)[STATE]
+    if len(args) != 1 or kwargs or not _wanted(self, args[0]):
+        return state.previous(*args, **kwargs)
+    reason = _cannot_be_lazy(self, state.linear)  # hooks, sharding and devices may have changed since the surgery
+    classes = _classes(self)
+    if reason is not None or classes is None:
+        return state.previous(*args)
+    linear = (self.weight, self.bias) if state.linear else None
+    return LazyLogits(Head(state.previous, tuple(self.parameters()), classes, linear, state.notes), args[0])
+
+
+def _wanted(head: nn.Module, hidden: Any) -> bool:
+    return (
+        head.training
+        and torch.is_grad_enabled()
+        and not logits_are_kept()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and type(hidden) in (Tensor, nn.Parameter)
+        and (hidden.requires_grad or any(p.requires_grad for p in head.parameters()))
+    )
+
+
+def _chunked_loss(
+    self: nn.Module,
+    logits: Any,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' ForCausalLMLoss; of lazy logits, in chunks."""
+    if isinstance(logits, LazyLogits) and logits.shape[-1] == vocab_size:
+        shifted, targets = 0, shift_labels
+        if targets is None:
+            assert labels is not None
+            shifted, targets = 1, F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = targets.to(logits.device)
+        if targets.numel() == logits.shape[:-1].numel():
+            check_labels(targets, vocab_size, ignore_index, shifted=shifted)
+            loss = logits.cross_entropy(
+                targets.reshape(logits.shape[:-1]), ignore_index=ignore_index, num_items=num_items_in_batch
+            )
+            if loss is not None:
+                return loss
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if isinstance(logits, LazyLogits):
+        logits = logits.tensor("loss_function")
+    return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)

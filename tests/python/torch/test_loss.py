@@ -1,0 +1,456 @@
+"""linear_cross_entropy against float64, and what it may and may not keep, write and accept."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unswag.torch import loss as loss_module
+from unswag.torch.loss import check_labels, head_cross_entropy, linear_cross_entropy
+
+ROWS, HIDDEN, CLASSES = 37, 24, 101
+
+
+def sample(dtype=torch.float32, rows=ROWS, seed=0, ignored=5):
+    g = torch.Generator().manual_seed(seed)
+    hidden = (2 * torch.randn(rows, HIDDEN, generator=g)).to(dtype).requires_grad_()
+    weight = torch.randn(CLASSES, HIDDEN, generator=g).to(dtype).requires_grad_()
+    bias = torch.randn(CLASSES, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(0, CLASSES, (rows,), generator=g)
+    labels[:ignored] = -100
+    return hidden, weight, bias, labels
+
+
+def stock(hidden, weight, labels, bias=None, class_weight=None, softcap=0.0, logit_scale=1.0, **options):
+    z = F.linear(hidden, weight, bias) * logit_scale
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    return F.cross_entropy(z, labels, weight=class_weight, **options)
+
+
+def in_float64(hidden, weight, labels, bias=None, class_weight=None, **options):
+    """(loss, gradients) of the formula itself, from the same numbers in float64."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    weights = None if class_weight is None else class_weight.double()
+    loss = stock(leaves[0], leaves[1], labels, leaves[2], weights, **options)
+    loss.sum().backward()
+    return loss.detach(), [t.grad for t in leaves if t is not None]
+
+
+def error(ours, truth):
+    return ((ours.double() - truth).norm() / truth.norm()).item()
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "smoothing": {"label_smoothing": 0.1},
+    "softcap": {"softcap": 5.0},
+    "scale": {"logit_scale": 0.3},
+    "class weights": {"class_weight": True, "label_smoothing": 0.2, "softcap": 4.0, "logit_scale": 1.7, "bias": True},
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("chunk_rows", [1, 5, 32, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_float64_equals_the_formula(name, reduction, chunk_rows):
+    options = dict(OPTIONS[name])
+    hidden, weight, bias, labels = sample(torch.float64)
+    bias = bias if options.pop("bias", None) else None
+    weights = torch.rand(CLASSES, dtype=torch.float64) + 0.1 if options.pop("class_weight", None) else None
+    truth, gradients = in_float64(hidden, weight, labels, bias, weights, reduction=reduction, **options)
+    ours = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, class_weight=weights, reduction=reduction, chunk_rows=chunk_rows, **options
+    )
+    assert ours.dtype == torch.float64 and ours.shape == truth.shape
+    torch.testing.assert_close(ours, truth, rtol=1e-13, atol=1e-13)
+    for got, want in zip(
+        torch.autograd.grad(ours.sum(), [t for t in (hidden, weight, bias) if t is not None]), gradients, strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_further_from_float64_than_stock(dtype):
+    """With many classes stock's float32 softmax loses digits; in 16 bits both round the logits and their gradient."""
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(257, 64, generator=g).to(dtype).requires_grad_()
+    weight = (0.5 * torch.randn(8192, 64, generator=g)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 8192, (257,), generator=g)
+    truth, gradients = in_float64(hidden, weight, labels)
+    plain = F.cross_entropy(F.linear(hidden, weight).float(), labels)
+    ours = linear_cross_entropy(hidden, weight, labels, chunk_rows=64)
+    assert abs(ours.double() - truth) <= 1.25 * abs(plain.double() - truth) + 1e-6
+    ours = torch.autograd.grad(ours, (hidden, weight))
+    plain = torch.autograd.grad(plain, (hidden, weight))
+    for name, mine, theirs, want in zip(("hidden", "weight"), ours, plain, gradients, strict=True):
+        assert mine.dtype == dtype
+        assert error(mine, want) <= 1.25 * error(theirs, want) + 1e-7, name
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_only_what_is_asked_for_is_made(frozen, monkeypatch):
+    leaves = dict(zip(("hidden", "weight", "bias", "labels"), sample(), strict=True))
+    labels = leaves.pop("labels")
+    _, gradients = in_float64(leaves["hidden"], leaves["weight"], labels, leaves["bias"])
+    leaves[frozen].requires_grad_(False)
+    kept = []
+    monkeypatch.setattr(loss_module.stash, "mark_loss_buffer", kept.append)
+    loss = linear_cross_entropy(leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"])
+    assert [t.shape for t in kept] == [t.shape for name, t in leaves.items() if name != frozen]
+    loss.backward()
+    for (name, leaf), want in zip(leaves.items(), gradients, strict=True):
+        if name == frozen:
+            assert leaf.grad is None
+        else:
+            assert error(leaf.grad, want) < 1e-6
+
+
+@pytest.mark.native
+def test_without_gradients_only_the_loss_is_made(monkeypatch):
+    hidden, weight, _, labels = sample()
+    truth, _ = in_float64(hidden, weight, labels)
+    calls = []
+    op = loss_module.ops.cross_entropy_
+    monkeypatch.setattr(loss_module.ops, "cross_entropy_", lambda *a: (calls.append(a[-1]), op(*a))[1])
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    assert calls == [False] and not loss.requires_grad
+    assert abs(loss - truth) < 1e-5
+    assert not linear_cross_entropy(hidden.detach(), weight.detach(), labels).requires_grad
+
+
+@pytest.mark.native
+def test_what_is_saved_is_dhidden_and_dweight():
+    hidden, weight, bias, labels = sample(torch.bfloat16)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t.detach()), t.detach())[1], lambda t: t):
+        linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_rows=3)
+    assert sorted(t.nbytes for t in held) == sorted(2 * t.numel() for t in (hidden, weight, bias))
+
+
+@pytest.mark.native
+def test_logits_are_never_made_in_full():
+    """The largest tensor that any operation makes is a chunk of logits or dweight."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor) and t is not weight:
+                    self.size = max(self.size, t.numel())
+            return out
+
+    hidden = torch.randn(512, HIDDEN, requires_grad=True)
+    weight = torch.randn(CLASSES, HIDDEN, requires_grad=True)
+    labels = torch.randint(0, CLASSES, (512,))
+    with Largest() as largest:
+        linear_cross_entropy(hidden, weight, labels, chunk_rows=16).backward()
+    assert largest.size == 512 * HIDDEN  # hidden itself; logits would be 512 * CLASSES
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_in_the_cotangent(reduction):
+    hidden, weight, _, labels = sample(torch.float64)
+    cotangent = torch.rand(ROWS, dtype=torch.float64) - 0.5 if reduction == "none" else torch.tensor(1 / 3, dtype=torch.float64)
+    want = torch.autograd.grad(stock(hidden, weight, labels, reduction=reduction), (hidden, weight), cotangent)
+    got = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, reduction=reduction), (hidden, weight), cotangent)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.native
+def test_a_bf16_gradient_is_scaled_by_the_cotangent_and_not_by_its_rounding():
+    hidden, weight, _, labels = sample(torch.bfloat16)
+    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), weight)[0]
+    third = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels) / 3, weight)[0]
+    assert torch.equal(third, (once.double() * torch.tensor(1 / 3).double()).bfloat16())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_with_retain_graph(scale, reduction):
+    """A leaf keeps the tensor it is given as its .grad and adds to it in place: it must not be the saved one."""
+    hidden, weight, _, labels = sample(torch.float64)
+    truth = torch.autograd.grad(stock(hidden, weight, labels, reduction=reduction).sum() * scale, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum() * scale
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    hidden.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, truth[0])
+    torch.testing.assert_close(weight.grad, 3 * truth[1])
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.native
+def test_the_last_backward_copies_nothing():
+    hidden, weight, _, labels = sample()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t.detach())[1], lambda t: t):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == saved[:2]
+
+
+@pytest.mark.native
+def test_double_backward_is_refused():
+    hidden, weight, _, labels = sample(torch.float64)
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+        with pytest.raises(NotImplementedError, match="differentiated twice"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.native
+def test_arguments_are_not_written_to():
+    hidden, weight, bias, labels = sample()
+    weights = torch.rand(CLASSES)
+    arguments = (hidden, weight, bias, labels, weights)
+    before = [(t.detach().clone(), t._version) for t in arguments]
+    cotangent = torch.rand(ROWS)
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, class_weight=weights, reduction="none")
+    loss.backward(cotangent.clone())
+    linear_cross_entropy(hidden, weight, labels, bias=bias, class_weight=weights).backward()
+    for t, (was, version) in zip(arguments, before, strict=True):
+        assert torch.equal(t, was) and t._version == version
+
+
+@pytest.mark.native
+def test_accumulation_over_an_uneven_window_equals_one_batch():
+    hidden, weight, _, labels = sample(torch.float64, ignored=3)
+    items = (labels != -100).sum()
+    want = torch.autograd.grad(stock(hidden, weight, labels), weight)[0]
+    total = 0.0
+    for part in (slice(0, 16), slice(16, 32), slice(32, 37)):
+        loss = linear_cross_entropy(hidden[part], weight, labels[part], num_items=items)
+        loss.backward()
+        total += loss.item()
+    torch.testing.assert_close(weight.grad, want)
+    assert math.isclose(total, stock(hidden, weight, labels).item(), rel_tol=1e-12)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_labels_ignored(dtype):
+    hidden, weight, _, labels = sample(dtype)
+    labels.fill_(-100)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    assert loss.isnan() and stock(hidden, weight, labels).isnan()
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert not gradient.any() and gradient.isfinite().all()
+    loss = linear_cross_entropy(hidden, weight, labels, num_items=7)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
+    assert linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="sum") == 0
+
+
+@pytest.mark.native
+def test_ignored_rows_do_not_reach_the_head():
+    hidden, weight, _, labels = sample()
+    with torch.no_grad():
+        hidden[:5] = math.nan
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert loss.isfinite() and weight.grad.isfinite().all() and not hidden.grad[:5].any()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_ignore_index(ignore_index):
+    hidden, weight, _, labels = sample(torch.float64)
+    labels = labels.where(labels != -100, ignore_index)
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index),
+        stock(hidden, weight, labels, ignore_index=ignore_index),
+    )
+
+
+@pytest.mark.native
+def test_float16_gradients_do_not_vanish_in_the_division_by_the_rows():
+    """softmax / rows is about 1e-8 here, less than float16 has."""
+    rows, classes = 4096, 4096
+    hidden = torch.zeros(rows, 8, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(classes, 8, dtype=torch.float16)
+    weight[:, 0] = 1
+    weight[0, 0] = 0
+    labels = torch.zeros(rows, dtype=torch.int64)
+    (dhidden,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden, torch.tensor(65536.0))
+    want = 65536 / rows * (classes - 1) / classes
+    assert abs(dhidden[:, 0].double() - want).max() < 1e-2 * want
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(hidden_dtype):
+    hidden, weight, bias, labels = sample()
+    hidden = hidden.detach().to(hidden_dtype).requires_grad_()
+    _, gradients = in_float64(hidden, weight, labels, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
+        ours = linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_rows=8)
+    theirs = torch.autograd.grad(plain, (hidden, weight, bias))
+    mine = torch.autograd.grad(ours, (hidden, weight, bias))
+    assert ours.dtype == torch.float32 and abs(ours - plain) < 1e-2
+    for a, b, want in zip(mine, theirs, gradients, strict=True):
+        assert a.dtype == b.dtype
+        assert error(a, want) <= 1.25 * error(b, want)
+
+
+@pytest.mark.native
+def test_autocast_leaves_no_copy_of_the_weight_without_a_graph():
+    """A weight cast under no_grad would stay in autocast's cache and cut the gradient of a later use."""
+    hidden, weight, _, labels = sample()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear_cross_entropy(hidden, weight, labels)
+        assert F.linear(hidden.detach(), weight).requires_grad
+
+
+@pytest.mark.native
+def test_tied_weight_gets_the_sum():
+    torch.manual_seed(0)
+    table = torch.randn(CLASSES, HIDDEN, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, CLASSES, (ROWS,))
+    mix = torch.randn(HIDDEN, HIDDEN, dtype=torch.float64)
+    want = torch.autograd.grad(stock(F.embedding(tokens, table) @ mix, table, tokens), table)
+    got = torch.autograd.grad(linear_cross_entropy(F.embedding(tokens, table) @ mix, table, tokens), table)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.native
+def test_strided_hidden_of_any_rank():
+    hidden = torch.randn(3, HIDDEN, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(HIDDEN, CLASSES, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, CLASSES, (9, 3)).T
+    want = torch.autograd.grad(stock(hidden.mT.reshape(-1, HIDDEN), weight.T, labels.reshape(-1)), (hidden, weight))
+    got = torch.autograd.grad(linear_cross_entropy(hidden.mT, weight.T, labels, chunk_rows=4), (hidden, weight))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.native
+def test_chunks_hold_at_most_the_limit(monkeypatch):
+    hidden, weight, _, labels = sample(ignored=0)
+    sizes = []
+    op = loss_module.ops.cross_entropy_
+    monkeypatch.setattr(loss_module.ops, "cross_entropy_", lambda *a: (sizes.append(a[0].numel()), op(*a))[1])
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 10 * CLASSES + 50)
+    linear_cross_entropy(hidden, weight, labels)
+    assert sum(sizes) == ROWS * CLASSES and max(sizes) <= 10 * CLASSES and len(sizes) == 4
+
+
+# ---- a head that is called -------------------------------------------------------------------------------------------------
+
+
+class Adapter(torch.nn.Module):
+    """A frozen Linear with a trained rank-2 update, and a tanh that keeps its own output."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.base = torch.nn.Linear(HIDDEN, CLASSES, bias=False, dtype=dtype).requires_grad_(False)
+        self.a = torch.nn.Linear(HIDDEN, 2, bias=False, dtype=dtype)
+        self.b = torch.nn.Linear(2, CLASSES, bias=False, dtype=dtype)
+        self.unused = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+
+    def forward(self, x):
+        return torch.tanh(self.base(x) + self.b(self.a(x)))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"num_items": 11}, {"softcap": 0.5, "logit_scale": 2.0}], ids=str
+)
+def test_head_that_is_called(options):
+    torch.manual_seed(0)
+    head = Adapter(torch.float64)
+    hidden, _, _, labels = sample(torch.float64)
+    trained = [p for p in head.parameters() if p.requires_grad]
+    z = head(hidden) * options.get("logit_scale", 1)
+    if "softcap" in options:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    sums = options.get("reduction") == "sum" or "num_items" in options
+    want = F.cross_entropy(z, labels, reduction="sum" if sums else "mean") / options.get("num_items", 1)
+    got = head_cross_entropy(head, trained, CLASSES, hidden, labels, options=loss_module.LossOptions(chunk_rows=7, **options))
+    torch.testing.assert_close(got, want)
+    mine = torch.autograd.grad(got, [hidden, *trained])
+    theirs = torch.autograd.grad(want, [hidden, *trained], materialize_grads=True, allow_unused=True)
+    torch.testing.assert_close(mine, theirs)
+    assert all(p.grad is None for p in head.parameters())
+
+
+@pytest.mark.native
+def test_head_saves_pass_no_hooks():
+    head = Adapter(torch.float32)
+    hidden, _, _, labels = sample()
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t.detach()), t.detach())[1], lambda t: t):
+        head_cross_entropy(head, (head.a.weight,), CLASSES, hidden, labels)
+    assert [t.shape for t in held] == [hidden.shape, head.a.weight.shape]
+
+
+@pytest.mark.native
+def test_head_of_another_width_is_an_error():
+    hidden, _, _, labels = sample()
+    with pytest.raises(ValueError, match=r"expected \(32, 101\)"):
+        head_cross_entropy(lambda x: x, (), CLASSES, hidden, labels)
+    with pytest.raises(ValueError, match='"none" is not supported'):
+        head_cross_entropy(
+            Adapter(torch.float32), (), CLASSES, hidden, labels, options=loss_module.LossOptions(reduction="none")
+        )
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------------
+
+
+def test_label_out_of_range_is_named():
+    hidden, weight, _, labels = sample()
+    for bad in (CLASSES, -1, -101, 2**40):
+        wrong = labels.clone()
+        wrong[9] = bad
+        with pytest.raises(ValueError, match=rf"labels\[9\] is {bad}, outside \[0, {CLASSES}\).*-100.*tokenizer"):
+            linear_cross_entropy(hidden, weight, wrong)
+    with pytest.raises(ValueError, match=r"labels\[1, 3\] is 5"):
+        check_labels(torch.tensor([[0, 0, 0], [0, 0, 5]]), 5, shifted=1)
+    check_labels(torch.tensor(3), 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error_type", "message"),
+    [
+        ({"weight": torch.zeros(CLASSES, 3)}, ValueError, r"hidden \(37, 24\) and weight \(101, 3\)"),
+        ({"weight": torch.zeros(CLASSES, HIDDEN, dtype=torch.float64)}, TypeError, "torch.float32 but weight torch.float64"),
+        ({"weight": torch.zeros(CLASSES, HIDDEN, dtype=torch.int32)}, TypeError, "weight has dtype torch.int32"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels \(3,\) do not fit hidden \(37, 24\)"),
+        ({"labels": torch.zeros(ROWS)}, TypeError, "labels have dtype torch.float32"),
+        ({"bias": torch.zeros(3)}, ValueError, "bias has shape"),
+        ({"class_weight": torch.zeros(3)}, ValueError, "class_weight has shape"),
+        ({"reduction": "average"}, ValueError, "'average'"),
+        ({"reduction": "sum", "num_items": 3}, ValueError, "num_items"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows is 0"),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_arguments(change, error_type, message):
+    hidden, weight, _, labels = sample()
+    arguments = {"hidden": hidden, "weight": weight, "labels": labels} | change
+    with pytest.raises(error_type, match=message):
+        linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("labels"), **arguments)
+
+
+def test_tensor_subclass_is_refused():
+    class Sharded(torch.Tensor):
+        pass
+
+    hidden, weight, _, labels = sample()
+    with pytest.raises(NotImplementedError, match="weight is a Sharded"):
+        linear_cross_entropy(hidden, weight.detach().as_subclass(Sharded), labels)
