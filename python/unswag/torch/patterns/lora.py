@@ -1,0 +1,178 @@
+"""PEFT's LoRA beside a Linear: base(x) + scaling B(A(dropout(x))), whatever the base is (plain, 4-bit, sharded)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unswag.torch.lora import Adapter, add_lora
+from unswag.torch.patterns.gated_mlp import Drawn
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward
+from unswag.torch.patterns.probing import distance, has_hooks, twin, ulps, value_and_gradients
+
+ROWS = 32  # of each probe
+ADAPTERS = ("lora_A", "lora_B", "lora_dropout")  # containers by name of the adapter
+STATE = ("scaling", "active_adapters", "disable_adapters", "merged", "in_features", "out_features")
+
+
+class Lora:
+    name = "lora"
+    saves = "x in its own dtype, once for all that read it, and r numbers per row; PEFT keeps a float32 cast of x per Linear"
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        for name, module in model.named_modules():
+            children = dict(module.named_children())
+            if "base_layer" in children and all(isinstance(children.get(k), nn.ModuleDict) for k in ADAPTERS):
+                yield Candidate(name, module)
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module: Any = candidate.module
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        if missing := [k for k in STATE if not hasattr(module, k)]:
+            return f"not PEFT's LoRA as we know it: it has no {', '.join(missing)}"
+        reasons = {name: _unlike(module, name) for name in module.lora_A}
+        plain = [name for name, reason in reasons.items() if reason is None]
+        if not plain:
+            return next(iter(reasons.values()), "it has no adapter beside a Linear")
+        if reason := no_kernel("dropout", module.lora_A[plain[0]].weight):
+            return reason
+        for round_product in (False, True):
+            reason = _differs(module, plain, round_product)
+            if reason is None:
+                candidate.parts["round_product"] = round_product
+                return None
+        return f"its forward is not base(x) + scaling B(A(dropout(x))): {reason}"
+
+    def apply(self, candidate: Candidate) -> None:
+        round_product: bool = candidate.parts["round_product"]
+
+        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or kwargs or not _ordinary(self, x):  # e.g. adapter_names: another adapter for each row
+                return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+            return _forward(self, x, round_product)
+
+        replace_forward(candidate.module, forward)
+
+
+def _forward(module: Any, x: Tensor, round_product: bool) -> Tensor:
+    y: Tensor = module.base_layer(x)
+    names, dtype = [name for name in module.active_adapters if name in module.lora_A], y.dtype
+    for name in names:
+        dropout, b = module.lora_dropout[name], module.lora_B[name]
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        # The seed comes from torch's generator: torch.manual_seed gives the same masks again, and so does a checkpoint, which
+        # restores the generator before it recomputes.
+        seed = int(torch.randint(1 << 62, ())) if p else 0
+        adapter = Adapter(module.lora_A[name].weight, b.weight, b.bias, module.scaling[name], p, seed)
+        # PEFT rounds the sum once, after the last adapter
+        y = add_lora(y, x, adapter, dtype=dtype if name == names[-1] else None, round_product=round_product)
+    return y
+
+
+def _ordinary(module: Any, x: Tensor) -> bool:
+    """Whether this call is one that `_forward` computes: adapters neither disabled nor merged, the active ones plain. Else
+    PEFT's own forward runs, as it does under torch.compile and torch.func."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if module.disable_adapters or module.merged:
+        return False
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    dtypes = {module.lora_A[name].weight.dtype for name in names}
+    if len(dtypes) > 1 or (not getattr(module, "cast_input_dtype_enabled", True) and dtypes != {x.dtype}):
+        return False
+    return all(_unlike(module, name) is None for name in names)
+
+
+def _unlike(module: Any, name: str) -> str | None:
+    """The reason why this adapter is not the plain one, or None."""
+    a, b, dropout = (getattr(module, k)[name] if name in getattr(module, k) else None for k in ADAPTERS)
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is not None:
+        return f"its adapter {name!r} is of another kind, {type(variant).__name__}"
+    if getattr(module, "use_dora", {}).get(name):
+        return f"its adapter {name!r} is of another kind, DoRA"
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+        return f"its adapter {name!r} is no pair of Linears, the first without bias"
+    if type(dropout) not in (nn.Identity, nn.Dropout) or not getattr(dropout, "p", 0.0) < 1:
+        return f"its adapter {name!r} has a dropout that is no nn.Dropout with p < 1"
+    if any(has_hooks(part) for part in (a, b, dropout)):
+        return f"its adapter {name!r} has hooks, which would not run"
+    if type(a.weight) is not nn.Parameter or type(b.weight) is not nn.Parameter:
+        return f"its adapter {name!r} has weights of type {type(a.weight).__name__}, which only their own module can use"
+    if a.weight.dtype != b.weight.dtype or not a.weight.dtype.is_floating_point:
+        return f"its adapter {name!r} has weights of dtypes {a.weight.dtype} and {b.weight.dtype}"
+    if not isinstance(module.scaling.get(name), (int, float)):
+        return f"its adapter {name!r} has a scaling that is no number"
+    return None
+
+
+class _Seen(nn.Module):
+    """Stands in for a dropout in a probe: lets through what it is given, and remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inputs.append(x.detach())
+        return x
+
+
+def _differs(module: Any, names: list[str], round_product: bool) -> str | None:
+    """How `_forward` differs from the module's own, or None: all plain adapters active, their weights drawn anew (a fresh B is
+    zero, and then everything is equal), beside a stand-in for the base; in fp64, in the module's dtypes, and under autocast."""
+    like = next((p for p in module.base_layer.parameters() if p.is_floating_point()), module.lora_A[names[0]].weight)
+    own = (like.dtype, module.lora_A[names[0]].weight.dtype)
+    f64 = (torch.float64, torch.float64)
+    for (x_dtype, dtype), autocast, training in itertools.chain(
+        itertools.product([f64, own], [False], [True, False]), [(own, True, True)]
+    ):
+        device = like.device
+        base = Drawn(module, 1.0, x_dtype, device)
+        pairs = {
+            name: [_drawn(getattr(module, k)[name], dtype, device) for k in ("lora_A", "lora_B")] for name in names
+        }  # fmt: skip
+        parts = {
+            "base_layer": base,
+            "lora_A": nn.ModuleDict({name: a for name, (a, _) in pairs.items()}),
+            "lora_B": nn.ModuleDict({name: b for name, (_, b) in pairs.items()}),
+        }
+        seen = {name: _Seen() for name in names}
+        theirs = twin(module, **parts, lora_dropout=nn.ModuleDict(seen))
+        ours = twin(module, **parts, lora_dropout=nn.ModuleDict({name: nn.Identity() for name in names}))
+        for copy in (theirs, ours):
+            copy.__dict__.update(_active_adapter=names, _disable_adapters=False, merged_adapters=[], training=training)
+        x = torch.randn(ROWS, module.in_features, device=device).to(x_dtype).requires_grad_()
+        leaves = [x, *base.parameters(), *(p for pair in pairs.values() for part in pair for p in part.parameters())]
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            try:
+                want = value_and_gradients(lambda: type(module).forward(theirs, x), leaves)  # noqa: B023
+            except Exception as error:
+                return f"it raises {type(error).__name__}: {error}"
+            have = value_and_gradients(lambda: _forward(ours, x, round_product), leaves)  # noqa: B023
+        words = f"with {x_dtype} x and {dtype} adapters" + (" under autocast" if autocast else "")
+        if any(len(s.inputs) != 1 or not torch.equal(s.inputs[0].double(), x.detach().double()) for s in seen.values()):
+            return f"its dropout does not get x {words}"
+        worst = max(distance(a, b) for a, b in zip(have, want, strict=True))
+        narrow = max((x_dtype, dtype, want[0].dtype), key=lambda d: torch.finfo(d).eps)
+        eps = torch.finfo(torch.bfloat16).eps if autocast else torch.finfo(narrow).eps
+        if worst > (1e-10 if narrow == torch.float64 else 8 * eps):
+            return f"results differ by {worst:.1e} {words}"
+        # Another place of the rounding shows in a fifth of a 16-bit y, another order of summation in next to none
+        if want[0].dtype.itemsize == 2 and (rate := (ulps(have[0], want[0]) > 0).double().mean().item()) > 0.02:
+            return f"{rate:.0%} of y differ {words}"
+    return None
+
+
+def _drawn(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """A Linear of the same shape with weights of its own, of unit gain."""
+    fresh = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device, dtype)
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.normal_(std=linear.in_features**-0.5)
+    return fresh
