@@ -1,10 +1,10 @@
 """bf16 matrix products at fp32 speed on CPUs without bf16 instructions. For benchmarks only; says so in every result.
 
-PyTorch's bf16 products on such a CPU run at 1 to 15 GFLOP/s against 100 in fp32, so that a step of SmolLM2 takes minutes and says
-nothing about anything but that loop. `enable()` replaces, for bf16 inputs on the CPU, mm, addmm, bmm, baddbmm (and the backward of
-flash attention) by the same product computed in fp32, tile by tile, and rounded once: what bf16 hardware does. The stock model and ours run
-on the same replacement. Tiles bound the extra memory at `TEMPORARY_BYTES` (attention: three heads at a time), on either side.
-It does nothing where the CPU multiplies bf16 itself.
+PyTorch's bf16 products on such a CPU run at 1 to 15 GFLOP/s against 100 in fp32, so that a step of SmolLM2 takes minutes and
+says nothing about anything but that loop. `enable()` replaces, for bf16 inputs on the CPU, mm, addmm, bmm, baddbmm (and the
+backward of flash attention) by the same product computed in fp32, tile by tile, and rounded once: what bf16 hardware does. The
+stock model and ours run on the same replacement. Tiles bound the extra memory at `TEMPORARY_BYTES` (attention: three heads at
+a time), on either side. It does nothing where the CPU multiplies bf16 itself.
 
     python -m bench.bf16_matmul        checks values, shapes, strides and extra memory, and prints the speed with and without
 """
@@ -37,8 +37,8 @@ def describe() -> str:
     if _library is None:
         return "bf16 products: PyTorch's own"
     return (
-        f"bf16 products and attention backward: computed in fp32 tiles (at most {TEMPORARY_BYTES / 2**20:.0f} MiB) and rounded once, "
-        "on every side alike (bench/bf16_matmul.py), because this CPU has no bf16 instructions"
+        f"bf16 products and attention backward: computed in fp32 tiles (at most {TEMPORARY_BYTES / 2**20:.0f} MiB) and rounded "
+        "once, on every side alike (bench/bf16_matmul.py), because this CPU has no bf16 instructions"
     )
 
 
@@ -149,7 +149,7 @@ def _attention_backward(dy, q, k, v, y, lse, dropout_p, is_causal, *, attn_mask=
                 mask = mask.float() if mask.is_floating_point() else mask
             part = [t[row, few if t is k or t is v else heads].float() for t in (dy, q, k, v, y)]
             done = stock(*part, lse[row, heads], dropout_p, is_causal, attn_mask=mask, scale=scale)
-            for whole, at, piece in zip(grads, (heads, few, few), done):
+            for whole, at, piece in zip(grads, (heads, few, few), done, strict=True):
                 whole[row, at] = piece
     return tuple(grads)
 
@@ -160,6 +160,7 @@ def main() -> None:
     rows, inner, cols = 1024, 1536, 576
     a, b = torch.randn(rows, inner).bfloat16(), torch.randn(cols, inner).bfloat16().t()
     bias = torch.randn(cols).bfloat16()
+    a_batch, b_batch, bias_batch = a.view(8, 128, inner), b.expand(8, -1, -1), bias.view(1, 1, -1)
 
     def attention(kv_heads: int):
         heads = [torch.randn(2, 512, n, 64).bfloat16().transpose(1, 2).requires_grad_() for n in (9, kv_heads, kv_heads)]
@@ -175,8 +176,8 @@ def main() -> None:
         "mm": lambda: (a @ b,),
         "mm, weight gradient": lambda: (a.t() @ a,),
         "addmm": lambda: (torch.addmm(bias, a, b),),
-        "bmm": lambda: (a.view(8, 128, inner) @ b.expand(8, -1, -1),),
-        "baddbmm": lambda: (torch.baddbmm(bias.view(1, 1, -1), a.view(8, 128, inner), b.expand(8, -1, -1), beta=0.5, alpha=2.0),),
+        "bmm": lambda: (a_batch @ b_batch,),
+        "baddbmm": lambda: (torch.baddbmm(bias_batch, a_batch, b_batch, beta=0.5, alpha=2.0),),
         "attention, both ways": attention(9),
         "attention, shared k and v": attention(3),
     }
@@ -191,9 +192,9 @@ def main() -> None:
     print(enable(force=True))
     for name, call in calls.items():
         (stock, stock_s), (ours, ours_s) = before[name], timed(call)
-        for s, o in zip(stock, ours):
+        for s, o in zip(stock, ours, strict=True):
             assert (s.shape, s.stride(), s.dtype) == (o.shape, o.stride(), o.dtype), (name, s.stride(), o.stride())
-        far = max(((o - s).float().norm() / s.float().norm()).item() for s, o in zip(stock, ours))
+        far = max(((o - s).float().norm() / s.float().norm()).item() for s, o in zip(stock, ours, strict=True))
         assert far < 8e-3, (name, far)  # 2^-7: one bf16 rounding each
         print(f"{name:32s} {stock_s * 1e3:8.1f} ms -> {ours_s * 1e3:7.1f} ms   difference {far:.1e}")
 

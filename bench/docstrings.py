@@ -1,4 +1,4 @@
-"""Real text that every Python carries: the docstrings of its own standard library, read from its source (nothing is imported)."""
+"""Real text that every Python carries: the docstrings of its standard library, read from its source; nothing is imported."""
 
 from __future__ import annotations
 

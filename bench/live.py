@@ -24,11 +24,12 @@ class _Storage(NamedTuple):
 class LiveStorages(TorchDispatchMode):
     """While active, follows every storage that comes out of an op.
 
-    Not counted: parameters, buffers, gradients of parameters, `inputs`, casts of parameters to another dtype (autocast's copies), and,
-    on a line of their own, the loss's gradient buffers: of what was born while the loss ran, one storage with as many elements as the
-    hidden states and one with as many as the head's weight.
+    Not counted: parameters, buffers, gradients of parameters, `inputs`, casts of parameters to another dtype (autocast's
+    copies), and, on a line of their own, the loss's gradient buffers: of what was born while the loss ran, one storage with as
+    many elements as the hidden states and one with as many as the head's weight.
 
-    The loss runs from the call of the head to the end of the forward, and in the backward until the hidden states have their gradient.
+    The loss runs from the call of the head to the end of the forward, and in the backward until the hidden states have their
+    gradient.
     """
 
     def __init__(self, model: torch.nn.Module, inputs: list[torch.Tensor]):
@@ -83,8 +84,8 @@ class LiveStorages(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _address(tensor)
         known = self._followed.get(key)
         if key not in self._outside and (known is None or known.alive.expired()):
-            size = storage.nbytes()
-            self._followed[key] = _Storage(StorageWeakRef(storage), size, size // tensor.element_size(), self._loss, weight_copy)
+            size, elements = storage.nbytes(), storage.nbytes() // tensor.element_size()
+            self._followed[key] = _Storage(StorageWeakRef(storage), size, elements, self._loss, weight_copy)
             self._at_most += size
 
     def _look(self) -> tuple[int, int]:

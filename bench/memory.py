@@ -1,7 +1,8 @@
 """Saved bytes per token, and the peak outside the loss, of one step of SmolLM2-135M (batch 1, SDPA).
 
-saved   unique storages alive after the forward, without parameters, buffers, `.grad`, inputs, autocast's weight copies and the loss's own
-        gradient buffers (dhidden and one dW: a column of their own); counted by weak references (bench/live.py), not by the ledger
+saved   unique storages alive after the forward, without parameters, buffers, `.grad`, inputs, autocast's weight copies and the
+        loss's own gradient buffers (dhidden and one dW: a column of their own); counted by weak references (bench/live.py),
+        not by the ledger
 peak    the highest such sum at any moment outside the loss
 ledger  what `unswag.audit` says about the same forward
 
@@ -77,7 +78,8 @@ def main() -> None:
             for i in range(args.runs):
                 say(f"{row}: {one}, run {i + 1} of {args.runs}")
                 runs.append(fresh(measure, one, args.steps))
-            sides[side] = {**max(runs, key=lambda r: r["saved_bytes_per_token"]), "peak_bytes": max(r["peak_bytes"] for r in runs)}
+            worst = max(runs, key=lambda r: r["saved_bytes_per_token"])
+            sides[side] = {**worst, "peak_bytes": max(r["peak_bytes"] for r in runs)}
         results[row] = {"job": dataclasses.asdict(job), "stock_published": published, "goal": goal, "sides": sides}
     write("memory", {"tokens": args.tokens, "runs": args.runs, "steps": args.steps, "rows": results})
 

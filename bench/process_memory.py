@@ -1,7 +1,7 @@
 """Peak memory of the whole process during one step of SmolLM2-135M above the idle model, bf16, as the kernel counts it (VmHWM).
 
-With MALLOC_MMAP_THRESHOLD_=65536, so that freed tensors go back to the system at once and the peak is the program's, not malloc's.
-The third of three steps in a fresh process, worst of 3 runs.
+With MALLOC_MMAP_THRESHOLD_=65536, so that freed tensors go back to the system at once and the peak is the program's, not
+malloc's. The third of three steps in a fresh process, worst of 3 runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def forget_peak() -> None:
 
 
 def measure(job: dict, steps: int) -> dict:
-    """Peak of the last of `steps` steps above the model after its first gradients were dropped. Runs in a process of its own."""
+    """Peak of the last of `steps` steps above the loaded model. Runs in a process of its own."""
     import gc
 
     from bench import bf16_matmul

