@@ -21,8 +21,6 @@ RESULTS = ROOT / "bench" / "results"
 CACHE = ROOT / ".cache" / "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-MODULES = {"mlp": 30, "norm": 61}  # what surgery has to find in SmolLM2-135M
-
 
 # ---- the model
 
@@ -147,9 +145,17 @@ def operate(model, side: str):
     if side == "stock loss":
         return apply_unswag_surgery(model, loss="stock")
     if side == "our loss":
-        from unswag.torch.patterns import loss
+        from unswag.torch.patterns.loss import Loss
+        from unswag.torch.patterns.probing import sealed
 
-        return loss.apply_alone(model)
+        pattern = Loss()
+        for candidate in list(pattern.find(model)):
+            with sealed():
+                reason = pattern.probe(candidate)
+            if reason is not None:
+                raise RuntimeError(f"the loss of {candidate.name} cannot be patched: {reason}")
+            pattern.apply(candidate)
+        return None
     raise ValueError(f"side {side!r} is not one of stock, ours, our loss, stock loss")
 
 
