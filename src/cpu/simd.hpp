@@ -12,6 +12,9 @@
 //   < <= > >= == !=   select(mask, a, b)     false for NaN, except !=;  mask.bits(), mask::from_bits(bits), & | ~
 //   reduce_add reduce_max                    lane i with i + 8, then i + 4, i + 2, i + 1: the same order everywhere
 //   product_error times_pow2                 as in math/scalar.hpp, where float and double have the same functions
+//
+// i32x32 and i16x32 (i64x32): thirty-two elements seen as integers, for the masks; one word of a packed row.  They have
+// load store stream, the comparisons, select, and masks as above.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// e^x, the only transcendental function that the formulas need.
+// e^x, from which the formulas make the rest.
 #pragma once
 
 #include <type_traits>
@@ -31,7 +31,7 @@ UNSWAG_HD inline V exp_full(V x) {
   const V magic(0x1.8p23f);
   const V n = z - magic;
   const V half = fma(n, V(0.5f), magic);
-  return times_pow2(m, half) * times_pow2(V(1.f), magic + (n - (half - magic)));
+  return m * times_pow2(V(1.f), half) * times_pow2(V(1.f), magic + (n - (half - magic)));
 }
 
 // 2^64 e^(x + tail) for -130 < x <= 0 (double: any x <= 0) and a small tail.  The factor keeps small results normal, so that
@@ -49,5 +49,6 @@ UNSWAG_HD inline V exp_scaled(V x, V tail) {
 
 UNSWAG_HD inline float exp(float x) { return exp_full(x); }
 UNSWAG_HD inline double exp(double x) { return ::exp(x); }
+UNSWAG_HD inline double erfc(double x) { return ::erfc(x); }
 
 }  // namespace unswag::math

@@ -92,6 +92,64 @@ struct f32x8 {
 
 using f32x16 = twice<f32x8>;
 
+// 32-bit or 16-bit integers, for the masks.
+template <class I>
+struct ints_mask {
+  static constexpr int size = 32 / int(sizeof(I));
+  __m256i m;  // all ones or all zeros per lane
+  UNSWAG_INLINE static ints_mask from_bits(unsigned bits) {
+    if constexpr (sizeof(I) == 4) {
+      return {_mm256_castps_si256(mask8::from_bits(bits).m)};
+    } else {
+      const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+      return {_mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(short(bits)), lane), lane)};
+    }
+  }
+  UNSWAG_INLINE unsigned bits() const {
+    static_assert(sizeof(I) == 4, "two masks of 16-bit lanes give their bits together, below");
+    return unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
+  }
+  UNSWAG_INLINE friend ints_mask operator&(ints_mask a, ints_mask b) { return {_mm256_and_si256(a.m, b.m)}; }
+  UNSWAG_INLINE friend ints_mask operator|(ints_mask a, ints_mask b) { return {_mm256_or_si256(a.m, b.m)}; }
+  UNSWAG_INLINE friend ints_mask operator~(ints_mask a) { return {_mm256_xor_si256(a.m, _mm256_set1_epi32(-1))}; }
+};
+template <>
+UNSWAG_INLINE unsigned twice_mask<ints_mask<std::int16_t>>::bits() const {
+  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low.m, high.m), 0xd8);
+  return unsigned(_mm256_movemask_epi8(bytes));
+}
+
+template <class I>
+struct ints {
+  using scalar = I;
+  using mask = ints_mask<I>;
+  static constexpr int size = mask::size;
+  __m256i v;
+
+  ints() = default;
+  UNSWAG_INLINE ints(__m256i x) : v(x) {}
+  UNSWAG_INLINE ints(I x) : v(sizeof(I) == 4 ? _mm256_set1_epi32(x) : _mm256_set1_epi16(short(x))) {}
+
+  UNSWAG_INLINE static ints load(const I* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  UNSWAG_INLINE void store(I* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  UNSWAG_INLINE void stream(I* p) const { _mm256_stream_si256((__m256i*)p, v); }
+
+  UNSWAG_INLINE friend mask operator>(ints a, ints b) {
+    return {sizeof(I) == 4 ? _mm256_cmpgt_epi32(a.v, b.v) : _mm256_cmpgt_epi16(a.v, b.v)};
+  }
+  UNSWAG_INLINE friend mask operator==(ints a, ints b) {
+    return {sizeof(I) == 4 ? _mm256_cmpeq_epi32(a.v, b.v) : _mm256_cmpeq_epi16(a.v, b.v)};
+  }
+  UNSWAG_INLINE friend mask operator<(ints a, ints b) { return b > a; }
+  UNSWAG_INLINE friend mask operator<=(ints a, ints b) { return ~(a > b); }
+  UNSWAG_INLINE friend mask operator>=(ints a, ints b) { return ~(b > a); }
+  UNSWAG_INLINE friend mask operator!=(ints a, ints b) { return ~(a == b); }
+  UNSWAG_INLINE friend ints select(mask m, ints a, ints b) { return _mm256_blendv_epi8(b.v, a.v, m.m); }
+};
+
+using i32x32 = twice<twice<ints<std::int32_t>>>;
+using i16x32 = twice<ints<std::int16_t>>;
+
 // Makes streamed stores visible to other threads in order.
 UNSWAG_INLINE void stream_fence() { _mm_sfence(); }
 

@@ -1,6 +1,8 @@
 // Sixteen lanes in a register of AVX-512 (F, BW, DQ, VL).
 #pragma once
 
+#include <type_traits>
+
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 warns of its own _mm512_undefined_ps (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -88,6 +90,62 @@ struct f32x16 {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16));
   }
 };
+
+// 32-bit or 16-bit integers, for the masks.
+template <class I>
+struct ints_mask {
+  static constexpr int size = 64 / int(sizeof(I));
+  using Bits = std::conditional_t<sizeof(I) == 4, __mmask16, __mmask32>;
+  Bits m;
+  UNSWAG_INLINE static ints_mask from_bits(unsigned bits) { return {Bits(bits)}; }
+  UNSWAG_INLINE unsigned bits() const { return m; }
+  UNSWAG_INLINE friend ints_mask operator&(ints_mask a, ints_mask b) { return {Bits(a.m & b.m)}; }
+  UNSWAG_INLINE friend ints_mask operator|(ints_mask a, ints_mask b) { return {Bits(a.m | b.m)}; }
+  UNSWAG_INLINE friend ints_mask operator~(ints_mask a) { return {Bits(~a.m)}; }
+};
+
+template <class I>
+struct ints {
+  using scalar = I;
+  using mask = ints_mask<I>;
+  static constexpr int size = mask::size;
+  __m512i v;
+
+  ints() = default;
+  UNSWAG_INLINE ints(__m512i x) : v(x) {}
+  UNSWAG_INLINE ints(I x) : v(sizeof(I) == 4 ? _mm512_set1_epi32(x) : _mm512_set1_epi16(short(x))) {}
+
+  UNSWAG_INLINE static ints load(const I* p) { return _mm512_loadu_si512(p); }
+  UNSWAG_INLINE void store(I* p) const { _mm512_storeu_si512(p, v); }
+  UNSWAG_INLINE void stream(I* p) const { _mm512_stream_si512((__m512i*)p, v); }
+
+  UNSWAG_INLINE friend mask operator>(ints a, ints b) { return compare<_MM_CMPINT_NLE>(a, b); }
+  UNSWAG_INLINE friend mask operator==(ints a, ints b) { return compare<_MM_CMPINT_EQ>(a, b); }
+  UNSWAG_INLINE friend mask operator<(ints a, ints b) { return compare<_MM_CMPINT_LT>(a, b); }
+  UNSWAG_INLINE friend mask operator<=(ints a, ints b) { return compare<_MM_CMPINT_LE>(a, b); }
+  UNSWAG_INLINE friend mask operator>=(ints a, ints b) { return compare<_MM_CMPINT_NLT>(a, b); }
+  UNSWAG_INLINE friend mask operator!=(ints a, ints b) { return compare<_MM_CMPINT_NE>(a, b); }
+  UNSWAG_INLINE friend ints select(mask m, ints a, ints b) {
+    if constexpr (sizeof(I) == 4) {
+      return _mm512_mask_blend_epi32(m.m, b.v, a.v);
+    } else {
+      return _mm512_mask_blend_epi16(m.m, b.v, a.v);
+    }
+  }
+
+ private:
+  template <int Relation>
+  UNSWAG_INLINE static mask compare(ints a, ints b) {
+    if constexpr (sizeof(I) == 4) {
+      return {_mm512_cmp_epi32_mask(a.v, b.v, Relation)};
+    } else {
+      return {_mm512_cmp_epi16_mask(a.v, b.v, Relation)};
+    }
+  }
+};
+
+using i32x32 = twice<ints<std::int32_t>>;
+using i16x32 = ints<std::int16_t>;
 
 // Makes streamed stores visible to other threads in order.
 UNSWAG_INLINE void stream_fence() { _mm_sfence(); }

@@ -108,13 +108,54 @@ struct array16 {
     UNSWAG_LANES(array16, math::times_pow2(m.lane[i], z.lane[i]));
   }
 };
+
+// Integers, for the masks.
+template <class I>
+struct ints {
+  using scalar = I;
+  using mask = array16_mask;
+  static constexpr int size = 16;
+  I lane[16];
+
+  ints() = default;
+  UNSWAG_INLINE ints(I x) {
+    for (I& l : lane) l = x;
+  }
+
+  UNSWAG_INLINE static ints load(const I* p) {
+    ints result;
+    memcpy(result.lane, p, sizeof result.lane);
+    return result;
+  }
+  UNSWAG_INLINE void store(I* p) const { memcpy(p, lane, sizeof lane); }
+  UNSWAG_INLINE void stream(I* p) const { store(p); }
+
+  UNSWAG_INLINE friend mask operator<(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] < b.lane[i]); }
+  UNSWAG_INLINE friend mask operator<=(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] <= b.lane[i]); }
+  UNSWAG_INLINE friend mask operator>(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] > b.lane[i]); }
+  UNSWAG_INLINE friend mask operator>=(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] >= b.lane[i]); }
+  UNSWAG_INLINE friend mask operator==(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] == b.lane[i]); }
+  UNSWAG_INLINE friend mask operator!=(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] != b.lane[i]); }
+  UNSWAG_INLINE friend ints select(mask m, ints a, ints b) {
+    UNSWAG_LANES(ints, m.lane[i] ? a.lane[i] : b.lane[i]);
+  }
+};
 #undef UNSWAG_LANES
+
+using i32x32 = twice<ints<std::int32_t>>;
+using i16x32 = twice<ints<std::int16_t>>;
+using i64x32 = twice<ints<std::int64_t>>;
 
 using f32x16 = array16<float>;
 using f64x16 = array16<double>;
 
 UNSWAG_INLINE f64x16 exp(f64x16 x) {
   for (double& l : x.lane) l = ::exp(l);
+  return x;
+}
+
+UNSWAG_INLINE f64x16 erfc(f64x16 x) {
+  for (double& l : x.lane) l = ::erfc(l);
   return x;
 }
 

@@ -133,6 +133,64 @@ struct f32x4 {
 
 using f32x16 = twice<twice<f32x4>>;
 
+// 32-bit or 16-bit integers, for the masks.
+template <class I>
+struct ints_mask {
+  static constexpr int size = 16 / int(sizeof(I));
+  __m128i m;  // all ones or all zeros per lane
+  UNSWAG_INLINE static ints_mask from_bits(unsigned bits) {
+    if constexpr (sizeof(I) == 4) {
+      return {_mm_castps_si128(mask4::from_bits(bits).m)};
+    } else {
+      const __m128i lane = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
+      return {_mm_cmpeq_epi16(_mm_and_si128(_mm_set1_epi16(short(bits)), lane), lane)};
+    }
+  }
+  UNSWAG_INLINE unsigned bits() const {
+    if constexpr (sizeof(I) == 4) {
+      return unsigned(_mm_movemask_ps(_mm_castsi128_ps(m)));
+    } else {
+      return unsigned(_mm_movemask_epi8(_mm_packs_epi16(m, _mm_setzero_si128())));
+    }
+  }
+  UNSWAG_INLINE friend ints_mask operator&(ints_mask a, ints_mask b) { return {_mm_and_si128(a.m, b.m)}; }
+  UNSWAG_INLINE friend ints_mask operator|(ints_mask a, ints_mask b) { return {_mm_or_si128(a.m, b.m)}; }
+  UNSWAG_INLINE friend ints_mask operator~(ints_mask a) { return {_mm_xor_si128(a.m, _mm_set1_epi32(-1))}; }
+};
+
+template <class I>
+struct ints {
+  using scalar = I;
+  using mask = ints_mask<I>;
+  static constexpr int size = mask::size;
+  __m128i v;
+
+  ints() = default;
+  UNSWAG_INLINE ints(__m128i x) : v(x) {}
+  UNSWAG_INLINE ints(I x) : v(sizeof(I) == 4 ? _mm_set1_epi32(x) : _mm_set1_epi16(short(x))) {}
+
+  UNSWAG_INLINE static ints load(const I* p) { return _mm_loadu_si128((const __m128i*)p); }
+  UNSWAG_INLINE void store(I* p) const { _mm_storeu_si128((__m128i*)p, v); }
+  UNSWAG_INLINE void stream(I* p) const { _mm_stream_si128((__m128i*)p, v); }
+
+  UNSWAG_INLINE friend mask operator>(ints a, ints b) {
+    return {sizeof(I) == 4 ? _mm_cmpgt_epi32(a.v, b.v) : _mm_cmpgt_epi16(a.v, b.v)};
+  }
+  UNSWAG_INLINE friend mask operator==(ints a, ints b) {
+    return {sizeof(I) == 4 ? _mm_cmpeq_epi32(a.v, b.v) : _mm_cmpeq_epi16(a.v, b.v)};
+  }
+  UNSWAG_INLINE friend mask operator<(ints a, ints b) { return b > a; }
+  UNSWAG_INLINE friend mask operator<=(ints a, ints b) { return ~(a > b); }
+  UNSWAG_INLINE friend mask operator>=(ints a, ints b) { return ~(b > a); }
+  UNSWAG_INLINE friend mask operator!=(ints a, ints b) { return ~(a == b); }
+  UNSWAG_INLINE friend ints select(mask m, ints a, ints b) {
+    return _mm_or_si128(_mm_and_si128(m.m, a.v), _mm_andnot_si128(m.m, b.v));
+  }
+};
+
+using i32x32 = twice<twice<twice<ints<std::int32_t>>>>;
+using i16x32 = twice<twice<ints<std::int16_t>>>;
+
 // Makes streamed stores visible to other threads in order.
 UNSWAG_INLINE void stream_fence() { _mm_sfence(); }
 

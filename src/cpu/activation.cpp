@@ -1,0 +1,40 @@
+// Smooth activations: y = f(x), dx = dy f'(x).
+#include "math/activations.hpp"
+
+#include "cpu/backend.hpp"
+#include "cpu/elementwise.hpp"
+
+namespace unswag::UNSWAG_ISA_NS {
+namespace {
+
+template <class T, class Act>
+void forward(const ActivationForward& args, Stream stream) {
+  using V = lanes_t<T>;
+  map<T>(std::array{args.x}, std::array{args.y}, stream, [](const std::array<V, 1>& in) [[gnu::always_inline]] {
+    return std::array{math::forward(Act{}, in[0])};
+  });
+}
+
+template <class T, class Act>
+void backward(const ActivationBackward& args, Stream stream) {
+  using V = lanes_t<T>;
+  map<T>(std::array{args.x, args.dy}, std::array{args.dx}, stream, [](const std::array<V, 2>& in) [[gnu::always_inline]] {
+    return std::array{math::backward(Act{}, in[0], in[1])};
+  });
+}
+
+}  // namespace
+
+void activation_forward(const ActivationForward& args, Stream stream) {
+  visit(args.x.dtype, [&]<class T>(math::type<T>) {
+    math::AllActivations::visit(args.act, [&]<class Act>(Act) { forward<T, Act>(args, stream); });
+  });
+}
+
+void activation_backward(const ActivationBackward& args, Stream stream) {
+  visit(args.x.dtype, [&]<class T>(math::type<T>) {
+    math::AllActivations::visit(args.act, [&]<class Act>(Act) { backward<T, Act>(args, stream); });
+  });
+}
+
+}  // namespace unswag::UNSWAG_ISA_NS

@@ -1,0 +1,178 @@
+// 1-bit masks: encode fused with the forward, decode fused with the backward.  One word of a packed row at a time: element
+// 32 w + i is bit i of word w, little-endian (docs/format.md).
+#include "math/masks.hpp"
+
+#include "cpu/backend.hpp"
+#include "cpu/elementwise.hpp"
+
+namespace unswag::UNSWAG_ISA_NS {
+namespace {
+
+template <std::size_t Bytes>
+struct ints32;  // thirty-two integers of so many bytes
+template <>
+struct ints32<2> {
+  using type = i16x32;
+};
+template <>
+struct ints32<4> {
+  using type = i32x32;
+};
+#ifdef UNSWAG_ISA_PORTABLE
+template <>
+struct ints32<8> {
+  using type = i64x32;
+};
+#endif
+template <class T>
+using ints32_t = typename ints32<sizeof(T)>::type;
+
+// What a kernel sees of an activation: the mask, the value, and what a 0-bit does to a gradient.  `all` are 32 elements.
+template <class T>
+struct Relu {
+  using I = ints32_t<T>;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero<T>(x); }
+  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu_bits<T>(x); }
+  UNSWAG_INLINE I stopped(I) const { return I(0); }
+};
+template <class T>
+struct Relu6 {
+  using I = ints32_t<T>;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero_or_ge_six<T>(x); }
+  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu6_bits<T>(x); }
+  UNSWAG_INLINE I stopped(I) const { return I(0); }
+};
+template <class T>
+struct LeakyRelu {
+  using I = ints32_t<T>;
+  using V = lanes_t<T>;
+  V slope;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero<T>(x); }
+  UNSWAG_INLINE I value(I x, typename I::mask passes) const { return select(passes, x, stopped(x)); }
+  UNSWAG_INLINE I stopped(I x) const {  // slope x
+    T all[32];
+    x.store(reinterpret_cast<typename I::scalar*>(all));
+    store(all, slope * load(all));
+    store(all + 16, slope * load(all + 16));
+    return I::load(reinterpret_cast<const typename I::scalar*>(all));
+  }
+};
+
+template <class I>
+UNSWAG_INLINE I load_some(const typename I::scalar* p, std::int64_t n) {
+  typename I::scalar all[32] = {};
+  memcpy(all, p, std::size_t(n) * sizeof all[0]);
+  return I::load(all);
+}
+template <class I>
+UNSWAG_INLINE void store_some(typename I::scalar* p, I x, std::int64_t n) {
+  typename I::scalar all[32];
+  x.store(all);
+  memcpy(p, all, std::size_t(n) * sizeof all[0]);
+}
+
+// Rows that follow each other without a gap are one long row.
+template <class Byte>
+UNSWAG_INLINE Spans spans(std::int64_t rows, std::int64_t cols, std::int64_t stride, std::int64_t other_stride,
+                          const PackedOf<Byte>& packed) {
+  const bool dense = stride == cols && other_stride == cols && cols % 32 == 0 && packed.stride == cols / 8;
+  return dense ? Spans{rows > 0, rows * cols} : Spans{rows, cols};
+}
+
+template <class T, class Act>
+void forward(const MaskForward& args, Stream stream, Act act) {
+  using I = ints32_t<T>;
+  using S = typename I::scalar;
+  const bool value = args.y.data != nullptr;
+  const bool large = args.x.rows * args.x.cols * std::int64_t(sizeof(T)) > stream_above;
+  const auto span = spans(args.x.rows, args.x.cols, args.x.stride, value ? args.y.stride : args.x.stride, args.packed);
+  span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) [[gnu::always_inline]] {
+    const S* x = static_cast<const S*>(args.x.data) + row * args.x.stride + begin;
+    S* y = value ? static_cast<S*>(args.y.data) + row * args.y.stride + begin : nullptr;
+    std::uint8_t* packed = args.packed.data + row * args.packed.stride + begin / 8;
+    const std::int64_t n = end - begin;
+    const bool streaming = large && value && aligned(y, 32);
+    std::int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      const I v = I::load(x + i);
+      const auto passes = act.passes(v);
+      const std::uint32_t bits = passes.bits();
+      memcpy(packed + i / 8, &bits, 4);
+      if (streaming) {
+        act.value(v, passes).stream(y + i);
+      } else if (value) {
+        act.value(v, passes).store(y + i);
+      }
+    }
+    if (streaming) stream_fence();
+    if (i < n) {
+      const I v = load_some<I>(x + i, n - i);
+      const auto passes = act.passes(v);
+      const std::uint32_t bits = passes.bits() & ((1u << (n - i)) - 1);
+      memcpy(packed + i / 8, &bits, 4);
+      if (value) store_some(y + i, act.value(v, passes), n - i);
+    }
+  });
+}
+
+template <class T, class Act>
+void backward(const MaskBackward& args, Stream stream, Act act) {
+  using I = ints32_t<T>;
+  using S = typename I::scalar;
+  const bool large = args.dy.rows * args.dy.cols * std::int64_t(sizeof(T)) > stream_above;
+  const auto span = spans(args.dy.rows, args.dy.cols, args.dy.stride, args.dx.stride, args.packed);
+  span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) [[gnu::always_inline]] {
+    const S* dy = static_cast<const S*>(args.dy.data) + row * args.dy.stride + begin;
+    S* dx = static_cast<S*>(args.dx.data) + row * args.dx.stride + begin;
+    const std::uint8_t* packed = args.packed.data + row * args.packed.stride + begin / 8;
+    const std::int64_t n = end - begin;
+    const bool streaming = large && aligned(dx, 32);
+    const auto passes = [&](std::int64_t i) [[gnu::always_inline]] {
+      std::uint32_t bits;
+      memcpy(&bits, packed + i / 8, 4);
+      return I::mask::from_bits(bits);
+    };
+    std::int64_t i = 0;
+    if (streaming) {
+      for (; i + 32 <= n; i += 32) {
+        const I v = I::load(dy + i);
+        select(passes(i), v, act.stopped(v)).stream(dx + i);
+      }
+      stream_fence();
+    }
+    for (; i + 32 <= n; i += 32) {
+      const I v = I::load(dy + i);
+      select(passes(i), v, act.stopped(v)).store(dx + i);
+    }
+    if (i < n) {
+      const I v = load_some<I>(dy + i, n - i);
+      store_some(dx + i, select(passes(i), v, act.stopped(v)), n - i);
+    }
+  });
+}
+
+// f(act) with the act that is asked for.
+template <class T, class F>
+UNSWAG_INLINE void visit_mask(Mask act, double slope, const F& f) {
+  switch (act) {
+    case Mask::relu: return f(Relu<T>{});
+    case Mask::relu6: return f(Relu6<T>{});
+    case Mask::leaky_relu: return f(LeakyRelu<T>{typename lanes_t<T>::scalar(slope)});
+  }
+}
+
+}  // namespace
+
+void mask_forward(const MaskForward& args, Stream stream) {
+  visit(args.x.dtype, [&]<class T>(math::type<T>) {
+    visit_mask<T>(args.act, args.slope, [&](auto act) { forward<T>(args, stream, act); });
+  });
+}
+
+void mask_backward(const MaskBackward& args, Stream stream) {
+  visit(args.dy.dtype, [&]<class T>(math::type<T>) {
+    visit_mask<T>(args.act, args.slope, [&](auto act) { backward<T>(args, stream, act); });
+  });
+}
+
+}  // namespace unswag::UNSWAG_ISA_NS

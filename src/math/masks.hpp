@@ -1,0 +1,74 @@
+// The 1-bit masks: which elements pass the gradient, and the forward that goes with them.
+//
+// Frameworks differ on NaN, so each predicate has a name that says what it does.  They compare the bits of x as integers:
+// the answer is the same with subnormals flushed or not, and 16-bit floats need no widening.  I is an integer type of the
+// width of x (signed), or lanes of it (src/cpu/simd/), with the bits of a float or 16-bit float in it; Format says where
+// its infinity is.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "math/dtype.hpp"
+#include "math/hd.hpp"
+
+namespace unswag::math {
+
+// A floating type seen as an integer: positive numbers are in order, negative ones (sign bit set) in reverse order.
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+  using bits = std::int32_t;
+  static constexpr bits negative_infinity = bits(0xff800000), six = 0x40c00000;
+};
+template <>
+struct Format<f16> {
+  using bits = std::int16_t;
+  static constexpr bits negative_infinity = bits(0xfc00), six = 0x4600;
+};
+template <>
+struct Format<bf16> {
+  using bits = std::int16_t;
+  static constexpr bits negative_infinity = bits(0xff80), six = 0x40c0;
+};
+template <>
+struct Format<double> {
+  using bits = std::int64_t;
+  static constexpr bits negative_infinity = bits(0xfff0000000000000), six = 0x4018000000000000;
+};
+
+template <class T>
+inline constexpr typename Format<T>::bits infinity_bits =
+    Format<T>::negative_infinity& std::numeric_limits<typename Format<T>::bits>::max();
+
+// not (x <= 0): positive or NaN.  PyTorch's relu passes the gradient of NaN.
+template <class T, class I>
+UNSWAG_HD inline auto not_le_zero(I x) {
+  return (x > I(Format<T>::negative_infinity)) & (x != I(0));
+}
+// x > 0: NaN is not.
+template <class T, class I>
+UNSWAG_HD inline auto gt_zero(I x) {
+  return (x > I(0)) & (x <= I(infinity_bits<T>));
+}
+// not (x <= 0 or x >= 6): strictly between, or NaN.
+template <class T, class I>
+UNSWAG_HD inline auto not_le_zero_or_ge_six(I x) {
+  return not_le_zero<T>(x) & ((x < I(Format<T>::six)) | (x > I(infinity_bits<T>)));
+}
+
+// relu's value: -0 stays -0, as in PyTorch.
+template <class T, class I>
+UNSWAG_HD inline I relu_bits(I x) {
+  const I minus_zero(std::numeric_limits<typename Format<T>::bits>::min());
+  return select(not_le_zero<T>(x) | (x == minus_zero), x, I(0));
+}
+// relu6's value, of relu's.
+template <class T, class I>
+UNSWAG_HD inline I relu6_bits(I x) {
+  const I y = relu_bits<T>(x);
+  return select((y >= I(Format<T>::six)) & (y <= I(infinity_bits<T>)), I(Format<T>::six), y);
+}
+
+}  // namespace unswag::math
