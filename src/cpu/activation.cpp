@@ -1,8 +1,7 @@
 // Smooth activations: y = f(x), dx = dy f'(x).
-#include "math/activations.hpp"
-
 #include "cpu/backend.hpp"
 #include "cpu/elementwise.hpp"
+#include "math/activations.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
@@ -10,17 +9,15 @@ namespace {
 template <class T, class Act>
 void forward(const ActivationForward& args, Stream stream) {
   using V = lanes_t<T>;
-  map<T>(std::array{args.x}, std::array{args.y}, stream, [](const std::array<V, 1>& in) [[gnu::always_inline]] {
-    return std::array{math::forward(Act{}, in[0])};
-  });
+  map<T>(std::array{args.x}, std::array{args.y}, stream,
+         [](const std::array<V, 1>& in) [[gnu::always_inline]] { return std::array{math::forward(Act{}, in[0])}; });
 }
 
 template <class T, class Act>
 void backward(const ActivationBackward& args, Stream stream) {
   using V = lanes_t<T>;
-  map<T>(std::array{args.x, args.dy}, std::array{args.dx}, stream, [](const std::array<V, 2>& in) [[gnu::always_inline]] {
-    return std::array{math::backward(Act{}, in[0], in[1])};
-  });
+  map<T>(std::array{args.x, args.dy}, std::array{args.dx}, stream,
+         [](const std::array<V, 2>& in) [[gnu::always_inline]] { return std::array{math::backward(Act{}, in[0], in[1])}; });
 }
 
 }  // namespace

@@ -19,9 +19,8 @@ template <class T, class Act>
 void backward(const GatedBackward& args, Stream stream) {
   using V = lanes_t<T>;
   const std::array in{args.gate, args.up, args.dh};
-  const auto gradient = [](const std::array<V, 3>& x) [[gnu::always_inline]] {
-    return math::gated_backward(Act{}, x[0], x[1], x[2]);
-  };
+  const auto gradient = [](const std::array<V, 3>& x)
+                            [[gnu::always_inline]] { return math::gated_backward(Act{}, x[0], x[1], x[2]); };
   if (args.h.data) {
     map<T>(in, std::array{args.dgate, args.dup, args.h}, stream, [&](const std::array<V, 3>& x) [[gnu::always_inline]] {
       const math::GatedGradient<V> g = gradient(x);

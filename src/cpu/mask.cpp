@@ -1,9 +1,8 @@
 // 1-bit masks: encode fused with the forward, decode fused with the backward.  One word of a packed row at a time: element
 // 32 w + i is bit i of word w, little-endian (docs/format.md).
-#include "math/masks.hpp"
-
 #include "cpu/backend.hpp"
 #include "cpu/elementwise.hpp"
+#include "math/masks.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
@@ -164,9 +163,8 @@ UNSWAG_INLINE void visit_mask(Mask act, double slope, const F& f) {
 }  // namespace
 
 void mask_forward(const MaskForward& args, Stream stream) {
-  visit(args.x.dtype, [&]<class T>(math::type<T>) {
-    visit_mask<T>(args.act, args.slope, [&](auto act) { forward<T>(args, stream, act); });
-  });
+  visit(args.x.dtype,
+        [&]<class T>(math::type<T>) { visit_mask<T>(args.act, args.slope, [&](auto act) { forward<T>(args, stream, act); }); });
 }
 
 void mask_backward(const MaskBackward& args, Stream stream) {

@@ -87,7 +87,9 @@ struct GeluTanh {
   static constexpr Activation id = Activation::gelu_tanh;
   static constexpr const char* name = "gelu_tanh";
   static constexpr double c1 = 1.5957691216057307, c3 = 0.07135481627260025;  // q(u) = c1 u + c3 u^3
-  static constexpr double u0 = 0x1.81427p-1, t0 = 0.29195243122188331;  // t0 = u0 q'(u0) - 1; of the u0 near the zero, the one whose t0 is nearest to a float
+  static constexpr double
+      u0 = 0x1.81427p-1,
+      t0 = 0.29195243122188331;  // t0 = u0 q'(u0) - 1; of the u0 near the zero, the one whose t0 is nearest to a float
 
   template <class V>
   UNSWAG_HD static Tail<V> tail(V x) {
@@ -99,8 +101,7 @@ struct GeluTanh {
     const V s = V(1.f) / fma(t, V(0x1p-64f), V(1.f));
     const V ts = t * s;
     // 1 + t - u q'(u) = (u0 q'(u0) - u q'(u)) + (t - t0)
-    const V zero = fma(V(u0) - u, fma(V(3 * c3), fma(u, u + V(u0), V(u0 * u0)), V(c1)),
-                       fma(t, V(0x1p-64f), V(-t0)));
+    const V zero = fma(V(u0) - u, fma(V(3 * c3), fma(u, u + V(u0), V(u0 * u0)), V(c1)), fma(t, V(0x1p-64f), V(-t0)));
     return {u * ts, ts * s * zero};
   }
 };

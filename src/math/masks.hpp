@@ -40,7 +40,7 @@ struct Format<double> {
 
 template <class T>
 inline constexpr typename Format<T>::bits infinity_bits =
-    Format<T>::negative_infinity& std::numeric_limits<typename Format<T>::bits>::max();
+    Format<T>::negative_infinity & std::numeric_limits<typename Format<T>::bits>::max();
 
 // not (x <= 0): positive or NaN.  PyTorch's relu passes the gradient of NaN.
 template <class T, class I>

@@ -15,9 +15,7 @@ struct mask8 {
   UNSWAG_INLINE unsigned bits() const { return unsigned(_mm256_movemask_ps(m)); }
   UNSWAG_INLINE friend mask8 operator&(mask8 a, mask8 b) { return {_mm256_and_ps(a.m, b.m)}; }
   UNSWAG_INLINE friend mask8 operator|(mask8 a, mask8 b) { return {_mm256_or_ps(a.m, b.m)}; }
-  UNSWAG_INLINE friend mask8 operator~(mask8 a) {
-    return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
-  }
+  UNSWAG_INLINE friend mask8 operator~(mask8 a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 };
 
 struct f32x8 {

@@ -6,8 +6,8 @@
 namespace unswag::UNSWAG_ISA_NS {
 
 // lanes [0, 16): result = expression in i
-#define UNSWAG_LANES(Result, expression)                  \
-  Result result;                                          \
+#define UNSWAG_LANES(Result, expression)                    \
+  Result result;                                            \
   for (int i = 0; i < 16; ++i) result.lane[i] = expression; \
   return result
 
@@ -136,9 +136,7 @@ struct ints {
   UNSWAG_INLINE friend mask operator>=(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] >= b.lane[i]); }
   UNSWAG_INLINE friend mask operator==(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] == b.lane[i]); }
   UNSWAG_INLINE friend mask operator!=(ints a, ints b) { UNSWAG_LANES(mask, a.lane[i] != b.lane[i]); }
-  UNSWAG_INLINE friend ints select(mask m, ints a, ints b) {
-    UNSWAG_LANES(ints, m.lane[i] ? a.lane[i] : b.lane[i]);
-  }
+  UNSWAG_INLINE friend ints select(mask m, ints a, ints b) { UNSWAG_LANES(ints, m.lane[i] ? a.lane[i] : b.lane[i]); }
 };
 #undef UNSWAG_LANES
 

@@ -93,9 +93,7 @@ struct f32x4 {
   }
 
  private:
-  UNSWAG_INLINE static f32x4 upper_half(f32x4 a) {
-    return _mm_and_ps(a.v, _mm_castsi128_ps(_mm_set1_epi32(int(0xfffff000))));
-  }
+  UNSWAG_INLINE static f32x4 upper_half(f32x4 a) { return _mm_and_ps(a.v, _mm_castsi128_ps(_mm_set1_epi32(int(0xfffff000)))); }
   UNSWAG_INLINE static __m128i choose(__m128i m, __m128i a, __m128i b) {
     return _mm_or_si128(_mm_and_si128(m, a), _mm_andnot_si128(m, b));
   }
@@ -120,8 +118,7 @@ struct f32x4 {
     const __m128i bias = _mm_set1_epi32(0xfff - (112 << 23));
     const __m128i normal = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(magnitude, bias), odd), 13);
     const __m128 half = _mm_set1_ps(0.5f);
-    const __m128i tiny =
-        _mm_sub_epi32(_mm_castps_si128(_mm_add_ps(_mm_castsi128_ps(magnitude), half)), _mm_castps_si128(half));
+    const __m128i tiny = _mm_sub_epi32(_mm_castps_si128(_mm_add_ps(_mm_castsi128_ps(magnitude), half)), _mm_castps_si128(half));
     const __m128i payload = _mm_and_si128(_mm_srli_epi32(magnitude, 13), _mm_set1_epi32(0x3ff));
     const __m128i nan = _mm_or_si128(payload, _mm_set1_epi32(0x7e00));
     __m128i result = choose(_mm_cmpgt_epi32(_mm_set1_epi32(0x38800000), magnitude), tiny, normal);

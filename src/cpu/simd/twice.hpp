@@ -47,9 +47,7 @@ struct twice {
   UNSWAG_INLINE friend twice operator-(twice a, twice b) { return {a.low - b.low, a.high - b.high}; }
   UNSWAG_INLINE friend twice operator*(twice a, twice b) { return {a.low * b.low, a.high * b.high}; }
   UNSWAG_INLINE friend twice operator/(twice a, twice b) { return {a.low / b.low, a.high / b.high}; }
-  UNSWAG_INLINE friend twice fma(twice a, twice b, twice c) {
-    return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
-  }
+  UNSWAG_INLINE friend twice fma(twice a, twice b, twice c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
   UNSWAG_INLINE friend twice min(twice a, twice b) { return {min(a.low, b.low), min(a.high, b.high)}; }
   UNSWAG_INLINE friend twice max(twice a, twice b) { return {max(a.low, b.low), max(a.high, b.high)}; }
   UNSWAG_INLINE friend twice abs(twice a) { return {abs(a.low), abs(a.high)}; }
@@ -68,9 +66,7 @@ struct twice {
   UNSWAG_INLINE friend twice product_error(twice a, twice b, twice p) {
     return {product_error(a.low, b.low, p.low), product_error(a.high, b.high, p.high)};
   }
-  UNSWAG_INLINE friend twice times_pow2(twice m, twice z) {
-    return {times_pow2(m.low, z.low), times_pow2(m.high, z.high)};
-  }
+  UNSWAG_INLINE friend twice times_pow2(twice m, twice z) { return {times_pow2(m.low, z.low), times_pow2(m.high, z.high)}; }
 };
 
 }  // namespace unswag::UNSWAG_ISA_NS
