@@ -66,6 +66,7 @@ class LiveStorages(TorchDispatchMode):
         self._parameters = list(model.parameters()) if model is not None else []
         fixed = [*self._parameters, *(model.buffers() if model is not None else ()), *tree_leaves(inputs)]
         self._fixed = {s._cdata: StorageWeakRef(s) for t in fixed for s in storages(t)}
+        self._weights = {s._cdata for t in self._parameters for s in storages(t)}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._copies: dict[int, StorageWeakRef] = {}
         self._total = 0  # of `_made`, also of what has died since the last look
@@ -101,8 +102,9 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [s for t in tree_leaves(out) for s in storages(t) if not self.is_fixed(s._cdata)]
-        if func is torch.ops.aten._to_copy.default and all(self.is_fixed(s._cdata) for s in storages(args[0])):
+        taken = {s._cdata for t in tree_leaves((args, kwargs)) for s in storages(t)}  # a view makes no storage
+        made = [s for t in tree_leaves(out) for s in storages(t) if s._cdata not in taken or s._cdata in self._made]
+        if func is torch.ops.aten._to_copy.default and all(s._cdata in self._weights for s in storages(args[0])):
             self._copies.update({s._cdata: StorageWeakRef(s) for s in made})
         for s in made:
             known, size = self._made.get(s._cdata, (None, 0))
@@ -219,7 +221,7 @@ def _tracked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Puts back random state, gradients and buffers."""
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
@@ -230,8 +232,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for p, gradient in gradients:
                 p.grad = gradient
             with torch.no_grad():
-                for b, version, before in buffers:
-                    if b._version != version:
+                for b, before in buffers:
+                    if not torch.equal(b, before):  # batch_norm bumps no version
                         b.copy_(before)
 
 
