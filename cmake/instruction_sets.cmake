@@ -1,11 +1,12 @@
 # src/cpu/*.cpp is compiled once per instruction set; the best that runs here is chosen at run time.
 #
 # Each set has its own namespace unswag::<UNSWAG_ISA_NS>, so that no linker can hand code for one set to another
-# (tests/cpp/symbols_test.cmake looks).  Kernels are always optimised, or a debug build would be too slow to test anything,
+# (tests/cpp/symbols_test.sh looks).  Kernels are always optimised, or a debug build would be too slow to test anything,
 # but never with -ffast-math: NaN, inf and -0 have meaning here.
 file(GLOB UNSWAG_KERNEL_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/cpu/*.cpp)
 list(FILTER UNSWAG_KERNEL_SOURCES EXCLUDE REGEX "/threads\\.cpp$")
 set(UNSWAG_KERNEL_OBJECTS)
+set(UNSWAG_SYMBOLS)  # the arguments of tests/cpp/symbols_test.sh
 set(UNSWAG_ROWS)  # the table of src/api/dispatch.cpp: ROW(portable) ROW(x86_64) ...
 
 # name: as users see it; the namespace is the same with _ for -.  Further arguments: compiler options.
@@ -17,6 +18,7 @@ function(unswag_instruction_set name)
   target_compile_definitions(${target} PRIVATE UNSWAG_ISA_NS=${ns} UNSWAG_ISA_NAME="${name}")
   target_compile_options(${target} PRIVATE -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off ${ARGN})
   set(UNSWAG_KERNEL_OBJECTS ${UNSWAG_KERNEL_OBJECTS} $<TARGET_OBJECTS:${target}> PARENT_SCOPE)
+  set(UNSWAG_SYMBOLS ${UNSWAG_SYMBOLS} --set ${ns} $<TARGET_OBJECTS:${target}> PARENT_SCOPE)
   set(UNSWAG_ROWS "${UNSWAG_ROWS} ROW(${ns})" PARENT_SCOPE)
 endfunction()
 
