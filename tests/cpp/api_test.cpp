@@ -60,7 +60,7 @@ TEST(MaskForward, RefusesWhatDoesNotFit) {
   const auto with = [](auto change) {
     MaskArgs args;
     change(args);
-    const Status status = mask_forward(args);
+    Status status = mask_forward(args);
     EXPECT_TRUE(args.memory.untouched());
     return status;
   };
