@@ -125,6 +125,7 @@ TEST(Threads, NestedCallsFinish) {
 TEST(Threads, ConcurrentCallersFinish) {
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
+  callers.reserve(4);
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&] {
       for (int round = 0; round < 500; ++round) wrong += sum_of_indices(1000, 10, 3) != 499500;
