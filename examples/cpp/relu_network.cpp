@@ -22,7 +22,7 @@ namespace {
 
 constexpr std::int64_t batch = 512, inputs = 3, hidden = 512, pool = 8, features = hidden / pool;
 constexpr int steps = 400;
-constexpr float learning_rate = 0.2F, momentum = 0.9F;
+constexpr float learning_rate = 0.05F, momentum = 0.9F;
 
 // A matrix with rows of `cols` values.
 struct Matrix {
