@@ -52,11 +52,11 @@ def gt_zero(x: Array) -> Bools:
     return x > 0
 
 
-def inside_zero_six(x: Array) -> Bools:
+def not_le_zero_or_ge_six(x: Array) -> Bools:
     return ~((x <= 0) | (x >= 6))
 
 
-PREDICATES = {"relu": not_le_zero, "leaky_relu": gt_zero, "relu6": inside_zero_six}
+PREDICATES = {"relu": not_le_zero, "leaky_relu": gt_zero, "relu6": not_le_zero_or_ge_six}
 
 
 def mask_value(x: Array, act: str, slope: float = 0.0) -> Array:

@@ -84,16 +84,16 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
         x = x.clone(memory_format=torch.contiguous_format)
     if x.dim() == 0:
         return x, 1, 1, 1
-    cols = x.shape[-1]
+    rows, cols = x.shape[:-1].numel(), x.shape[-1]
     if x.is_contiguous():
-        return x, (x.numel() // cols if cols else 0), cols, cols
+        return x, rows, cols, cols
     stride = _row_stride(x)
     if stride is None:
         if not any(x.stride()):  # one value expanded, as sum() and mean() give: one row of it, read again and again
             row = x.as_strided((cols,), (0,)).contiguous()
-            return row, x.numel() // cols, cols, 0
+            return row, rows, cols, 0
         x, stride = x.contiguous(), cols
-    return x, x.numel() // cols, cols, stride
+    return x, rows, cols, stride
 
 
 def _row_stride(x: Tensor) -> int | None:
