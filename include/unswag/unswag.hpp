@@ -111,8 +111,9 @@ Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 // ---- softmax cross-entropy over a chunk of logits, in one pass -----------------------------------------------------------
 //   z = softcap tanh(logit_scale logits / softcap)  (softcap 0: z = logit_scale logits),  lse = log sum exp z
 //   loss = (1 - label_smoothing) w[label] (lse - z[label]) + label_smoothing / classes * sum over c of w[c] (lse - z[c])
-// which is torch.nn.functional.cross_entropy(z, labels, weight=w, label_smoothing=…, reduction="none"); ignored rows: 0.
-// With write_gradient, logits is overwritten with row_scale[row] * gradient_scale * d loss / d logits (ignored rows: 0).
+// which is torch.nn.functional.cross_entropy(z, labels, weight=w, label_smoothing=…, reduction="none").
+// With write_gradient, logits is overwritten with row_scale[row] * gradient_scale * d loss / d logits.
+// Ignored rows are not read (they may hold NaN): loss, lse and gradient are 0.
 // A label outside [0, classes) that is not ignore_index is an error and nothing is written.
 struct CrossEntropy {
   Rows logits{};

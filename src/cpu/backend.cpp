@@ -28,11 +28,11 @@ const Kernels backend = {
     .activation_backward = activation_backward,
     .gated_forward = gated_forward,
     .gated_backward = gated_backward,
-    .rms_norm_forward = nullptr,
-    .rms_norm_backward = nullptr,
-    .cross_entropy = nullptr,
-    .philox_fill = nullptr,
-    .dropout = nullptr,
+    .rms_norm_forward = rms_norm_forward,
+    .rms_norm_backward = rms_norm_backward,
+    .cross_entropy = cross_entropy,
+    .philox_fill = philox_fill,
+    .dropout = dropout,
 };
 
 }  // namespace unswag::UNSWAG_ISA_NS

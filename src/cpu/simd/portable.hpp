@@ -154,6 +154,8 @@ UNSWAG_INLINE f64x16 exp(f64x16 x) {
 
 UNSWAG_INLINE f64x16 erfc(f64x16 x) {
   for (double& l : x.lane) l = ::erfc(l);
+UNSWAG_INLINE f64x16 tanh(f64x16 x) {
+  for (double& l : x.lane) l = ::tanh(l);
   return x;
 }
 
