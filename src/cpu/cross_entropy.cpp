@@ -126,7 +126,7 @@ class CrossEntropyRows {
     if constexpr (sizeof(T) == 8) {
       return x;
     } else {
-      return math::from_float<T>(float(x));
+      return math::from_float<T>(sizeof(T) == 2 ? math::to_odd(x) : float(x));
     }
   }
   double weight(std::int64_t label) const { return w_ ? double(w_[label]) : 1; }

@@ -70,6 +70,16 @@ UNSWAG_HD inline f16 from_float<f16>(float x) {
   return {std::uint16_t(sign | half)};
 }
 
+// x on its way to 16 bits: cut to float with a last bit that is odd when something was cut off, so that from_float rounds as
+// if it had seen all of x (two roundings to nearest would not).
+UNSWAG_HD inline float to_odd(double x) {
+  const float near = float(x);
+  if (double(near) == x || x != x) return near;
+  std::uint32_t bits = bit_cast<std::uint32_t>(near);
+  if ((double(near) > x) == (x > 0)) --bits;  // towards zero
+  return bit_cast<float>(bits | 1);
+}
+
 // visit(dtype, f) calls f(type<T>{}) with the T of dtype.
 template <class T>
 struct type {

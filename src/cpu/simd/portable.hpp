@@ -51,7 +51,9 @@ struct array16 {
   }
   template <class T>
   UNSWAG_INLINE void store(T* p) const {
-    for (int i = 0; i < 16; ++i) p[i] = math::from_float<T>(float(lane[i]));
+    for (int i = 0; i < 16; ++i) {
+      p[i] = math::from_float<T>(sizeof(S) == 8 && sizeof(T) == 2 ? math::to_odd(lane[i]) : float(lane[i]));
+    }
   }
   template <class T>
   UNSWAG_INLINE void stream(T* p) const {
@@ -154,6 +156,9 @@ UNSWAG_INLINE f64x16 exp(f64x16 x) {
 
 UNSWAG_INLINE f64x16 erfc(f64x16 x) {
   for (double& l : x.lane) l = ::erfc(l);
+  return x;
+}
+
 UNSWAG_INLINE f64x16 tanh(f64x16 x) {
   for (double& l : x.lane) l = ::tanh(l);
   return x;
