@@ -1,0 +1,99 @@
+"""The demo's table (terminal, text, JSON) and picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+COLORS = {"stock": "#8a8f98", "unswag": "#d9480f"}
+
+
+def write(out: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """table.json, table.txt and picture.png in `out`; the table is printed too."""
+    from rich.console import Console
+
+    lines = [line(stock, ours) for stock, ours in zip(results[::2], results[1::2], strict=True)]
+    summary = json.dumps({**settings, "ways": lines}, indent=1) + "\n"
+    replace(out / "table.json", lambda path: path.write_text(summary))
+    grid = table(settings, lines)
+    Console().print(grid)
+    with open(out / "table.txt", "w", encoding="utf-8") as f:
+        Console(file=f, width=120).print(grid)
+    replace(out / "picture.png", lambda path: picture(path, results))
+
+
+def replace(path: Path, make) -> None:
+    """Makes the file beside `path` and moves it there: whole, or not at all."""
+    part = path.with_name("." + path.name)
+    make(part)
+    os.replace(part, path)
+
+
+def line(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """One way of training: the figures of both sides."""
+
+    def side(r: dict[str, Any]) -> dict[str, float]:
+        few = max(1, len(r["losses"]) // 6)  # a step's loss depends on its text: means over a few
+        return {
+            "peak_mib": r["peak_bytes"] / MIB,
+            "peak_above_idle_mib": (r["peak_bytes"] - r["idle_bytes"]) / MIB,
+            "saved_bytes_per_token": r["saved_bytes_per_token"],
+            "seconds_per_step": r["seconds_per_step"],
+            "loss_at_start": sum(r["losses"][:few]) / few,
+            "loss_at_end": sum(r["losses"][-few:]) / few,
+        }
+
+    return {
+        "way": stock["way"],
+        "stock": side(stock),
+        "unswag": side(ours),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)),
+    }
+
+
+def table(settings: dict[str, Any], lines: list[dict[str, Any]]):
+    from rich.table import Table
+
+    grid = Table(
+        title="SmolLM2-135M on Python's docstrings: {steps} steps of {tokens} tokens, {dtype}".format(**settings),
+        caption="peak: of the process, and above the idle model; MALLOC_MMAP_THRESHOLD_=65536 on both sides",
+    )
+    for name in ("", "", "peak MiB", "above idle", "saved B/token", "s/step", "loss at start", "at end", "largest difference"):
+        grid.add_column(name, justify="right" if name else "left")
+    for one in lines:
+        for side in ("stock", "unswag"):
+            r = one[side]
+            grid.add_row(
+                one["way"] if side == "stock" else "", side, f"{r['peak_mib']:,.0f}", f"{r['peak_above_idle_mib']:,.0f}",
+                f"{r['saved_bytes_per_token']:,.0f}", f"{r['seconds_per_step']:.2f}", f"{r['loss_at_start']:.4f}",
+                f"{r['loss_at_end']:.4f}", f"{one['largest_loss_difference']:.1e}" if side == "unswag" else "",
+                end_section=side == "unswag",
+            )  # fmt: skip
+    return grid
+
+
+def picture(path: Path, results: list[dict[str, Any]]) -> None:
+    """A row for each way of training: memory over time, and the loss of each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ways = list(zip(results[::2], results[1::2], strict=True))
+    figure, axes = plt.subplots(len(ways), 2, figsize=(11, 3.6 * len(ways)), squeeze=False, layout="constrained")
+    for (memory, loss), pair in zip(axes, ways, strict=True):
+        for r in pair:
+            seconds, resident = zip(*r["memory"], strict=True)
+            memory.plot(seconds, [b / MIB for b in resident], color=COLORS[r["side"]], label=r["side"], linewidth=1)
+            memory.axhline(r["peak_bytes"] / MIB, color=COLORS[r["side"]], linestyle=":", linewidth=1)
+            width = 3 if r["side"] == "stock" else 1  # ours lies on stock's
+            loss.plot(range(1, len(r["losses"]) + 1), r["losses"], color=COLORS[r["side"]], label=r["side"], linewidth=width)
+        memory.set(title=f"{pair[0]['way']}: memory of the process", xlabel="seconds", ylabel="MiB", ylim=(0, None))
+        loss.set(title=f"{pair[0]['way']}: loss", xlabel="step")
+        memory.legend(loc="lower right")
+        loss.legend()
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
