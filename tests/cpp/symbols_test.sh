@@ -13,8 +13,9 @@ while (($#)); do
     continue
   fi
   objects=$((objects + 1))
-  # Beside its symbols, the address sanitizer defines __odr_asan.<mangled name> for each global.
-  if foreign=$("$nm" --demangle --defined-only --extern-only --format=just-symbols "$1" | grep -v -e "unswag::$namespace::" -e '^__odr_asan\.'); then
+  # Harmless: DW.ref.__gxx_personality_v0, the address of C++'s unwinder routine, which every object that frees memory when an
+  # exception passes defines alike; __odr_asan.<mangled name>, which the address sanitizer defines for each global.
+  if foreign=$("$nm" --demangle --defined-only --extern-only --format=just-symbols "$1" | grep -v -e "unswag::$namespace::" -e '^DW\.ref\.__gxx_personality_v0$' -e '^__odr_asan\.'); then
     echo "$1 defines outside unswag::$namespace:"
     echo "$foreign"
     bad=1
