@@ -53,7 +53,7 @@ def remember(output: torch.Tensor, remake: Callable[..., torch.Tensor], *inputs:
     if torch.compiler.is_compiling():
         return
     stash = Stash.current()
-    if stash is not None and torch.is_grad_enabled() and output.requires_grad:
+    if stash is not None and output.requires_grad:
         stash.register(output, remake, inputs, constants)
 
 
@@ -401,7 +401,7 @@ class Stash:
         """What `remember` does, for the stash whose door is in use."""
         self._prune()
         key = _storage_key(output)
-        if key is None or not _is_dense(output) or self._held(key) is not None:
+        if key is None or not _is_dense(output):
             return
         handles = tuple(None if x is None else self.door(x) for x in inputs)
         entry = _Output(output, _Cell(remake, handles, constants, _Layout.of(output), self._recent))
