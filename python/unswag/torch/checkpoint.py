@@ -67,7 +67,7 @@ def _reason_to_leave(plain: Any) -> str | None:
     if settings.get("use_reentrant") is False:
         if "context_fn" in settings:
             return "it has a context_fn of its own"
-        if settings.get("debug"):
+        if _debugs(settings):
             return "debug=True takes no context_fn"
         if not _delegation_works():
             return f"the hooks of torch {torch.__version__}'s checkpoint cannot be wrapped"
@@ -80,6 +80,11 @@ def _parts(plain: Any) -> tuple[Any, dict[str, Any]]:
     return plain, {}
 
 
+def _debugs(settings: dict[str, Any]) -> bool:
+    everywhere: bool | None = getattr(torch.utils.checkpoint, "_checkpoint_debug_enabled", None)
+    return settings.get("debug", False) if everywhere is None else everywhere
+
+
 class StashedCheckpoint:
     """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash."""
 
@@ -89,9 +94,7 @@ class StashedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         settings = _parts(self.plain)[1] | kwargs
-        debug = getattr(torch.utils.checkpoint, "_checkpoint_debug_enabled", None)
-        left = "context_fn" in kwargs or (settings.get("debug", False) if debug is None else debug)
-        if torch.compiler.is_compiling() or left or Stash.current() is None:
+        if torch.compiler.is_compiling() or "context_fn" in kwargs or _debugs(settings) or Stash.current() is None:
             return self.plain(function, *args, **kwargs)
         with stash.role("checkpoint"):  # the layer's own saved tensors do not pass a door in its first forward
             if settings.get("use_reentrant") is False:

@@ -1,5 +1,6 @@
 """Checkpointed layers recompute under a stash: same gradients, recipes used, checkpointing still on."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -11,8 +12,10 @@ import torch
 import torch.utils.checkpoint
 from small_models import assert_same, batch, gradients, made, step, tiny_llama, with_recipes, with_stash
 
+from unswag.policy import Policy
 from unswag.torch import checkpoint, stash
 from unswag.torch.audit import LiveStorages
+from unswag.torch.stash import Stash
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 KINDS = pytest.mark.parametrize("reentrant", [False, True])
@@ -199,12 +202,26 @@ def test_offloaded_checkpoints_are_left_with_a_word():
     assert not isinstance(model.model.layers[0]._gradient_checkpointing_func, checkpoint.StashedCheckpoint)
 
 
+def no_contexts():
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
 def test_what_was_left_still_works_under_the_stash():
-    data = batch(16)
-    model = checkpointed(with_stash(with_recipes(tiny_llama()), checkpoint.prepare), debug=True)
-    assert_same(step(model, data)[1], step(checkpointed(with_recipes(tiny_llama())), data)[1])
-    with torch.utils.checkpoint.set_checkpoint_debug_enabled(True):
-        assert_same(step(ours(), data)[1], step(checkpointed(with_recipes(tiny_llama())), data)[1])
+    model = with_stash(with_recipes(tiny_llama()), checkpoint.prepare)
+    found = step(checkpointed(model, context_fn=no_contexts), batch(16))[1]
+    assert made == ["norm"]  # the last norm is in no layer
+    assert_same(found, step(checkpointed(with_recipes(tiny_llama())), batch(16))[1])
+
+
+def test_checkpoint_debugging_switched_on_for_a_while():
+    model, given = checkpointed(with_recipes(tiny_llama())), []
+    wrapped = checkpoint.StashedCheckpoint(lambda function, *args, **kwargs: given.append(kwargs), Policy.named("exact"))
+    with torch.utils.checkpoint.set_checkpoint_debug_enabled(True), Stash():
+        assert "debug=True" in checkpoint.prepare(model)[0]
+        wrapped(None, use_reentrant=False)
+    assert given == [{"use_reentrant": False}]
+    assert checkpoint.prepare(model) == []
+    assert isinstance(model.model.layers[0]._gradient_checkpointing_func, checkpoint.StashedCheckpoint)
 
 
 def test_a_checkpoint_that_cannot_be_wrapped_is_used_as_it_is(monkeypatch):
