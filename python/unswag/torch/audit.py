@@ -167,10 +167,7 @@ class _Recorder:
         self._rows: list[tuple[weakref.ref[Any], Row]] = []
 
     def note(self, t: torch.Tensor, owner: object, tier: str) -> None:
-        keys = [s._cdata for s in storages(t)]
-        if tier == "parameter" or all(
-            self._live.is_fixed(k) or self._live.is_weight_copy(k) or stash.is_loss_buffer(k) for k in keys
-        ):
+        if tier == "parameter" or all(self._live.is_apart(s._cdata) for s in storages(t)):
             return
         kept = sum(s.nbytes() for s in storages(t)) if tier == "device" else 0
         row = Row(
