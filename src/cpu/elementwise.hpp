@@ -37,42 +37,35 @@ UNSWAG_INLINE bool aligned(const T* p, std::int64_t elements) {
   return reinterpret_cast<std::uintptr_t>(p) % (std::size_t(elements) * sizeof(T)) == 0;
 }
 
-// out[0], out[1], ... = f(in[0], in[1], ...) for n elements; f maps an array of lanes to an array of lanes.
+// out[0], out[1], ... = f(in[0], in[1], ...) for n elements; f maps an array of lanes to an array of lanes.  Streaming starts
+// after a head that brings the outputs to their alignment; outputs that do not share one are stored.
 template <class T, std::size_t In, std::size_t Out, class F>
 UNSWAG_INLINE void map_span(const std::array<const T*, In>& in, const std::array<T*, Out>& out, std::int64_t n, bool streaming,
                             const F& f) {
   using V = lanes_t<T>;
-  const auto partial = [&](std::int64_t i, std::int64_t count) [[gnu::always_inline]] {
+  const auto past = std::int64_t(reinterpret_cast<std::uintptr_t>(out[0]) / sizeof(T) % 16);
+  const std::int64_t head = streaming ? (16 - past) % 16 : 0;
+  for (const T* p : out) streaming = streaming && aligned(p + head, 16);
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < n; i += count) {
+    count = i < head ? head : 16;
+    if (n - i < count) count = n - i;
     std::array<V, In> x;
-    for (std::size_t k = 0; k < In; ++k) x[k] = load_partial(in[k] + i, count);
-    const std::array<V, Out> y = f(x);
-    for (std::size_t k = 0; k < Out; ++k) store_partial(out[k] + i, y[k], count);
-  };
-  std::int64_t i = 0;
-  if (streaming) {
-    const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(out[0]) / sizeof(T) % 16;
-    const std::int64_t head = past == 0 ? 0 : 16 - std::int64_t(past);
-    if (head > 0) partial(0, head < n ? head : n);
-    i = head;
-    for (const T* p : out) streaming = streaming && aligned(p + head, 16);
-  }
-  if (streaming) {
-    for (; i + 16 <= n; i += 16) {
-      std::array<V, In> x;
+    if (count == 16) [[likely]] {
       for (std::size_t k = 0; k < In; ++k) x[k] = load(in[k] + i);
-      const std::array<V, Out> y = f(x);
-      for (std::size_t k = 0; k < Out; ++k) stream(out[k] + i, y[k]);
+    } else {
+      for (std::size_t k = 0; k < In; ++k) x[k] = load_partial(in[k] + i, count);
     }
-    stream_fence();
-  } else {
-    for (; i + 16 <= n; i += 16) {
-      std::array<V, In> x;
-      for (std::size_t k = 0; k < In; ++k) x[k] = load(in[k] + i);
-      const std::array<V, Out> y = f(x);
+    const std::array<V, Out> y = f(x);
+    if (count != 16) [[unlikely]] {
+      for (std::size_t k = 0; k < Out; ++k) store_partial(out[k] + i, y[k], count);
+    } else if (streaming) {
+      for (std::size_t k = 0; k < Out; ++k) stream(out[k] + i, y[k]);
+    } else {
       for (std::size_t k = 0; k < Out; ++k) store(out[k] + i, y[k]);
     }
   }
-  if (i < n) partial(i, n - i);
+  if (streaming) stream_fence();
 }
 
 // The same over whole tensors of one shape and type.

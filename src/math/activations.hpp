@@ -1,11 +1,13 @@
 // The activations: value and derivative, written once for host and device and for every value type V.
 //
-// silu, gelu and its tanh form are x g(x) with g(x) + g(-x) = 1, so that
+// silu, gelu and its tanh form are f(x) = x g(x) with g(x) + g(-x) = 1, so that
 //     f(x) - f(-x) = x     and     f'(x) + f'(-x) = 1
-// and only the left half is computed, from u = |x|, as a Tail:
-//     value = -f(-u) >= 0,     slope = f'(-u),     both times 2^64
-// The factor keeps them normal where f itself is subnormal, and the slope accurate where dy is large.  Each slope has a zero
-// u0 near 1, where the textbook formula loses its digits; it is written as a difference from that zero, which loses none.
+// Near 0 both are polynomials (Core); further out only the left half is computed, from u = |x| (Tail):
+//     value = -f(-u) >= 0,     slope = f'(-u),     both times 2^64, or times 2^192 from `far` on, where f is 0
+// The factor keeps them normal where f itself is subnormal, and the slope accurate where dy is large (dy f' is above 0 for
+// slopes down to 2^-262).  The slope has a zero
+// near -1, where the textbook formula loses its digits; gelu's lies in the core, silu's is written as a difference from it.
+// Float results are right to 2 units in the last place wherever the slope is above 0.1 (tests/cpp/activations_test.cpp).
 #pragma once
 
 #include "math/exp.hpp"
@@ -20,7 +22,17 @@ struct Tail {
   V slope;
 };
 
-// Beyond this u the value and the slope round to 0, and u^2 and e^-u are still harmless.
+// c0 + c1 z + c2 z^2 + ...
+template <class V>
+UNSWAG_HD inline V polynomial(V, float c) {
+  return V(c);
+}
+template <class V, class... Floats>
+UNSWAG_HD inline V polynomial(V z, float c, Floats... further) {
+  return fma(z, polynomial(z, further...), V(c));
+}
+
+// Beyond this u the slope rounds to 0 whatever dy is, and u^2 and e^-u are still harmless.
 template <class V>
 UNSWAG_HD inline V clamp_tail(V x, float limit32, double limit64) {
   return min(V(sizeof(scalar_t<V>) == 8 ? scalar_t<V>(limit64) : scalar_t<V>(limit32)), abs(x));
@@ -31,10 +43,20 @@ struct Silu {
   static constexpr Activation id = Activation::silu;
   static constexpr const char* name = "silu";
 
+  static constexpr float border = 1.f, far = 110.f;
+  static constexpr double c0 = 0.5;
+  template <class V>
+  UNSWAG_HD static V core_value(V z) {
+    return polynomial(z, 0.25f, -0x1.55554cp-6f, 0x1.110ddep-9f, -0x1.b95452p-13f, 0x1.5b125ep-16f, -0x1.a802aap-20f);
+  }
+  template <class V>
+  UNSWAG_HD static V core_slope(V z) {
+    return polynomial(z, -0x1.555554p-4f, 0x1.9998fap-7f, -0x1.ba00dp-10f, 0x1.bdb334p-13f, -0x1.9b691ap-16f, 0x1.0eebbep-19f);
+  }
   template <class V>
   UNSWAG_HD static Tail<V> tail(V x) {
-    const V u = clamp_tail(x, 110.f, 800.);
-    const V t = exp_scaled(-u, V(0.f));
+    const V u = clamp_tail(x, 190.f, 800.);
+    const V t = exp_scaled(-u, V(0.f), u > V(far));
     const V s = V(1.f) / fma(t, V(0x1p-64f), V(1.f));
     const V ts = t * s;
     // 1 + t - u = (u0 - u) + (t - (u0 - 1)), both differences exact near u0
@@ -49,11 +71,22 @@ struct Gelu {
   static constexpr Activation id = Activation::gelu;
   static constexpr const char* name = "gelu";
 
+  static constexpr float border = 0.875f, far = 14.5f;
+  static constexpr double c0 = 0.7978845608028654;  // 2 / sqrt(2 pi)
+  template <class V>
+  UNSWAG_HD static V core_value(V z) {
+    return polynomial(z, 0x1.988454p-2f, -0x1.10587ap-4f, 0x1.46dd92p-7f, -0x1.3857dcp-10f, 0x1.f73654p-14f, -0x1.65028ap-17f);
+  }
+  template <class V>
+  UNSWAG_HD static V core_slope(V z) {
+    return polynomial(z, -0x1.105838p-2f, 0x1.ea389p-5f, -0x1.3742a8p-7f, 0x1.2eacf6p-10f, -0x1.d9521cp-14f, 0x1.1252dcp-17f);
+  }
+
   template <class V>
   UNSWAG_HD static Tail<V> tail(V x) {
-    const V u = clamp_tail(x, 14.7f, 40.);
+    const V u = clamp_tail(x, 19.3f, 40.);
     const V square = u * u;
-    const V e = exp_scaled(V(-0.5f) * square, V(-0.5f) * product_error(u, u, square));
+    const V e = exp_scaled(V(-0.5f) * square, V(-0.5f) * product_error(u, u, square), u > V(far));
     if constexpr (sizeof(scalar_t<V>) == 8) {
       const V phi = V(0x1p63) * erfc(u * V(0.7071067811865476));
       return {u * phi, fma(u, e * V(-0.3989422804014327), phi)};
@@ -86,23 +119,31 @@ struct Gelu {
 struct GeluTanh {
   static constexpr Activation id = Activation::gelu_tanh;
   static constexpr const char* name = "gelu_tanh";
-  static constexpr double c1 = 1.5957691216057307, c3 = 0.07135481627260025;  // q(u) = c1 u + c3 u^3
-  static constexpr double
-      u0 = 0x1.81427p-1,
-      t0 = 0.29195243122188331;  // t0 = u0 q'(u0) - 1; of the u0 near the zero, the one whose t0 is nearest to a float
 
+  static constexpr float border = 0.875f, far = 11.f;
+  static constexpr double c0 = 0.7978845608028654;  // c1 / 2
+  template <class V>
+  UNSWAG_HD static V core_value(V z) {
+    return polynomial(z, 0x1.988454p-2f, -0x1.11b1dp-4f, 0x1.4e7e02p-7f, -0x1.4f8d14p-10f, 0x1.e2cddcp-13f, -0x1.921a32p-13f,
+                      0x1.45e7ccp-13f, -0x1.b94fp-15f);
+  }
+  template <class V>
+  UNSWAG_HD static V core_slope(V z) {
+    return polynomial(z, -0x1.11b14cp-2f, 0x1.f56c8ep-5f, -0x1.45b9aap-7f, 0x1.2ef4p-10f, -0x1.6aee2ep-17f, -0x1.388872p-13f,
+                      0x1.6cf2b8p-13f, -0x1.d1eb2ep-14f, 0x1.f90e3p-16f);
+  }
   template <class V>
   UNSWAG_HD static Tail<V> tail(V x) {
-    const V u = clamp_tail(x, 11.f, 40.);
+    const V c1(1.5957691216057307), c3(0.07135481627260025);  // q(u) = c1 u + c3 u^3
+    const V u = clamp_tail(x, 13.2f, 40.);
     const V square = u * u;
-    const V factor = fma(square, V(c3), V(c1));
+    const V factor = fma(square, c3, c1);
     const V q = u * factor;
-    const V t = exp_scaled(-q, -product_error(u, factor, q));
+    const V t = exp_scaled(-q, -product_error(u, factor, q), u > V(far));
     const V s = V(1.f) / fma(t, V(0x1p-64f), V(1.f));
     const V ts = t * s;
-    // 1 + t - u q'(u) = (u0 q'(u0) - u q'(u)) + (t - t0)
-    const V zero = fma(V(u0) - u, fma(V(3 * c3), fma(u, u + V(u0), V(u0 * u0)), V(c1)), fma(t, V(0x1p-64f), V(-t0)));
-    return {u * ts, ts * s * zero};
+    const V uq = u * fma(square, V(3.f) * c3, c1);
+    return {u * ts, ts * fma(-uq, s, V(1.f))};
   }
 };
 
@@ -112,26 +153,63 @@ struct Relu {
   static constexpr const char* name = "relu";
 };
 
+// Doubles have no core: their tail is exact enough everywhere.
+template <class V>
+inline constexpr bool has_core = sizeof(scalar_t<V>) == 4;
+
+// What a scaled value is multiplied by; those from `far` on are 0.
+template <class Act, class V>
+UNSWAG_HD inline V unscale(V x) {
+  if constexpr (has_core<V>) {
+    return select(abs(x) > V(Act::far), V(0.f), V(0x1p-64f));
+  } else {
+    return V(0x1p-64f);
+  }
+}
+
+template <class Act, class V>
+UNSWAG_HD inline V value_of(V x, V tail) {
+  const V v = tail * unscale<Act>(x);
+  const V outer = select(x < V(0.f), -v, x - v);
+  if constexpr (has_core<V>) {
+    return select(abs(x) < V(Act::border), x * fma(x, Act::core_value(x * x), V(0.5f)), outer);
+  } else {
+    return outer;
+  }
+}
+
+// dy f'(x).  A slope below 2^-64 is multiplied in its scaled form: dy may be as large as 2^128.
+template <class Act, class V>
+UNSWAG_HD inline V times_slope(V x, V dy, V tail) {
+  const V left = tail * unscale<Act>(x);
+  V slope = select(x < V(0.f), left, V(1.f) - left);
+  V tiny = dy * tail * V(0x1p-64f);
+  if constexpr (has_core<V>) {
+    const auto far = abs(x) > V(Act::far);
+    tiny = select(far, dy * V(0x1p-96f) * tail * V(0x1p-96f), tiny);
+    // f'(x) = 1/2 + c0 x + x^3 P(x^2), c0 and c0 x in two parts
+    const V linear = x * V(Act::c0), z = x * x;
+    const V low(float(Act::c0 - double(float(Act::c0))));
+    const V rest = x * fma(z, Act::core_slope(z), low) + product_error(x, V(Act::c0), linear);
+    slope = select(abs(x) < V(Act::border), (V(0.5f) + linear) + rest, slope);
+  }
+  return select(abs(slope) < V(0x1p-64f), tiny, dy * slope);
+}
+
 // y = f(x)
 template <class Act, class V>
 UNSWAG_HD inline V forward(Act, V x) {
-  const V v = Act::tail(x).value * V(0x1p-64f);
-  return select(x < V(0.f), -v, x - v);
+  return value_of<Act>(x, Act::tail(x).value);
 }
 template <class V>
 UNSWAG_HD inline V forward(Relu, V x) {
   return max(V(0.f), x);
 }
 
-// dx = dy f'(x).  A slope below 2^-64 is multiplied in its scaled form: dy may be as large as 2^128.
-template <class V>
-UNSWAG_HD inline V times_slope(V x, V dy, V scaled) {
-  const V left = select(abs(scaled) < V(1.f), dy * scaled * V(0x1p-64f), dy * (scaled * V(0x1p-64f)));
-  return select(x < V(0.f), left, dy * (V(1.f) - scaled * V(0x1p-64f)));
-}
+// dx = dy f'(x)
 template <class Act, class V>
 UNSWAG_HD inline V backward(Act, V x, V dy) {
-  return times_slope(x, dy, Act::tail(x).slope);
+  return times_slope<Act>(x, dy, Act::tail(x).slope);
 }
 template <class V>
 UNSWAG_HD inline V backward(Relu, V x, V dy) {
@@ -142,9 +220,8 @@ UNSWAG_HD inline V backward(Relu, V x, V dy) {
 template <class Act, class V>
 UNSWAG_HD inline void forward_backward(Act, V x, V dy, V& y, V& dx) {
   const Tail<V> tail = Act::tail(x);
-  const V v = tail.value * V(0x1p-64f);
-  y = select(x < V(0.f), -v, x - v);
-  dx = times_slope(x, dy, tail.slope);
+  y = value_of<Act>(x, tail.value);
+  dx = times_slope<Act>(x, dy, tail.slope);
 }
 template <class V>
 UNSWAG_HD inline void forward_backward(Relu act, V x, V dy, V& y, V& dx) {

@@ -34,16 +34,16 @@ UNSWAG_HD inline V exp_full(V x) {
   return m * times_pow2(V(1.f), half) * times_pow2(V(1.f), magic + (n - (half - magic)));
 }
 
-// 2^64 e^(x + tail) for -130 < x <= 0 (double: any x <= 0) and a small tail.  The factor keeps small results normal, so that
-// they can be multiplied on before the last rounding.
-template <class V>
-UNSWAG_HD inline V exp_scaled(V x, V tail) {
+// 2^64 e^(x + tail) for x <= 0 and a small tail; where `far` 2^192 e^(x + tail), for -218 < x.  The factor keeps small results
+// normal, so that they can be multiplied on before the last rounding.  Double needs no second factor.
+template <class V, class M>
+UNSWAG_HD inline V exp_scaled(V x, V tail, M far) {
   if constexpr (std::is_same_v<scalar_t<V>, double>) {
     return exp(x) * (V(1.) + tail) * V(0x1p64);
   } else {
     V z;
-    const V m = exp_mantissa(x, tail, 64.f, z);
-    return times_pow2(m, z);
+    const V m = exp_mantissa(x, tail, 0.f, z);
+    return times_pow2(m, z + select(far, V(192.f), V(64.f)));
   }
 }
 

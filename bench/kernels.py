@@ -1,0 +1,219 @@
+"""Elementwise kernels against a non-temporal copy measured beside them, and against PyTorch's best spelling of the same thing.
+
+    python bench/kernels.py [--threads 1 2] [--mib 96] [--backend avx2] [--repeat 15] [--no-compile]
+
+One process; every buffer is allocated and touched before the clock starts, page faults during a call are counted (any row with
+some is marked); best of many; each output is read once at the end, so that nothing can be dropped. PyTorch is called with out=
+where it has one, and through torch.compile. A row's `of_copy` is the time that the copy takes for the same bytes, divided by
+the kernel's. Writes bench/results/kernels-<machine>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+import torch  # noqa: E402
+
+from bench import smollm2  # noqa: E402
+from bench.native_copy import Copy  # noqa: E402
+from unswag import _core  # noqa: E402
+from unswag.torch.ops import ACTIVATIONS, DTYPES, MASKS  # noqa: E402
+
+F = torch.nn.functional
+aten = torch.ops.aten
+
+
+def best(call: Callable[[], object], repeat: int) -> tuple[float, int]:
+    """Seconds of the best call, and its page faults."""
+    call()
+    results = []
+    for _ in range(repeat):
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        call()
+        results.append((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+    return min(results)
+
+
+class Case:
+    """Buffers of one dtype, and for each row: bytes that must move, our call, PyTorch's calls (all write into the same buffers)."""
+
+    def __init__(self, dtype: torch.dtype, size: int, threads: int) -> None:
+        n = size // dtype.itemsize
+        self.n, self.threads, self.code = n, threads, DTYPES[dtype]
+        self.a, self.b, self.c = (torch.randn(n).to(dtype) for _ in range(3))
+        self.x, self.y, self.z = (torch.zeros(n, dtype=dtype) for _ in range(3))
+        self.packed = torch.zeros(n // 8, dtype=torch.uint8)
+
+    def rows(self) -> dict[str, tuple[float, Callable[[], object], dict[str, Callable[[], object]]]]:
+        n, t, code, item = self.n, self.threads, self.code, self.a.element_size()
+        a, b, c, x, y, z, packed = self.a, self.b, self.c, self.x, self.y, self.z, self.packed
+        pa, pb, pc, px, py, pp = (v.data_ptr() for v in (a, b, c, x, y, packed))
+        relu, silu, gelu = MASKS["relu"], ACTIVATIONS["silu"], ACTIVATIONS["gelu"]
+
+        def gated_forward(act: int) -> Callable[[], object]:
+            return lambda: _core.gated_forward(act, code, 1, n, pa, n, pb, n, px, n, t)
+
+        def gated_backward(act: int) -> Callable[[], object]:
+            return lambda: _core.gated_backward(act, code, 1, n, pa, n, pb, n, pc, n, px, n, py, n, 0, 0, t)
+
+        def torch_gated_backward(forward: Callable, backward: Callable) -> Callable[[], object]:
+            def call() -> None:  # dup = dh act(gate), dgate = (dh up) act'(gate)
+                forward(a, z)
+                torch.mul(c, z, out=y)
+                torch.mul(c, b, out=z)
+                backward(z, a, x)
+
+            return call
+
+        def silu_out(v: torch.Tensor, out: torch.Tensor) -> None:
+            aten.silu.out(v, out=out)
+
+        def gelu_out(v: torch.Tensor, out: torch.Tensor) -> None:
+            aten.gelu.out(v, out=out)
+
+        def silu_back(dy: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+            aten.silu_backward.grad_input(dy, v, grad_input=out)
+
+        def gelu_back(dy: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+            aten.gelu_backward.grad_input(dy, v, grad_input=out)
+
+        return {
+            "relu forward": (
+                n * (2 * item + 1 / 8),
+                lambda: _core.mask_forward(relu, 0.0, code, 1, n, pa, n, px, n, pp, n // 8, t),
+                {"clamp_min.out": lambda: torch.clamp_min(a, 0, out=x)},
+            ),
+            "relu backward": (
+                n * (2 * item + 1 / 8),
+                lambda: _core.mask_backward(relu, 0.0, code, 1, n, pa, n, pp, n // 8, px, n, t),
+                {"threshold_backward.out": lambda: aten.threshold_backward.grad_input(a, b, 0, grad_input=x)},
+            ),
+            "silu forward": (
+                n * 2 * item,
+                lambda: _core.activation_forward(silu, code, 1, n, pa, n, px, n, t),
+                {"silu.out": lambda: silu_out(a, x)},
+            ),
+            "silu backward": (
+                n * 3 * item,
+                lambda: _core.activation_backward(silu, code, 1, n, pa, n, pb, n, px, n, t),
+                {"silu_backward.out": lambda: silu_back(b, a, x)},
+            ),
+            "gelu forward": (
+                n * 2 * item,
+                lambda: _core.activation_forward(gelu, code, 1, n, pa, n, px, n, t),
+                {"gelu.out": lambda: gelu_out(a, x)},
+            ),
+            "gelu backward": (
+                n * 3 * item,
+                lambda: _core.activation_backward(gelu, code, 1, n, pa, n, pb, n, px, n, t),
+                {"gelu_backward.out": lambda: gelu_back(b, a, x)},
+            ),
+            "swiglu forward": (
+                n * 3 * item,
+                gated_forward(silu),
+                {"silu.out, mul.out": lambda: (silu_out(a, x), torch.mul(x, b, out=x))},
+            ),
+            "swiglu backward": (
+                n * 5 * item,
+                gated_backward(silu),
+                {"silu.out, mul.out, silu_backward.out": torch_gated_backward(silu_out, silu_back)},
+            ),
+            "geglu forward": (
+                n * 3 * item,
+                gated_forward(gelu),
+                {"gelu.out, mul.out": lambda: (gelu_out(a, x), torch.mul(x, b, out=x))},
+            ),
+            "geglu backward": (
+                n * 5 * item,
+                gated_backward(gelu),
+                {"gelu.out, mul.out, gelu_backward.out": torch_gated_backward(gelu_out, gelu_back)},
+            ),
+        }
+
+    def compiled(self) -> dict[str, Callable[[], object]]:
+        """The same by torch.compile, which fuses; it writes into our buffers too."""
+        a, b, c, x, y = self.a, self.b, self.c, self.x, self.y
+
+        def forward(act: Callable) -> Callable[[], object]:
+            f = torch.compile(lambda g, u, h: h.copy_(act(g) * u))
+            return lambda: f(a, b, x)
+
+        def backward(act: Callable, back: Callable) -> Callable[[], object]:
+            f = torch.compile(lambda g, u, d, dg, du: (dg.copy_(back(d * u, g)), du.copy_(d * act(g))))
+            return lambda: f(a, b, c, x, y)
+
+        return {
+            "swiglu forward": forward(F.silu),
+            "swiglu backward": backward(F.silu, aten.silu_backward.default),
+            "geglu forward": forward(F.gelu),
+            "geglu backward": backward(F.gelu, aten.gelu_backward.default),
+        }
+
+
+def measure(dtype: torch.dtype, threads: int, size: int, repeat: int, compile: bool) -> list[dict[str, object]]:
+    torch.set_num_threads(threads)
+    case, copy = Case(dtype, size, threads), Copy(threads)
+    rows = []
+    compiled = case.compiled() if compile else {}
+    for name, (moved, ours, peers) in case.rows().items():
+        # The yardstick is taken beside each kernel, before and after it.
+        def yardstick() -> None:
+            copy(case.x.data_ptr(), case.a.data_ptr(), case.n * case.a.element_size())
+
+        before = best(yardstick, repeat)[0]
+        seconds, faults = best(ours, repeat)
+        bandwidth = 2 * size / min(before, best(yardstick, repeat)[0])
+        peers = peers | ({"torch.compile": compiled[name]} if name in compiled else {})
+        peer = {label: best(call, repeat) for label, call in peers.items()}
+        fastest = min(peer, key=lambda label: peer[label][0])
+        rows.append(
+            {
+                "kernel": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "threads": threads,
+                "ms": round(seconds * 1e3, 3),
+                "copy_gb_s": round(bandwidth / 1e9, 2),
+                "of_copy": round(moved / bandwidth / seconds, 3),
+                "torch_ms": {label: round(value[0] * 1e3, 3) for label, value in peer.items()},
+                "torch_best": fastest,
+                "times_torch": round(peer[fastest][0] / seconds, 2),
+                "page_faults": faults,
+                "checksum": float(case.x.float().sum()),
+            }
+        )
+        print(*(f"{key}={value}" for key, value in rows[-1].items() if key not in ("checksum", "torch_ms")), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--mib", type=int, default=96, help="of each tensor; far above the last-level cache")
+    parser.add_argument("--backend", default="", help="a row of kernels; default: the fastest that runs here")
+    parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    _core.use_backend(args.backend)
+    rows = []
+    for threads in args.threads:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += measure(dtype, threads, args.mib << 20, args.repeat, not args.no_compile)
+    smollm2.write(
+        f"kernels-{platform.node()}" if args.backend == "" else f"kernels-{platform.node()}-{args.backend}",
+        {"backend": _core.current_backend(), "mib_per_tensor": args.mib, "best_of": args.repeat, "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+// Values and derivatives of the activations: all 16-bit values, floats, pairs of bf16, on every row that runs here.  The truth
+// is computed in long double from the definitions.
+#include "math/activations.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "matrix.hpp"
+
+namespace unswag::test {
+namespace {
+
+using Real = long double;
+constexpr Activation activations[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu};
+constexpr Activation smooth[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh};
+constexpr Real inf = std::numeric_limits<Real>::infinity();
+
+// g(-u) for f(x) = x g(x), and -x g'(x) at -u; no difference of near numbers but in the slope, where long double has bits to
+// spare.
+struct Truth {
+  Real value, slope;
+};
+Truth truth(Activation act, Real x) {
+  if (act == Activation::relu) return {x < 0 ? 0 : x, x <= 0 ? Real(0) : Real(1)};
+  if (std::isnan(x)) return {x, x};
+  if (std::isinf(x)) return {x > 0 ? x : -Real(0), x > 0 ? Real(1) : Real(0)};
+  const Real u = std::fabs(x);
+  Real g, ug;  // g(-u), u g'(-u)
+  if (act == Activation::gelu) {
+    g = std::erfc(u * std::sqrt(Real(0.5))) / 2;
+    ug = u * std::exp(-u * u / 2) / std::sqrt(2 * std::acos(Real(-1)));
+  } else {
+    const Real c = std::sqrt(8 / std::acos(Real(-1)));
+    const Real q = act == Activation::silu ? u : c * (u + Real(0.044715L) * u * u * u);
+    const Real uq = act == Activation::silu ? u : c * (u + 3 * Real(0.044715L) * u * u * u);
+    const Real t = std::exp(-q);
+    g = t / (1 + t);
+    ug = uq * t / ((1 + t) * (1 + t));
+  }
+  return x < 0 ? Truth{x * g, g - ug} : Truth{x * (1 - g), 1 - (g - ug)};
+}
+
+// f'(x) of a kernel is its backward with dy = 1.
+struct Both {
+  Matrix value, slope;
+  Both(const Kernels& k, Activation act, const Matrix& x)
+      : value(x.dtype(), x.rows(), x.cols()), slope(x.dtype(), x.rows(), x.cols()) {
+    Matrix one(x.dtype(), x.rows(), x.cols());
+    one.fill([](std::int64_t, std::int64_t) { return 1; });
+    k.activation_forward({act, x, value}, {});
+    k.activation_backward({act, x, one, slope}, {});
+  }
+};
+
+// The 65,536 values of a 16-bit format.
+struct EveryValue : Matrix {
+  explicit EveryValue(DType dtype) : Matrix(dtype, 1, 1 << 16) {
+    for (std::uint32_t bits = 0; bits < 1 << 16; ++bits) std::memcpy(static_cast<char*>(row(0)) + 2 * bits, &bits, 2);
+    read_only();
+  }
+};
+
+TEST(Activations, Every16BitValueIsRightToOneUlp) {
+  // Not correctly rounded among 65,536, value and slope: at most what PyTorch 2.13 has (bench/results/rounding.json).
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    const EveryValue x(dtype);
+    for (const Kernels* k : backends()) {
+      for (const Activation act : activations) {
+        const Both got(*k, act, x);
+        int value_off = 0, slope_off = 0;
+        for (std::int64_t i = 0; i < 1 << 16; ++i) {
+          const Real v = x.get(0, i);
+          const Truth t = truth(act, v);
+          const Real y = got.value.get(0, i), d = got.slope.get(0, i);
+          if (std::isnan(v)) {
+            ASSERT_TRUE(std::isnan(y)) << k->name;
+            ASSERT_TRUE(act == Activation::relu ? d == 1 : std::isnan(d)) << k->name;
+            continue;
+          }
+          if (std::isinf(rounded(dtype, t.value))) {
+            ASSERT_EQ(y, rounded(dtype, t.value)) << k->name;
+          } else {
+            ASSERT_LE(std::fabs(y - t.value), ulp(dtype, t.value)) << k->name << " f(" << v << ")";
+            value_off += y != rounded(dtype, t.value);
+          }
+          ASSERT_LE(std::fabs(d - t.slope), ulp(dtype, t.slope)) << k->name << " f'(" << v << ")";
+          slope_off += d != rounded(dtype, t.slope);
+        }
+        EXPECT_LE(value_off, dtype == DType::f16 ? 12 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        EXPECT_LE(slope_off, dtype == DType::f16 ? 12 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+      }
+    }
+  }
+}
+
+// Right to 2 ulp, or to 2^-23 where the derivative is below 0.1.
+void check_floats(std::uint32_t first, std::uint64_t step) {
+  const std::int64_t n = 1 << 12;
+  for (const Kernels* k : backends()) {
+    for (const Activation act : smooth) {
+      Matrix x(DType::f32, 1, n);
+      for (std::uint64_t bits = first; bits < std::uint64_t{1} << 32;) {
+        std::int64_t count = 0;
+        for (; count < n; ++count, bits += step) {
+          const std::uint32_t b = std::uint32_t(bits);
+          std::memcpy(static_cast<char*>(x.row(0)) + 4 * count, &b, 4);
+        }
+        const Both got(*k, act, x);
+        for (std::int64_t i = 0; i < n; ++i) {
+          const Real v = x.get(0, i);
+          const Truth t = truth(act, v);
+          const Real y = got.value.get(0, i), d = got.slope.get(0, i);
+          if (std::isnan(v) || std::isinf(v)) {
+            ASSERT_TRUE(std::isnan(v) ? std::isnan(y) && std::isnan(d) : y == t.value && d == t.slope) << k->name << " " << v;
+            continue;
+          }
+          const Real absolute = t.slope < 0.1L ? 0x1p-23L : 0;
+          ASSERT_LE(std::fabs(y - t.value), std::max(2 * ulp(DType::f32, t.value), absolute))
+              << k->name << ' ' << int(act) << " f(" << v << ")";
+          ASSERT_LE(std::fabs(d - t.slope), std::max(2 * ulp(DType::f32, t.slope), absolute))
+              << k->name << ' ' << int(act) << " f'(" << v << ")";
+        }
+      }
+    }
+  }
+}
+TEST(Activations, FloatsAreRightToTwoUlp) { check_floats(1, 16411); }
+TEST(ActivationsExhaustive, EveryFloatIsRightToTwoUlp) {
+  if (!std::getenv("UNSWAG_EXHAUSTIVE")) GTEST_SKIP() << "2^32 values; make test-exhaustive";
+  check_floats(0, 1);
+}
+
+// dx for all (x, dy) of bf16: at most 1 ulp; the count of those not correctly rounded is printed and recorded.
+void check_pairs(std::uint32_t step) {
+  const EveryValue dy(DType::bf16);
+  Matrix x(DType::bf16, 1, 1 << 16), dx(DType::bf16, 1, 1 << 16);
+  for (const Kernels* k : backends()) {
+    for (const Activation act : {Activation::silu, Activation::gelu}) {
+      std::int64_t off = 0, pairs = 0;
+      for (std::uint32_t bits = step / 2; bits < 1 << 16; bits += step) {
+        for (std::int64_t i = 0; i < 1 << 16; ++i) std::memcpy(static_cast<char*>(x.row(0)) + 2 * i, &bits, 2);
+        const double slope = double(truth(act, x.get(0, 0)).slope);
+        k->activation_backward({act, x, dy, dx}, {});
+        const auto* g = static_cast<const std::uint16_t*>(dy.row(0));
+        const auto* got = static_cast<const std::uint16_t*>(dx.row(0));
+        for (std::int64_t i = 0; i < 1 << 16; ++i) {
+          const double d = math::to_float(bf16{g[i]}), r = math::to_float(bf16{got[i]}), t = slope * d;
+          if (std::isinf(d) && std::fabs(slope) < 1e-76) continue;  // 0 inf or -inf, as the slope underflows or not
+          if (std::isnan(t)) {
+            ASSERT_TRUE(std::isnan(r)) << k->name << ' ' << x.get(0, 0) << ' ' << d;
+            continue;
+          }
+          ++pairs;
+          const double expected = math::to_float(math::from_float<bf16>(float(t)));  // float(t): exact enough to count by
+          if (r == expected) continue;
+          ++off;
+          ASSERT_LE(std::fabs(r - t), double(ulp(DType::bf16, t)))
+              << k->name << ' ' << int(act) << " x " << x.get(0, 0) << " dy " << d;
+        }
+      }
+      std::printf("%s %s: %lld of %lld pairs not correctly rounded\n", k->name, act == Activation::silu ? "silu" : "gelu",
+                  static_cast<long long>(off), static_cast<long long>(pairs));
+      EXPECT_LE(off, pairs / 10000);
+    }
+  }
+}
+TEST(Activations, PairsOfBf16AreRightToOneUlp) { check_pairs(257); }
+TEST(ActivationsExhaustive, EveryPairOfBf16IsRightToOneUlp) {
+  if (!std::getenv("UNSWAG_EXHAUSTIVE")) GTEST_SKIP() << "2^32 pairs; make test-exhaustive";
+  check_pairs(1);
+}
+
+TEST(Activations, DoublesAreRightForGradcheck) {
+  Matrix x(DType::f64, 3, 501, 511);
+  x.fill([](std::int64_t r, std::int64_t c) { return (r - 1) * 0.5L + (c - 250) * 0.05L; });
+  for (const Kernels* k : backends(true)) {
+    for (const Activation act : activations) {
+      const Both got(*k, act, x);
+      for (std::int64_t r = 0; r < 3; ++r) {
+        for (std::int64_t c = 0; c < 501; ++c) {
+          const Truth t = truth(act, x.get(r, c));
+          ASSERT_NEAR(double(got.value.get(r, c)), double(t.value), 4e-15) << int(act) << ' ' << x.get(r, c);
+          ASSERT_NEAR(double(got.slope.get(r, c)), double(t.slope), 1e-15) << int(act) << ' ' << x.get(r, c);
+        }
+      }
+    }
+  }
+}
+
+TEST(Activations, SpecialValues) {
+  for (const DType dtype : all_dtypes) {
+    for (const Kernels* k : backends(dtype == DType::f64)) {
+      for (const Activation act : activations) {
+        Matrix x(dtype, 1, 5);
+        const Real values[] = {inf, -inf, std::nanl(""), 0.0L, -0.0L};
+        x.fill([&](std::int64_t, std::int64_t c) { return values[c]; });
+        const Both got(*k, act, x);
+        EXPECT_EQ(got.value.get(0, 0), inf) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        EXPECT_EQ(got.value.get(0, 1), 0);
+        EXPECT_TRUE(std::isnan(got.value.get(0, 2)));
+        EXPECT_TRUE(got.value.get(0, 3) == 0 && !std::signbit(got.value.get(0, 3)));
+        EXPECT_TRUE(got.value.get(0, 4) == 0 && std::signbit(got.value.get(0, 4)))
+            << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        EXPECT_EQ(got.slope.get(0, 0), 1);
+        EXPECT_EQ(got.slope.get(0, 1), 0);
+        EXPECT_EQ(got.slope.get(0, 4), act == Activation::relu ? 0 : 0.5L);
+      }
+    }
+  }
+}
+
+// A loop's tail gives the same bits as its body, whatever the length, the alignment and the number of threads.
+TEST(Activations, TailsHaveTheBitsOfTheBody) {
+  const std::int64_t n = 4097;
+  for (const DType dtype : all_dtypes) {
+    Matrix x(dtype, 1, n), dy(dtype, 1, n);
+    x.fill_normal(7, 3);
+    dy.fill_normal(8);
+    for (const Kernels* k : backends(dtype == DType::f64)) {
+      for (const Activation act : activations) {
+        Matrix y(dtype, 1, n), dx(dtype, 1, n);
+        k->activation_forward({act, x, y}, {});
+        k->activation_backward({act, x, dy, dx}, {});
+        for (std::int64_t cols = 0; cols <= n; cols += cols < 70 ? 1 : 671) {
+          for (const std::int64_t skip : {0, 1, 7}) {
+            if (cols + skip > n) continue;
+            const auto part = [&](const Matrix& m) {
+              ConstRows rows = m;
+              return ConstRows{static_cast<const char*>(rows.data) + skip * size_of(dtype), dtype, 1, cols, cols};
+            };
+            Matrix y_part(dtype, 1, cols), dx_part(dtype, 1, cols);
+            k->activation_forward({act, part(x), y_part}, {});
+            k->activation_backward({act, part(x), part(dy), dx_part}, {});
+            const std::size_t bytes = std::size_t(cols * size_of(dtype));
+            ASSERT_EQ(0, std::memcmp(y_part.row(0), static_cast<char*>(y.row(0)) + skip * size_of(dtype), bytes))
+                << k->name << ' ' << cols;
+            ASSERT_EQ(0, std::memcmp(dx_part.row(0), static_cast<char*>(dx.row(0)) + skip * size_of(dtype), bytes))
+                << k->name << ' ' << cols;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Activations, StreamedThreadedAndStridedHaveTheSameBits) {
+  const std::int64_t rows = 3, cols = (std::int64_t{2} << 20) + 5;  // 24 MiB of floats: streamed
+  Matrix x(DType::f32, rows, cols, cols + 3);
+  x.fill([](std::int64_t r, std::int64_t c) { return Real((c * 7919 + r) % 20001 - 10000) / 1000; });
+  x.read_only();
+  for (const Kernels* k : backends()) {
+    Matrix y(DType::f32, rows, cols, cols + 1), one(DType::f32, 1, cols);
+    k->activation_forward({Activation::silu, x, y}, {nullptr, 2});
+    EXPECT_TRUE(y.gaps_untouched());
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const ConstRows row{x.row(r), DType::f32, 1, cols, cols};
+      k->activation_forward({Activation::silu, row, one}, {nullptr, 1});  // 8 MiB: stored
+      ASSERT_EQ(0, std::memcmp(one.row(0), y.row(r), std::size_t(4 * cols))) << k->name << " row " << r;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace unswag::test

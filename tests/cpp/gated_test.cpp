@@ -1,0 +1,125 @@
+// Gated units against the definition in long double: forward, both gradients, the product again; shapes, strides, threads.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "matrix.hpp"
+
+namespace unswag::test {
+namespace {
+
+using Real = long double;
+constexpr Activation activations[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu};
+
+Real f(Activation act, Real x) {
+  switch (act) {
+    case Activation::silu: return x / (1 + std::exp(-x));
+    case Activation::gelu: return x * std::erfc(-x * std::sqrt(Real(0.5))) / 2;
+    case Activation::gelu_tanh:
+      return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(Real(-1))) * (x + Real(0.044715L) * x * x * x)));
+    case Activation::relu: return x > 0 ? x : 0;
+  }
+  return 0;
+}
+Real slope(Activation act, Real x) {  // central difference: long double leaves 1e-12
+  if (act == Activation::relu) return x > 0;
+  const Real h = 1e-6L;
+  return (f(act, x + h) - f(act, x - h)) / (2 * h);
+}
+
+struct Case {
+  Matrix gate, up, dh, dgate, dup, h;
+  Case(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t stride = 0)
+      : gate(dtype, rows, cols, stride),
+        up(dtype, rows, cols),
+        dh(dtype, rows, cols, stride),
+        dgate(dtype, rows, cols),
+        dup(dtype, rows, cols, stride),
+        h(dtype, rows, cols) {
+    gate.fill_normal(1, 2);
+    up.fill_normal(2);
+    dh.fill_normal(3);
+  }
+};
+
+TEST(Gated, EveryActivationDtypeAndShape) {
+  for (const DType dtype : all_dtypes) {
+    for (const Kernels* k : backends(dtype == DType::f64)) {
+      for (const Activation act : activations) {
+        for (const std::int64_t cols : {0, 1, 15, 16, 17, 33, 1536}) {
+          const std::int64_t rows = cols > 100 ? 2 : 3;
+          Case c(dtype, rows, cols, cols % 2 ? cols + 3 : -cols - 1);
+          c.gate.read_only();
+          c.up.read_only();
+          c.dh.read_only();
+          Matrix product(dtype, rows, cols), dgate(dtype, rows, cols), dup(dtype, rows, cols);
+          k->gated_forward({act, c.gate, c.up, product}, {});
+          k->gated_backward({act, c.gate, c.up, c.dh, c.dgate, c.dup, c.h}, {});
+          k->gated_backward({act, c.gate, c.up, c.dh, dgate, dup, {}}, {});
+          ASSERT_TRUE(c.dup.gaps_untouched());
+          for (std::int64_t r = 0; r < rows; ++r) {
+            for (std::int64_t i = 0; i < cols; ++i) {
+              const Real g = c.gate.get(r, i), u = c.up.get(r, i), d = c.dh.get(r, i);
+              // half a unit of the dtype for the rounding, and 2^-21 for the arithmetic (f is right to 3.5 ulp); f' has an
+              // absolute error near its zero
+              const auto near = [&](Real got, Real want, Real factor) {
+                const Real arithmetic = dtype == DType::f64 ? 1e-11L : 0x1p-21L;
+                return std::fabs(got - want) <= ulp(dtype, want) / 2 + arithmetic * std::fabs(factor);
+              };
+              ASSERT_TRUE(near(product.get(r, i), f(act, g) * u, f(act, g) * u)) << k->name << " h of " << g << ", " << u;
+              ASSERT_TRUE(near(c.dup.get(r, i), d * f(act, g), d * f(act, g))) << k->name << " dup";
+              ASSERT_TRUE(near(c.dgate.get(r, i), d * u * slope(act, g), d * u)) << k->name << " dgate of " << g;
+              ASSERT_EQ(product.get(r, i), c.h.get(r, i));
+              ASSERT_EQ(dgate.get(r, i), c.dgate.get(r, i));
+              ASSERT_EQ(dup.get(r, i), c.dup.get(r, i));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Gated, RegluSelectsAndNeverMultiplies) {
+  const float gate[] = {-1, -1, 0, 2}, up[] = {INFINITY, NAN, INFINITY, 3}, dh[] = {1, 1, NAN, 5};
+  float dgate[4], dup[4];
+  const auto in = [](const float* p) { return ConstRows{p, DType::f32, 1, 4, 4}; };
+  const auto out = [](float* p) { return Rows{p, DType::f32, 1, 4, 4}; };
+  for (const Kernels* k : backends()) {
+    k->gated_backward({Activation::relu, in(gate), in(up), in(dh), out(dgate), out(dup), {}}, {});
+    EXPECT_EQ(dgate[0], 0);
+    EXPECT_EQ(dgate[1], 0);
+    EXPECT_EQ(dgate[2], 0);
+    EXPECT_EQ(dgate[3], 15);
+    EXPECT_EQ(dup[3], 10);
+  }
+}
+
+TEST(Gated, TheSameBitsForAnyNumberOfThreadsAndAnyCut) {
+  for (const DType dtype : float_dtypes) {
+    const std::int64_t rows = 5, cols = 70001;
+    Case c(dtype, rows, cols);
+    for (const Kernels* k : backends()) {
+      k->gated_backward({Activation::silu, c.gate, c.up, c.dh, c.dgate, c.dup, c.h}, {nullptr, 1});
+      for (const int threads : {2, 5}) {
+        Matrix dgate(dtype, rows, cols), dup(dtype, rows, cols), h(dtype, rows, cols);
+        k->gated_backward({Activation::silu, c.gate, c.up, c.dh, dgate, dup, h}, {nullptr, threads});
+        ASSERT_EQ(c.dgate.bytes(), dgate.bytes()) << k->name;
+        ASSERT_EQ(c.dup.bytes(), dup.bytes());
+        ASSERT_EQ(c.h.bytes(), h.bytes());
+      }
+      const auto part = [&](const Matrix& m, std::int64_t skip, std::int64_t n) {
+        return ConstRows{static_cast<const char*>(m.row(0)) + skip * size_of(dtype), dtype, 1, n, n};
+      };
+      for (const std::int64_t n : {1, 17, 100, 4097}) {
+        Matrix h(dtype, 1, n);
+        k->gated_forward({Activation::silu, part(c.gate, 3, n), part(c.up, 3, n), h}, {});
+        ASSERT_EQ(0, std::memcmp(h.row(0), static_cast<const char*>(c.h.row(0)) + 3 * size_of(dtype),
+                                 std::size_t(n * size_of(dtype))));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace unswag::test
