@@ -45,7 +45,7 @@ def best(call: Callable[[], object], repeat: int) -> tuple[float, int]:
 
 
 class Case:
-    """Buffers of one dtype, and for each row: bytes that must move, our call, PyTorch's calls (all write into the same buffers)."""
+    """Buffers of one dtype, and per row: bytes that must move, our call, PyTorch's (all into the same buffers)."""
 
     def __init__(self, dtype: torch.dtype, size: int, threads: int) -> None:
         n = size // dtype.itemsize
