@@ -291,13 +291,17 @@ def test_float16_gradients_do_not_vanish_in_the_division_by_the_rows():
 
 
 @pytest.mark.native
-def test_dweight_of_16_bits_is_rounded_once():
-    """Each row is a chunk here, with gradients of one size: rounding every product would lose the late ones."""
-    hidden = torch.full((1024, 4), 1.0, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.zeros(1024, dtype=torch.int64)
-    (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, reduction="sum", chunk_rows=1), weight)
-    assert torch.equal(got[1:], torch.full_like(got[1:], 128)) and torch.equal(got[0], torch.full_like(got[0], -896))
+def test_dweight_of_16_bit_products_is_summed_in_float32():
+    """3 (1 + 2^-7) / 8, the sum of a chunk, is no bfloat16: 341 of them rounded alike would be 0.26 % off."""
+    hidden = torch.full((1023, 4), 1 + 2**-7)
+    weight = torch.zeros(8, 4, requires_grad=True)
+    labels = torch.zeros(1023, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction="sum", chunk_rows=3)
+    (got,) = torch.autograd.grad(loss, weight)
+    want = torch.full_like(got, 1023 * (1 + 2**-7) / 8)
+    want[0] *= -7
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.native
