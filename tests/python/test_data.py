@@ -459,6 +459,16 @@ def test_the_spool_goes_with_the_data_set(tmp_path, monkeypatch):
     assert not list((tmp_path / "spool").iterdir())
 
 
+def test_a_forked_worker_does_not_take_the_spool_with_it(tmp_path):
+    data = prepare(sized(tmp_path, 4, 6))
+    child = os.fork()
+    if child == 0:
+        del data
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(data[0]["input_ids"]) == 10
+
+
 # ---- save and load ----------------------------------------------------------------------------------------------------------
 
 
