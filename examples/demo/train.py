@@ -94,9 +94,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # gradient_checkpointing_enable has a new name
     import transformers
     from transformers import Trainer, TrainingArguments, set_seed
-    from unswag.data import PackedDataset
 
     from unswag import audit
+    from unswag.data import PackedDataset
 
     class Recording(Trainer):
         """Notes the loss of every step, unrounded, and when it ended."""

@@ -98,18 +98,17 @@ class _AddLora(torch.autograd.Function):
         xs, bases = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])
         y = torch.empty_like(bases, memory_format=torch.contiguous_format)
         total = torch.promote_types(base.dtype, how.compute)
-        with torch.autocast(x.device.type, enabled=False):
-            parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]
-            products = [xs.new_empty(xs.shape[0], a.shape[0], dtype=how.compute) for a in parts[::3]]
-            for tile in how.tiles(xs.shape[0]):
-                x_tile, sum_ = xs[tile].to(how.dtype), bases[tile]
-                for kind, a, b, bias, xa in zip(how.kinds, parts[::3], parts[1::3], parts[2::3], products, strict=True):
-                    torch.mm(kind.drop(x_tile, tile.start).to(how.compute), a.t(), out=xa[tile])
-                    product = F.linear(xa[tile], b, bias).mul_(kind.scaling)
-                    sum_ = sum_ + product.to(base.dtype) if how.round_products else sum_.to(total) + product
-                y[tile] = sum_
+        parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]
+        products = [xs.new_empty(xs.shape[0], a.shape[0], dtype=how.compute) for a in parts[::3]]
+        for tile in how.tiles(xs.shape[0]):
+            x_tile, sum_ = xs[tile].to(how.dtype), bases[tile]
+            for kind, a, b, bias, xa in zip(how.kinds, parts[::3], parts[1::3], parts[2::3], products, strict=True):
+                torch.mm(kind.drop(x_tile, tile.start).to(how.compute), a.t(), out=xa[tile])
+                product = F.linear(xa[tile], b, bias).mul_(kind.scaling)
+                sum_ = sum_ + product.to(base.dtype) if how.round_products else sum_.to(total) + product
+            y[tile] = sum_
         needs = ctx.needs_input_grad[3:]
-        ctx.how, ctx.base_dtype, ctx.x_shape, ctx.x_dtype = how, base.dtype, x.shape, x.dtype
+        ctx.how, ctx.x_shape, ctx.x_dtype = how, x.shape, x.dtype
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in weights[2::3]]
         saved = [xa if need_b else None for xa, need_b in zip(products, needs[1::3], strict=True)]
         ctx.save_for_backward(x if any(needs[::3]) else None, *saved, *weights[::3], *weights[1::3])

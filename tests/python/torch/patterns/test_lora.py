@@ -455,6 +455,15 @@ def test_inputs_and_incoming_gradients_are_not_written():
     assert all(torch.equal(a, b.detach()) for a, b in zip(before, (x, dy, *ours.parameters()), strict=True))
 
 
+def test_a_backward_under_autocast_computes_as_its_forward_did():
+    ours, x, dy = operated(peft_linear(F32, F32)), torch.randn(9, 48), torch.randn(9, 40)
+    want = run(ours, x, dy)
+    y = ours(x)
+    with torch.autocast("cpu", BF16):
+        grads = torch.autograd.grad(y, [ours.lora_A["default"].weight, ours.lora_B["default"].weight], dy)
+    assert all(torch.equal(g, want[f"lora_{k}.default.weight"]) for g, k in zip(grads, "AB", strict=True))
+
+
 def test_x_changed_in_place_is_an_error():
     ours, x = operated(peft_linear()), torch.randn(4, 48)
     y = ours(x)
