@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 class _Storage(NamedTuple):
     alive: StorageWeakRef
     bytes: int
-    elements: int
+    rows: tuple[int, int]  # shape at birth, as (rows, columns)
     of_loss: bool  # born while the loss ran
     weight_copy: bool
 
@@ -25,8 +25,8 @@ class LiveStorages(TorchDispatchMode):
     """While active, follows every storage that comes out of an op.
 
     Not counted: parameters, buffers, gradients of parameters, `inputs`, casts of parameters to another dtype (autocast's
-    copies), and, on a line of their own, the loss's gradient buffers: of what was born while the loss ran, one storage with as
-    many elements as the hidden states and one with as many as the head's weight.
+    copies), and, on a line of their own, the loss's gradient buffers: of what was born while the loss ran, one storage of the
+    shape of the hidden states (as rows) and one of the shape of the head's weight.
 
     The loss runs from the call of the head to the end of the forward, and in the backward until the hidden states have their
     gradient.
@@ -41,7 +41,7 @@ class LiveStorages(TorchDispatchMode):
         self._followed: dict[int, _Storage] = {}  # an address is not used again while its weak reference lives
         self._at_most = 0  # alive, if nothing has been freed since the last look
         self._forward = self._loss = False
-        self._loss_sizes: tuple[int, ...] = ()
+        self._loss_shapes: tuple[tuple[int, int], ...] = ()
         head = model.get_output_embeddings()
         layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
         self._hooks = [head.register_forward_pre_hook(self._enter_loss)]
@@ -84,20 +84,20 @@ class LiveStorages(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _address(tensor)
         known = self._followed.get(key)
         if key not in self._outside and (known is None or known.alive.expired()):
-            size, elements = storage.nbytes(), storage.nbytes() // tensor.element_size()
-            self._followed[key] = _Storage(StorageWeakRef(storage), size, elements, self._loss, weight_copy)
+            size = storage.nbytes()
+            self._followed[key] = _Storage(StorageWeakRef(storage), size, _rows(tensor), self._loss, weight_copy)
             self._at_most += size
 
     def _look(self) -> tuple[int, int]:
         self._followed = {key: s for key, s in self._followed.items() if not s.alive.expired()}
         grads = {_address(p.grad) for p in self.model.parameters() if p.grad is not None}
-        buffers: dict[int, int] = {}  # elements -> bytes
+        buffers: dict[tuple[int, int], int] = {}  # shape -> bytes
         total = 0
         for key, s in self._followed.items():
             if key in grads or s.weight_copy:
                 continue
-            if s.of_loss and s.elements in self._loss_sizes and s.elements not in buffers:
-                buffers[s.elements] = s.bytes
+            if s.of_loss and s.rows in self._loss_shapes and s.rows not in buffers:
+                buffers[s.rows] = s.bytes
             else:
                 total += s.bytes
         self._at_most = total + sum(buffers.values())
@@ -106,7 +106,7 @@ class LiveStorages(TorchDispatchMode):
     def _enter_loss(self, head, args) -> None:
         if self._forward:
             self._loss = True
-            self._loss_sizes = args[0].numel(), head.weight.numel()
+            self._loss_shapes = _rows(args[0]), _rows(head.weight)
             args[0].register_hook(self._leave_loss)
 
     def _leave_loss(self, grad) -> None:
@@ -119,3 +119,8 @@ class LiveStorages(TorchDispatchMode):
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _rows(tensor: torch.Tensor) -> tuple[int, int]:
+    columns = tensor.shape[-1] if tensor.dim() else 1
+    return tensor.numel() // max(columns, 1), columns

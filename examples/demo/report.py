@@ -18,10 +18,10 @@ def write(out: Path, settings: dict[str, Any], results: list[dict[str, Any]]) ->
     lines = [line(stock, ours) for stock, ours in zip(results[::2], results[1::2], strict=True)]
     summary = json.dumps({**settings, "ways": lines}, indent=1) + "\n"
     replace(out / "table.json", lambda path: path.write_text(summary))
-    grid = table(settings, lines)
-    Console().print(grid)
+    note = "MALLOC_MMAP_THRESHOLD_=65536 on both sides; figures and losses of each step: see the .json files"
+    Console().print(*tables(settings, lines), note, sep="\n")
     with open(out / "table.txt", "w", encoding="utf-8") as f:
-        Console(file=f, width=120).print(grid)
+        Console(file=f, width=100).print(*tables(settings, lines), note, sep="\n")
     replace(out / "picture.png", lambda path: picture(path, results))
 
 
@@ -54,25 +54,28 @@ def line(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(settings: dict[str, Any], lines: list[dict[str, Any]]):
+def tables(settings: dict[str, Any], lines: list[dict[str, Any]]):
+    """One for each way of training."""
     from rich.table import Table
 
-    grid = Table(
-        title="SmolLM2-135M on Python's docstrings: {steps} steps of {tokens} tokens, {dtype}".format(**settings),
-        caption="peak: of the process, and above the idle model; MALLOC_MMAP_THRESHOLD_=65536 on both sides",
-    )
-    for name in ("", "", "peak MiB", "above idle", "saved B/token", "s/step", "loss at start", "at end", "largest difference"):
-        grid.add_column(name, justify="right" if name else "left")
     for one in lines:
-        for side in ("stock", "unswag"):
-            r = one[side]
-            grid.add_row(
-                one["way"] if side == "stock" else "", side, f"{r['peak_mib']:,.0f}", f"{r['peak_above_idle_mib']:,.0f}",
-                f"{r['saved_bytes_per_token']:,.0f}", f"{r['seconds_per_step']:.2f}", f"{r['loss_at_start']:.4f}",
-                f"{r['loss_at_end']:.4f}", f"{one['largest_loss_difference']:.1e}" if side == "unswag" else "",
-                end_section=side == "unswag",
-            )  # fmt: skip
-    return grid
+        grid = Table(
+            title="{way}: {steps} steps of {tokens} tokens, {dtype}".format(way=one["way"], **settings), min_width=60
+        )  # fmt: skip
+        for side in ("", "stock", "unswag"):
+            grid.add_column(side, justify="right" if side else "left")
+        stock, ours = one["stock"], one["unswag"]
+        for words, name, form in (
+            ("peak of the process, MiB", "peak_mib", ",.0f"),
+            ("... above the idle model", "peak_above_idle_mib", ",.0f"),
+            ("saved for backward, bytes per token", "saved_bytes_per_token", ",.0f"),
+            ("seconds per step", "seconds_per_step", ".2f"),
+            ("loss, first steps", "loss_at_start", ".4f"),
+            ("loss, last steps", "loss_at_end", ".4f"),
+        ):
+            grid.add_row(words, format(stock[name], form), format(ours[name], form))
+        grid.add_row("largest difference of the losses", "", f"{one['largest_loss_difference']:.1e}")
+        yield grid
 
 
 def picture(path: Path, results: list[dict[str, Any]]) -> None:

@@ -330,7 +330,7 @@ def test_recipes_reach_the_adapters():
         data = batch(tokens)
         with LiveStorages(model, list(data.values())) as live:
             loss = live.forward(lambda: model(**data).loss)  # noqa: B023
-            kept_by[name] = sorted(s.elements for s in live._followed.values() if not s.alive.expired())
+            kept_by[name] = sorted(s.rows[0] * s.rows[1] for s in live._followed.values() if not s.alive.expired())
         del loss
     products = kept_by["ours"].count(tokens * 6)
     assert products == 2 * 7
