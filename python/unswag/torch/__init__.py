@@ -2,7 +2,44 @@
 
 from __future__ import annotations
 
-from unswag.torch import nn, ops
-from unswag.torch.functional import gated, geglu, gelu, leaky_relu, reglu, relu, relu6, rms_norm, silu, swiglu
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["gated", "geglu", "gelu", "leaky_relu", "nn", "ops", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
+from unswag.torch import nn, ops
+from unswag.torch.audit import audit  # not lazily: the module of this name would hide the function
+from unswag.torch.functional import gated, geglu, gelu, leaky_relu, reglu, relu, relu6, rms_norm, silu, swiglu
+from unswag.torch.stash import Stash
+
+if TYPE_CHECKING:
+    from unswag.torch.surgery import SurgeryReport, apply_unswag_surgery, remove_unswag_surgery
+
+_HOME = dict.fromkeys(("SurgeryReport", "apply_unswag_surgery", "remove_unswag_surgery"), "unswag.torch.surgery")
+
+__all__ = [
+    "Stash",
+    "SurgeryReport",
+    "apply_unswag_surgery",
+    "audit",
+    "gated",
+    "geglu",
+    "gelu",
+    "leaky_relu",
+    "nn",
+    "ops",
+    "reglu",
+    "relu",
+    "relu6",
+    "remove_unswag_surgery",
+    "rms_norm",
+    "silu",
+    "swiglu",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'unswag.torch' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value

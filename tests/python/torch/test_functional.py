@@ -1,0 +1,489 @@
+"""unswag.torch.functional: values and gradients against PyTorch and float64, what is saved, and how it behaves in autograd."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import pytest
+import torch
+
+from unswag import reference
+from unswag.torch import functional as F
+from unswag.torch.stash import Stash
+
+pytestmark = pytest.mark.native
+
+TORCH = torch.nn.functional
+NAN, INF = math.nan, math.inf
+
+# name → (ours, PyTorch's spelling, the shapes of the inputs)
+MASKS = {
+    "relu": (F.relu, torch.relu),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.01), lambda x: TORCH.leaky_relu(x, 0.01)),
+    "relu6": (F.relu6, TORCH.relu6),
+}
+SMOOTH = {
+    "silu": (F.silu, TORCH.silu),
+    "gelu": (F.gelu, TORCH.gelu),
+    "gelu_tanh": (lambda x: F.gelu(x, "tanh"), lambda x: TORCH.gelu(x, approximate="tanh")),
+}
+GATED = {
+    "swiglu": (F.swiglu, lambda g, u: TORCH.silu(g) * u),
+    "geglu": (F.geglu, lambda g, u: TORCH.gelu(g) * u),
+    "geglu_tanh": (lambda g, u: F.geglu(g, u, "tanh"), lambda g, u: TORCH.gelu(g, approximate="tanh") * u),
+    "reglu": (F.reglu, lambda g, u: torch.relu(g) * u),
+}
+
+
+def llama_norm(x, w, eps=1e-6):
+    """As transformers spells it: float32 inside, rounded before the weight."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gemma_norm(x, w, eps=1e-6):
+    """As transformers spells it: 1 + weight, rounded at the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * (1 + w.to(wide.dtype))).to(x.dtype)
+
+
+NORMS = {
+    "llama": (F.rms_norm, llama_norm),
+    "gemma": (lambda x, w: F.rms_norm(x, w, weight_offset=1.0, cast_before_weight=False), gemma_norm),
+}
+ALL = {**MASKS, **SMOOTH, **GATED, **NORMS}
+
+
+def inputs(name: str, dtype: torch.dtype, shape=(6, 37), seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    count = 1 if name in MASKS or name in SMOOTH else 2
+    shapes = [shape, shape[-1:]] if name in NORMS else [shape] * count
+    return [(2 * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes]
+
+
+def gradients(f, xs, dy) -> tuple[torch.Tensor, ...]:
+    xs = [x.detach().clone().requires_grad_() for x in xs]
+    return torch.autograd.grad(f(*xs), xs, dy)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).clone()
+
+
+def every_16_bit_value(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+# ---- derivatives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradcheck(name):
+    xs = inputs(name, torch.float64, (3, 5))
+    assert torch.autograd.gradcheck(ALL[name][0], xs)  # nondet_tol 0: the same bits twice
+
+
+def test_gradcheck_without_weight():
+    (x, _) = inputs("llama", torch.float64, (3, 5))
+    assert torch.autograd.gradcheck(lambda x: F.rms_norm(x, eps=1e-3), (x,))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_are_torch_to_the_bit_for_every_16_bit_value(backend, name, dtype):
+    ours, torchs = MASKS[name]
+    x = every_16_bit_value(dtype)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y, expected = ours(x), torchs(x)
+    nan = x.isnan()
+    assert torch.equal(bits(y)[~nan], bits(expected)[~nan]) and y[nan].isnan().all()
+    (dx,), (expected,) = gradients(ours, [x], dy), gradients(torchs, [x], dy)
+    if name == "relu6":  # PyTorch's own loop and tail disagree about NaN; ours passes the gradient, as relu's does
+        assert torch.equal(bits(dx)[nan], bits(dy)[nan])
+        dx, expected = dx[~nan], expected[~nan]
+    assert torch.equal(bits(dx), bits(expected))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_are_torch_to_the_bit_for_special_values(backend, name, dtype):
+    ours, torchs = MASKS[name]
+    below, above = math.nextafter(6, 0), math.nextafter(6, 7)
+    x = torch.tensor(
+        [0.0, -0.0, 1e-45, -1e-45, 1e-310, -1e-310, INF, -INF, NAN, 6.0, below, above, 1e30, -1e30, -1.0], dtype=dtype
+    )
+    for dy in (torch.full_like(x, -3.0), torch.full_like(x, INF), torch.full_like(x, NAN), torch.full_like(x, -0.0)):
+        assert torch.equal(bits(ours(x)), bits(torchs(x)))
+        (dx,), (expected,) = gradients(ours, [x], dy), gradients(torchs, [x], dy)
+        same = x.isnan() if name == "relu6" else torch.zeros_like(x, dtype=torch.bool)
+        if dy.isnan().all():  # any NaN is a NaN
+            assert torch.equal(dx.isnan()[~same], expected.isnan()[~same])
+        else:
+            assert torch.equal(bits(dx)[~same], bits(expected)[~same])
+
+
+def _neighbours_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How many 16-bit values lie between two 16-bit numbers."""
+    order = [torch.where(i < 0, -(i & 0x7FFF), i) for i in (bits(x).int() for x in (a, b))]
+    return (order[0] - order[1]).abs()
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_smooth_values_and_derivatives_for_every_16_bit_value(backend, name, dtype):
+    """At most one neighbour off the float64 truth, and not more values that are not the nearest one than PyTorch has."""
+    ours, torchs = SMOOTH[name]
+    x = every_16_bit_value(dtype)
+    x = x[x.isfinite()]
+    one = torch.ones_like(x)
+    exact = reference.activation(x.double().numpy(), name), reference.activation_derivative(x.double().numpy(), name)
+    value, slope = (torch.from_numpy(e).to(dtype) for e in exact)
+    for a, t, truth in (
+        (ours(x), torchs(x), value),
+        (*gradients(ours, [x], one), *gradients(torchs, [x], one), slope),
+    ):
+        far = _neighbours_apart(a, truth)
+        assert far.max() <= 1, f"x = {x[far.argmax()]}: {a[far.argmax()]} is not {truth[far.argmax()]}"
+        assert (far > 0).sum() <= (_neighbours_apart(t, truth) > 0).sum()
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_smooth_special_values(backend, name, dtype):
+    ours, _ = SMOOTH[name]
+    x = torch.tensor([0.0, -0.0, INF, NAN], dtype=dtype).repeat(9)
+    y, (dx,) = ours(x), gradients(ours, [x], torch.ones_like(x))
+    assert torch.equal(bits(y[:3]), bits(torch.tensor([0.0, -0.0, INF], dtype=dtype)))
+    assert y[3::4].isnan().all() and dx[3::4].isnan().all()
+    assert (dx[:2] == 0.5).all() and (y[2::4] == INF).all()
+    assert torch.equal(bits(y[:32]), bits(y[:4]).repeat(8)) and torch.equal(y[32:35], y[:3])  # vector body and tail
+
+
+# ---- as near to float64 as PyTorch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", {**SMOOTH, **GATED, **NORMS})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_at_least_as_exact_as_torch(backend, name, dtype):
+    """Worst error at most 1.25 times PyTorch's in each tensor, and no larger in the median over tensors."""
+    ours, torchs = ALL[name]
+    ratios = []
+    for seed in range(5):
+        xs = inputs(name, dtype, (64, 257), seed)
+        dy = torch.randn(64, 257, generator=torch.Generator().manual_seed(seed + 100)).to(dtype)
+        wide = [x.detach().double() for x in xs]
+        truth = [torchs(*wide), *gradients(torchs, wide, dy.double())]
+        results = [[f(*xs).detach(), *gradients(f, xs, dy)] for f in (ours, torchs)]
+        for true, a, t in zip(truth, *results, strict=True):
+            assert a.dtype == t.dtype == dtype
+            worst = [(x.double() - true).abs().max().item() for x in (a, t)]
+            assert worst[0] <= 1.25 * worst[1], f"seed {seed}: ours {worst[0]:.3e}, PyTorch's {worst[1]:.3e}"
+            ratios.append(worst[0] / worst[1] if worst[1] else 1.0)
+    assert sorted(ratios)[len(ratios) // 2] <= 1.0, ratios
+
+
+# ---- saved bytes -------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(f, xs) -> int:
+    """Bytes of unique storages that autograd holds for f(*xs)."""
+    held: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        held[x.untyped_storage()._cdata] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = f(*xs)
+    total = sum(x.untyped_storage().nbytes() for x in held.values())
+    del y
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(8, 64), (3, 7), (5, 33)])
+def test_saved_bytes_are_those_of_the_docstrings(dtype, rows, cols):
+    b = torch.empty((), dtype=dtype).element_size()
+    n = rows * cols * b
+    for name in ALL:
+        xs = inputs(name, dtype, (rows, cols))
+        if name in MASKS:
+            expected = rows * 4 * -(-cols // 32)
+        elif name in SMOOTH:
+            expected = n
+        elif name in GATED:
+            expected = 2 * n
+        else:
+            expected = n + 4 * rows + cols * b  # x, rstd, and the weight, which is a parameter
+        assert saved_bytes(ALL[name][0], xs) == expected, name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_held_past_what_is_saved(name):
+    """By weak references to storages, so that tensors on ctx or in closures count too."""
+    xs = inputs(name, torch.float32, (4, 40))
+    held = [x.detach().clone().requires_grad_() for x in xs]
+    y = ALL[name][0](*held)
+    alive = weakref.ref(y.untyped_storage())
+    references = [weakref.ref(x.untyped_storage()) for x in held]
+    node = y.grad_fn
+    del y, held
+    assert alive() is None  # the output belongs to who reads it
+    kept = [r() is not None for r in references]
+    # A leaf stays alive with its gradient's node; what the node saved is visible on it.
+    assert len(node.saved_tensors) == {**dict.fromkeys(MASKS, 1), **dict.fromkeys(SMOOTH, 1)}.get(
+        name, 3 if name in NORMS else 2
+    )
+    assert all(kept)
+
+
+@pytest.mark.parametrize("name", {**SMOOTH, **GATED, **NORMS})
+def test_under_the_stash_the_output_is_made_again(name):
+    """A Linear saves its input: under the stash that is not kept, and the gradients are the same to the bit."""
+    f = ALL[name][0]
+    xs = inputs(name, torch.bfloat16, (6, 32))
+    linear = torch.nn.Linear(32, 8).to(torch.bfloat16)
+
+    def step():
+        y = f(*(x * 1 for x in xs))
+        output = weakref.ref(y.untyped_storage())
+        z = linear(y)
+        del y
+        alive = output() is not None
+        return alive, torch.autograd.grad(z, [*xs, *linear.parameters()], torch.ones_like(z))
+
+    alive, plain = step()
+    assert alive
+    with Stash("exact"):
+        alive, stashed = step()
+    assert not alive
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(stashed, plain, strict=True))
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_and_incoming_gradients_are_untouched(name):
+    xs = inputs(name, torch.float32)
+    dy = torch.randn(6, 37)
+    before = [bits(t) for t in (*xs, dy)]
+    ALL[name][0](*xs).backward(dy)
+    assert all(torch.equal(bits(t), b) for t, b in zip((*xs, dy), before, strict=True))
+    assert all(t._version == 0 for t in (*xs, dy))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_backward_is_linear_in_the_cotangent(name):
+    xs = inputs(name, torch.float64)
+    a, b = torch.randn(2, 6, 37, dtype=torch.float64)
+    f = ALL[name][0]
+    for sum_, one, two in zip(gradients(f, xs, 3 * a - b), gradients(f, xs, a), gradients(f, xs, b), strict=True):
+        torch.testing.assert_close(sum_, 3 * one - two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_expanded_and_strided_cotangents(name):
+    xs = inputs(name, torch.float32)
+    f = ALL[name][0]
+    for dy in (torch.tensor(0.5).expand(6, 37), torch.randn(37).expand(6, 37), torch.randn(37, 6).t()):
+        for a, b in zip(gradients(f, xs, dy), gradients(f, xs, dy.contiguous()), strict=True):
+            assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_the_same_tensor_twice(name):
+    ours, torchs = GATED[name]
+    (x, _) = inputs(name, torch.float64)
+    for f in (lambda x: ours(x, x),):
+        torch.testing.assert_close(torch.autograd.grad(f(x).sum(), x), torch.autograd.grad(torchs(x, x).sum(), x))
+
+
+@pytest.mark.parametrize("name", {**GATED, **NORMS})
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_only_one_input_requires_grad(name, wanted):
+    f = ALL[name][0]
+    xs = inputs(name, torch.float32)
+    dy = torch.randn(6, 37)
+    both = gradients(f, xs, dy)
+    one = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(xs)]
+    f(*one).backward(dy)
+    assert torch.equal(one[wanted].grad, both[wanted]) and one[1 - wanted].grad is None
+
+
+def test_norm_weight_gradient_is_summed_in_float_and_rounded_once():
+    x = torch.randn(4096, 8).to(torch.bfloat16)
+    weight = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    F.rms_norm(x, weight).backward(torch.ones_like(x))
+    xhat = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+    # bfloat16 has 8 bits: a sum kept in it stops growing at 256 ones
+    torch.testing.assert_close(weight.grad.double(), xhat.sum(0), rtol=2**-8, atol=0.5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_second_derivative_is_right_or_an_error(name):
+    """Also for a gradient penalty, where the incoming gradient is a constant."""
+    f = ALL[name][0]
+    xs = inputs(name, torch.float64)
+    dx = torch.autograd.grad(f(*xs).sum(), xs, create_graph=True)
+    penalty = sum(d.pow(2).sum() for d in dx) + xs[0].sum()
+    if name in MASKS:  # piecewise linear: the second derivative is 0, and the mask that is saved says nothing of x
+        assert torch.equal(torch.autograd.grad(penalty, xs[0])[0], torch.ones_like(xs[0]))
+    else:
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(penalty, xs[0])
+    dy = torch.randn(6, 37, dtype=torch.float64, requires_grad=True)
+    dx = torch.autograd.grad(f(*xs), xs, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(sum(d.sum() for d in dx), dy)
+
+
+@pytest.mark.parametrize("name", {**SMOOTH, **GATED, **NORMS})
+def test_an_input_modified_after_the_forward_is_an_error(name):
+    xs = [x * 1 for x in inputs(name, torch.float32)]
+    y = ALL[name][0](*xs)
+    with torch.no_grad():
+        xs[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_does_not_care_what_becomes_of_its_input(name):
+    (x,) = inputs(name, torch.float32)
+    (expected,) = gradients(MASKS[name][0], [x], torch.ones(6, 37))
+    z = x * 1
+    y = MASKS[name][0](z)
+    with torch.no_grad():
+        z.fill_(NAN)
+        y.fill_(NAN)
+    assert torch.equal(torch.autograd.grad(y, x, torch.ones(6, 37))[0], expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_retain_graph_and_no_grad(name):
+    xs = inputs(name, torch.float32)
+    y = ALL[name][0](*xs)
+    one = torch.autograd.grad(y.sum(), xs, retain_graph=True)
+    two = torch.autograd.grad(y.sum(), xs)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    with torch.no_grad():
+        assert not ALL[name][0](*xs).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(ALL[name][0](*xs), y)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_under_autocast_the_dtype_stays(name):
+    xs = inputs(name, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ALL[name][0](*xs)
+        half = ALL[name][0](*(x.bfloat16() for x in xs))
+    assert y.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert torch.equal(y, ALL[name][0](*xs))
+
+
+@pytest.mark.parametrize("name", {**MASKS, **SMOOTH})
+def test_torch_func(name):
+    f = ALL[name][0]
+    (x,) = (x.detach() for x in inputs(name, torch.float32))
+    (dx,) = gradients(lambda x: f(x).pow(2), [x], torch.ones_like(x))
+    loss = lambda x: f(x).pow(2).sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(x), dx)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), dx)
+    assert torch.equal(torch.func.vmap(f)(x), f(x))
+    assert torch.equal(torch.func.vmap(f, 1, 1)(x), f(x))
+    assert torch.equal(torch.func.vmap(f)(x[:, 0]), f(x[:, 0]))  # each example is one value
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda x: f(x).pow(2)))(x[:, 0]), dx[:, 0])
+    if name in SMOOTH:
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
+
+
+@pytest.mark.parametrize("name", {**GATED, **NORMS})
+def test_torch_func_is_refused_by_the_fused(name):
+    xs = inputs(name, torch.float32)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: ALL[name][0](x, *xs[1:]).sum())(xs[0].detach())
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_compiles_whole(name):
+    xs = inputs(name, torch.float32)
+    dy = torch.randn(6, 37)
+    f = ALL[name][0]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *xs: f(*(x * 2 for x in xs)) + 1, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled, xs, dy), gradients(lambda *xs: f(*(x * 2 for x in xs)) + 1, xs, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_compiled_graphs_keep_the_mask(name):
+    (x,) = inputs(name, torch.float32, (8, 64))
+    torch.compiler.reset()
+    compiled = torch.compile(MASKS[name][0], fullgraph=True, backend="aot_eager")
+    assert saved_bytes(compiled, [x]) == 8 * 64 // 8
+
+
+def test_inductor():
+    xs = inputs("swiglu", torch.float32)
+    dy = torch.randn(6, 37)
+    f = lambda gate, up: F.relu(F.rms_norm(F.swiglu(gate * 2, up)))  # noqa: E731
+    torch.compiler.reset()
+    for a, b in zip(gradients(torch.compile(f, fullgraph=True), xs, dy), gradients(f, xs, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------
+
+X = torch.randn(2, 3)
+WRONG = [
+    (lambda: F.relu([1.0]), TypeError, "relu: x is a list; pass a torch.Tensor"),
+    (lambda: F.silu(X.long()), TypeError, r"silu: x has dtype torch.int64.*x.to\(torch.float32\)"),
+    (lambda: F.relu(X.to_sparse()), TypeError, r"x has layout torch.sparse_coo; pass x.to_dense\(\)"),
+    (lambda: F.gelu(X, "erf"), ValueError, "approximate is 'erf'; choose 'none' or 'tanh'"),
+    (lambda: F.gated(X, X, "mish"), ValueError, "no activation 'mish'"),
+    (lambda: F.swiglu(X, X.double()), TypeError, "up has dtype torch.float64 but gate has torch.float32"),
+    (lambda: F.swiglu(X, X[:, :2]), ValueError, "nothing is broadcast"),
+    (lambda: F.rms_norm(X, torch.ones(4)), ValueError, r"pass a weight of shape \[3\]"),
+    (lambda: F.rms_norm(X, eps=-1e-6), ValueError, "eps is -1e-06"),
+    (lambda: F.rms_norm(X, eps=NAN), ValueError, "eps is nan"),
+    (lambda: F.rms_norm(X, torch.ones(3).int()), TypeError, "weight has dtype torch.int32"),
+    (lambda: F.rms_norm(torch.tensor(1.0)), ValueError, "no dimension"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "text"), WRONG)
+def test_errors_say_what_to_do(wrong, error, text):
+    with pytest.raises(error, match=text):
+        wrong()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_device_without_kernels_is_an_error_with_the_remedy(name):
+    with torch._subclasses.FakeTensorMode():
+        xs = [torch.empty(x.shape, device="cuda:0") for x in inputs(name, torch.float32)]
+        with pytest.raises(NotImplementedError, match=r"on device 'cuda:0'.*\.to\('cpu'\)"):
+            ALL[name][0](*xs)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_meta_tensors_and_parameters(name):
+    xs = inputs(name, torch.bfloat16)
+    y = ALL[name][0](*(x.to("meta") for x in xs))
+    assert y.shape == (6, 37) and y.dtype == torch.bfloat16 and y.device.type == "meta"
+    parameters = [torch.nn.Parameter(x.detach()) for x in xs]
+    assert torch.equal(ALL[name][0](*parameters), ALL[name][0](*xs))
+
+
+def test_another_subclass_is_the_dispatcher_s_affair():
+    class Tagged(torch.Tensor):
+        pass
+
+    x = torch.randn(3, 4).as_subclass(Tagged)
+    assert isinstance(F.relu(x), torch.Tensor) and torch.equal(F.relu(x).as_subclass(torch.Tensor), torch.relu(x))

@@ -1,0 +1,412 @@
+"""torch.ops.unswag.*: schema, fake kernels, layouts, errors. Values are tested in test_functional.py and in tests/cpp."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unswag import _core, reference
+from unswag.torch import ops
+
+pytestmark = pytest.mark.native
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+OPS = (
+    "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
+    "gated_backward_product", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_", "dropout",
+)  # fmt: skip
+READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
+
+
+def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (3, 5, 37), relayout=lambda x: x) -> tuple:
+    """Arguments of an op; every tensor that may have a layout of its own goes through `relayout`."""
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw() -> torch.Tensor:
+        return relayout(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+
+    if op == "mask_forward":
+        return draw(), "leaky_relu", 0.25
+    if op == "mask_backward":
+        x = draw()
+        return draw(), relayout(ops.mask_forward(x, "leaky_relu", 0.25)[1]), "leaky_relu", 0.25
+    if op == "activation_forward":
+        return draw(), "silu"
+    if op == "activation_backward":
+        return draw(), draw(), "gelu"
+    if op == "gated_forward":
+        return draw(), draw(), "silu"
+    if op in ("gated_backward", "gated_backward_product"):
+        return draw(), draw(), draw(), "gelu_tanh"
+    if op.startswith("rms_norm"):
+        x, weight = draw(), torch.randn(shape[-1], generator=generator)
+        if op == "rms_norm_forward":
+            return x, weight, 1e-6, 0.0, True, None
+        rstd = ops.rms_norm_forward(x, weight, 1e-6, 0.0, True, None)[1]
+        if op == "rms_norm_apply":
+            return x, rstd, weight, 0.0, True, None
+        return x, rstd, weight, draw(), 0.0, True, True, True
+    if op == "cross_entropy_":
+        logits = draw().reshape(-1, shape[-1])
+        labels = torch.arange(len(logits)) % shape[-1]
+        row_scale = torch.linspace(0, 1, len(logits), dtype=wide)
+        return logits, labels, None, row_scale, 0.5, -100, 0.1, 0.0, 1.0, True
+    return draw(), 0.5, -7, 3
+
+
+def tensors(args) -> list[torch.Tensor]:
+    return [x for x in (args if isinstance(args, (tuple, list)) else (args,)) if isinstance(x, torch.Tensor)]
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """For comparing to the bit, NaN included."""
+    x = x.contiguous()
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).clone()
+
+
+def assert_same(ours, expected) -> None:
+    ours, expected = tensors(ours), tensors(expected)
+    assert len(ours) == len(expected) > 0
+    for a, b in zip(ours, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.equal(bits(a), bits(b))
+
+
+def fresh(args: tuple) -> tuple:
+    """cross_entropy_ writes over its logits: each call gets its own."""
+    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)
+
+
+def call(op: str, *args):
+    return getattr(ops, op)(*args)
+
+
+def test_every_op_is_tested():
+    registered = {
+        name.removeprefix("unswag::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("unswag::")
+    }
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(op, dtype):
+    results = torch.library.opcheck(getattr(ops, op), sample(op, dtype))
+    assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_by_itself(op):
+    args = sample(op)
+    with torch.no_grad():
+        eager = call(op, *fresh(args))
+        torch.compiler.reset()
+        compiled = torch.compile(lambda *a: call(op, *a), fullgraph=True, backend="aot_eager", dynamic=True)
+        assert_same(compiled(*fresh(args)), eager)
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def _columns(x):  # a slice of wider rows: one row stride
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), 99).to(x.dtype)
+    wide[..., 3:-2] = x
+    return wide[..., 3:-2]
+
+
+def _transposed(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _odd_offset(x):  # an address that is no multiple of a vector's size
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+    return flat.copy_(x.flatten()).view(x.shape)
+
+
+def _odd_byte(x):  # not even a multiple of the element's
+    buffer = bytearray(x.numel() * x.element_size() + 1)
+    view = torch.frombuffer(buffer, dtype=torch.uint8)[1:]
+    view.copy_(x.contiguous().flatten().view(torch.uint8))
+    return torch.frombuffer(buffer, dtype=x.dtype, offset=1).view(x.shape)
+
+
+def _negative_bit(x):
+    y = torch._neg_view((-x).contiguous())
+    assert y.is_neg()
+    return y
+
+
+def _middle_slice(x):  # leading dimensions that do not collapse
+    wide = torch.zeros(x.shape[0], x.shape[1] + 1, *x.shape[2:], dtype=x.dtype)
+    wide[:, 1:] = x
+    return wide[:, 1:]
+
+
+LAYOUTS = [_columns, _transposed, _odd_offset, _middle_slice]
+
+
+@pytest.mark.parametrize("op", READERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_the_same_bits(op, dtype, layout):
+    plain, laid = sample(op, dtype), sample(op, dtype, relayout=layout)
+    before = [bits(x) for x in tensors(laid)]
+    out = call(op, *laid)
+    assert_same(out, call(op, *plain))
+    assert all(x.is_contiguous() for x in tensors(out))
+    assert all(torch.equal(bits(x), b) for x, b in zip(tensors(laid), before, strict=True))
+
+
+@pytest.mark.parametrize("op", [op for op in READERS if op != "mask_backward"])  # whose packed argument is no number
+def test_negative_views_and_odd_bytes(op):
+    for layout in (_negative_bit, _odd_byte):
+        assert_same(call(op, *sample(op, relayout=layout)), call(op, *sample(op)))
+
+
+def test_row_views_are_not_copied():
+    x = torch.randn(4, 6, 8)
+    for view, stride in (
+        (x, 8),
+        (x[..., 2:5], 8),
+        (x[:, :, :1], 8),
+        (x[:, 2], 48),
+        (x[::2, 1], 96),
+        (x[:, ::2], 16),
+        (x[2:, 1], 48),
+        (torch.randn(8).expand(4, 6, 8), 0),
+        (x.flatten().as_strided((3, 8), (9, 1)), 9),
+        (torch.randn(5, 1).t(), 5),
+    ):
+        seen, rows, cols, row_stride = ops._rows(view)
+        assert seen is view and (rows, cols, row_stride) == (view.numel() // view.shape[-1], view.shape[-1], stride)
+    for view in (x.transpose(0, 1), x[:, 1:], x[..., ::2], x.permute(2, 0, 1)):
+        seen, *_ = ops._rows(view)
+        assert seen is not view and seen.is_contiguous() and torch.equal(seen, view)
+
+
+def test_one_expanded_value_costs_one_row():
+    dy = torch.tensor(3.0).expand(1000, 8)
+    row, rows, cols, stride = ops._rows(dy)
+    assert (rows, cols, stride) == (1000, 8, 0) and row.untyped_storage().nbytes() == 8 * 4
+    x = torch.randn(1000, 8)
+    assert_same(ops.activation_backward(x, dy, "silu"), ops.activation_backward(x, dy.contiguous(), "silu"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_strided_view(data):
+    shape = data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple))
+    strides = data.draw(st.tuples(*[st.integers(0, 7) for _ in shape]))
+    offset = data.draw(st.integers(0, 9))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    memory = torch.randn(200, generator=torch.Generator().manual_seed(1)).to(dtype)
+    canary = bits(memory)
+    x = memory.as_strided(shape, strides, offset)
+    assert_same(ops.mask_forward(x, "relu", 0.0), ops.mask_forward(x.clone(memory_format=torch.contiguous_format), "relu", 0.0))
+    assert_same(ops.gated_forward(x, x, "silu"), ops.gated_forward(x.contiguous(), x.contiguous(), "silu"))
+    packed = ops.mask_forward(x, "relu6", 0.0)[1]
+    assert_same(ops.mask_backward(x, packed, "relu6", 0.0), ops.mask_backward(x.contiguous(), packed, "relu6", 0.0))
+    if shape:
+        args = (None, 1e-6, 0.0, True, None)
+        assert_same(ops.rms_norm_forward(x, *args), ops.rms_norm_forward(x.contiguous(), *args))
+    assert torch.equal(bits(memory), canary)
+
+
+SMALL = [(0, 3), (3, 0, 5), (1,), (1, 1, 1)]
+NO_COLUMNS = [(0,), (2, 3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [(op, shape) for op in OPS for shape in SMALL]
+    + [(op, shape) for op in READERS for shape in NO_COLUMNS]
+    + [(op, ()) for op in READERS if not op.startswith("rms_norm")],
+)
+def test_small_and_empty(op, shape):
+    args = sample(op, shape=shape)
+    out = tensors(call(op, *fresh(args)))
+    with torch.no_grad():
+        fake = tensors(call(op, *[x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]))
+    assert [x.shape for x in out] == [x.shape for x in fake]
+    if op == "rms_norm_backward" and args[0].numel() == 0:
+        assert out[1].shape == shape[-1:] and not out[1].any()  # the sum over no rows
+
+
+@pytest.mark.parametrize("op", READERS)
+def test_inputs_in_read_only_memory(op):
+    """A write to an input would end the process."""
+    expected = call(op, *sample(op))
+
+    def read_only(x: torch.Tensor) -> torch.Tensor:
+        writable = mmap.mmap(-1, max(1, x.nbytes))
+        writable.write(x.contiguous().view(torch.uint8).numpy().tobytes())
+        held.append(writable)
+        protect(writable)
+        return torch.frombuffer(writable, dtype=x.dtype, count=x.numel()).view(x.shape)
+
+    held: list[mmap.mmap] = []
+    args = [read_only(x) if isinstance(x, torch.Tensor) else x for x in sample(op)]
+    assert_same(call(op, *args), expected)
+
+
+def protect(memory: mmap.mmap) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), 1) == 0  # PROT_READ
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bits_do_not_depend_on_threads(op):
+    args = sample(op, shape=(64, 2051))
+    one = call(op, *fresh(args))
+    torch.set_num_threads(2)
+    assert_same(call(op, *fresh(args)), one)
+
+
+# ---- values that only the ops have -------------------------------------------------------------------------------------
+
+
+def test_mask_bytes_are_the_format(backend):
+    x = torch.randn(5, 77)
+    x[0, :4] = torch.tensor([float("nan"), -0.0, float("inf"), 6.0])
+    for act in ops.MASKS:
+        y, packed = ops.mask_forward(x, act, 0.5)
+        value, expected = reference.mask_forward(x.numpy(), act, 0.5)
+        assert (packed.numpy() == expected).all()
+        np.testing.assert_array_equal(y.numpy(), value)
+
+
+def test_dropout_is_the_format(backend):
+    x = torch.randn(3, 50)
+    y = ops.dropout(x, 0.25, -1, -2)  # as unsigned: 2^64 - 1, 2^64 - 2, so that the counter carries
+    np.testing.assert_allclose(y.numpy(), reference.dropout(x.numpy(), 0.25, 2**64 - 1, 2**64 - 2), rtol=1e-6)
+    assert 0 < int((y == 0).sum()) < y.numel()
+
+
+def test_product_again_is_the_product(backend):
+    gate, up, dh = torch.randn(3, 7, 45).to(torch.bfloat16)
+    for act in ops.ACTIVATIONS:
+        dgate, dup, h = ops.gated_backward_product(gate, up, dh, act)
+        assert_same(h, ops.gated_forward(gate, up, act))
+        assert_same((dgate, dup), ops.gated_backward(gate, up, dh, act))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_again_is_the_norm(backend, dtype):
+    x, weight = torch.randn(6, 45).to(dtype), torch.randn(45)
+    for cast in (False, True):
+        for out_dtype in (None, torch.float32, torch.bfloat16):
+            y, rstd = ops.rms_norm_forward(x, weight, 1e-5, 1.0, cast, out_dtype)
+            assert y.dtype == (out_dtype or dtype)
+            assert_same(ops.rms_norm_apply(x, rstd, weight, 1.0, cast, out_dtype), y)
+
+
+def test_cross_entropy_against_the_twin(backend):
+    logits = torch.randn(9, 130) * 5
+    labels = torch.tensor([0, 129, -100, 3, 3, 64, 65, 1, 2])
+    class_weight, row_scale = torch.rand(130), torch.rand(9)
+    options = dict(gradient_scale=0.5, ignore_index=-100, label_smoothing=0.1, softcap=20.0, logit_scale=1.5)
+    truth = reference.cross_entropy(logits.numpy(), labels.numpy(), class_weight.numpy(), row_scale.numpy(), **options)
+    kept = logits.clone()
+    loss, lse = ops.cross_entropy_(kept, labels, class_weight, row_scale, *options.values(), False)
+    assert_same(kept, logits)  # write_gradient=False writes nothing
+    loss, lse = ops.cross_entropy_(kept, labels, class_weight, row_scale, *options.values(), True)
+    for ours, true in zip((loss, lse, kept), truth, strict=True):
+        np.testing.assert_allclose(ours, true, rtol=3e-6, atol=3e-7)
+
+
+def test_cross_entropy_writes_rows_of_a_wider_buffer():
+    buffer = torch.full((4, 20), 7.0)
+    buffer[:, :13] = torch.randn(4, 13)
+    plain = buffer[:, :13].clone()
+    args = (torch.arange(4), None, None, 1.0, -100, 0.0, 0.0, 1.0, True)
+    assert_same(ops.cross_entropy_(buffer[:, :13], *args), ops.cross_entropy_(plain, *args))
+    assert torch.equal(buffer[:, :13], plain) and (buffer[:, 13:] == 7).all()
+
+
+# ---- errors: what, which value, what to do -----------------------------------------------------------------------------
+
+X = torch.randn(2, 3)
+WRONG = [
+    (lambda: ops.activation_forward(X.int(), "silu"), TypeError, "x has dtype torch.int32; supported are float32.*convert"),
+    (lambda: ops.activation_forward(X.to(torch.complex64), "silu"), TypeError, "complex64"),
+    (lambda: ops.activation_forward(X.bool(), "silu"), TypeError, "torch.bool"),
+    (lambda: ops.activation_forward(X.to(torch.float8_e4m3fn), "silu"), TypeError, "float8_e4m3fn"),
+    (lambda: ops.activation_forward(X, "mish"), ValueError, "no activation 'mish'; choose from silu, gelu"),
+    (lambda: ops.mask_forward(X, "silu", 0.0), ValueError, "no activation 'silu'; choose from relu, leaky_relu"),
+    (lambda: ops.activation_backward(X, X[:1], "silu"), ValueError, r"dy has shape \[1, 3\] but x has \[2, 3\]"),
+    (lambda: ops.activation_backward(X, X.half(), "silu"), TypeError, "dy has dtype torch.float16 but x has torch.float32"),
+    (lambda: ops.gated_forward(X, X[:, :1], "silu"), ValueError, "nothing is broadcast"),
+    (lambda: ops.gated_forward(X, X.double(), "silu"), TypeError, r"convert one, e.g. up.to\(torch.float32\)"),
+    (lambda: ops.gated_backward(X, X, X[0], "silu"), ValueError, "dh has shape"),
+    (lambda: ops.mask_backward(X, torch.zeros(2, 3, dtype=torch.uint8), "relu", 0.0), ValueError, r"shape \[2, 4\]"),
+    (lambda: ops.mask_backward(X, torch.zeros(2, 4), "relu", 0.0), ValueError, "packed is torch.float32"),
+    (lambda: ops.rms_norm_forward(X, torch.ones(2), 1e-6, 0.0, True, None), ValueError, r"pass a weight of shape \[3\]"),
+    (lambda: ops.rms_norm_forward(X[0, 0], None, 1e-6, 0.0, True, None), ValueError, "no dimension to normalise over"),
+    (lambda: ops.rms_norm_forward(X, None, 1e-6, 0.0, True, torch.int8), TypeError, "out_dtype has dtype torch.int8"),
+    (lambda: ops.rms_norm_forward(X, None, -1.0, 0.0, True, None), ValueError, "eps"),
+    (lambda: ops.rms_norm_apply(X, torch.ones(3), None, 0.0, True, None), ValueError, r"of shape \[2\]; pass what"),
+    (lambda: _cross_entropy(torch.randn(2, 2, 3)), ValueError, r"logits.flatten\(0, -2\)"),
+    (lambda: _cross_entropy(torch.randn(3, 2).t()), ValueError, r"pass logits.contiguous\(\)"),
+    (lambda: _cross_entropy(X.clone(), torch.tensor([0.0, 1.0])), TypeError, r"labels.to\(torch.int64\)"),
+    (lambda: _cross_entropy(X.clone(), torch.tensor([0])), ValueError, r"labels has shape \[1\].*is 2"),
+    (lambda: _cross_entropy(X.clone(), class_weight=torch.ones(2)), ValueError, "number of classes is 3"),
+    (lambda: _cross_entropy(X.clone(), row_scale=torch.ones(2).double()), TypeError, r"row_scale.to\(torch.float32\)"),
+    (lambda: ops.dropout(X, 1.5, 0, 0), ValueError, "p is 1.5"),
+]  # fmt: skip
+
+
+def _cross_entropy(logits, labels=None, class_weight=None, row_scale=None):
+    labels = torch.tensor([0, 1]) if labels is None else labels
+    return ops.cross_entropy_(logits, labels, class_weight, row_scale, 1.0, -100, 0.0, 0.0, 1.0, True)
+
+
+@pytest.mark.parametrize(("wrong", "error", "text"), WRONG)
+def test_errors_say_what_to_do(wrong, error, text):
+    with pytest.raises(error, match=text):
+        wrong()
+
+
+@pytest.mark.parametrize("label", [3, -1, 2**40, -(2**63)])
+def test_label_out_of_range_writes_nothing(label):
+    logits = torch.randn(2, 3)
+    before = logits.clone()
+    with pytest.raises(ValueError, match=f"{label}"):
+        _cross_entropy(logits, torch.tensor([0, label]))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mask_backward"])
+def test_an_op_does_not_cut_the_graph_in_silence(op):
+    args = sample(op)
+    args[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="no derivative"):
+        call(op, *args)
+    with torch.no_grad():
+        call(op, *args)
+
+
+def test_core_refuses_codes_and_backends_that_do_not_exist():
+    with pytest.raises(ValueError, match="activation code 9 does not exist"):
+        _core.activation_forward(9, 0, 1, 1, 0, 1, 0, 1, 1)
+    with pytest.raises(TypeError):
+        _core.activation_forward(-1, 0, 1, 1, 0, 1, 0, 1, 1)
+    current = _core.current_backend()
+    with pytest.raises(ValueError, match="'quantum'"):
+        _core.use_backend("quantum")
+    assert _core.current_backend() == current and current in _core.backend_names()
+
+
+def test_lists_of_the_core():
+    assert set(ops.DTYPES) == set(DTYPES)
+    assert list(ops.MASKS) == ["relu", "leaky_relu", "relu6"] and set(ops.MASKS) == set(reference.PREDICATES)
+    assert list(ops.ACTIVATIONS) == ["silu", "gelu", "gelu_tanh", "relu"]
+    assert _core.default_threads() >= 1 and _core.version()[0].isdigit()
