@@ -206,7 +206,7 @@ def cross_entropy(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
 ) -> tuple[Array, Array, Array]:
-    """loss [rows], lse [rows], gradient [rows, classes] with respect to the logits."""
+    """loss [rows], lse [rows], gradient [rows, classes] with respect to the logits; all 0 in ignored rows."""
     rows, classes = logits.shape
     z = logit_scale * logits.astype(np.float64)
     dz = np.full_like(z, logit_scale)
@@ -219,6 +219,7 @@ def cross_entropy(
     loss, gradient = np.zeros(rows), np.zeros_like(z)
     for row, label in enumerate(labels):
         if label == ignore_index:
+            lse[row] = 0
             continue
         # The target: (1 - smoothing) on the label, smoothing / classes on each class, all times the class weights.
         target = label_smoothing / classes * w
