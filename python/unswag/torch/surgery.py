@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -174,8 +173,8 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
             inner: Callable[..., Any] | None = self.__dict__.get(INNER)
             return type(self).forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
 
-    functools.update_wrapper(forward, model.forward, updated=())
-    del forward.__wrapped__  # accelerate unwraps forwards as far as it can, past us
+    # not functools.wraps: accelerate follows __wrapped__ as far as it goes, past us
+    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", model.forward.__qualname__, model.forward.__doc__
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = bound.replace(parameters=[this, *bound.parameters.values()])  # type: ignore[attr-defined]
     replace_forward(model, forward)

@@ -98,7 +98,8 @@ class Spans:
 
     def __init__(self, pieces: Sequence[Piece], batch: int, length: int, make: Callable[[], Tensor]) -> None:
         self.pieces, self.batch, self.length = pieces, batch, length
-        self._make, self._tensor = make, None
+        self._make = make
+        self._tensor: Tensor | None = None
 
     def tensor(self) -> Tensor:
         if self._tensor is None:

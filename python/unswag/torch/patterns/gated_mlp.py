@@ -61,10 +61,10 @@ class GatedMlp:
         if own or len(others) > 1:
             return f"it has more parts than three Linears and an activation: {', '.join((*others, *own))}"
         known: list[str] = list(ACTIVATIONS)
-        for name, act in others.items():
-            if isinstance(act, nn.Module) and has_hooks(act):
+        for name, part in others.items():
+            if isinstance(part, nn.Module) and has_hooks(part):
                 return f"its activation {name} has hooks, which would not run"
-            known = [k for k, f in ACTIVATIONS.items() if _same_activation(act, f)]
+            known = [k for k, f in ACTIVATIONS.items() if _same_activation(part, f)]
             if not known:
                 return f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
         reasons = []
@@ -132,15 +132,15 @@ def _differs(module: nn.Module, wiring: Wiring) -> str | None:
     training and not; in fp64, and for the dtypes of the results in the module's own dtype."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     for dtype, training in itertools.product(dict.fromkeys((torch.float64, like.dtype)), (True, False)):
-        children = {
+        children: dict[str, nn.Module] = {
             name: Drawn(getattr(module, name), GRID if name == wiring.gate else 1.0, dtype, like.device)
             for name in (wiring.gate, wiring.up, wiring.down)
         }
         children |= {k: twin(m) for k, m in module.named_children() if k not in children}
-        copy = twin(module, **children)
+        copy = twin(module, children)
         copy.training = training
         leaves = list(copy.parameters())
-        x = torch.randn(ROWS, children[wiring.gate].in_features, device=like.device).to(dtype).requires_grad_()
+        x = torch.randn(ROWS, getattr(module, wiring.gate).in_features, device=like.device).to(dtype).requires_grad_()
         try:
             theirs = value_and_gradients(lambda: type(module).forward(copy, x), [x, *leaves])  # noqa: B023
         except Exception as error:
