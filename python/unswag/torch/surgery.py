@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unswag.policy import Policy
 from unswag.torch import checkpoint, patterns
+from unswag.torch.audit import audit
 from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, restore, values
-from unswag.torch.patterns.probing import sealed
+from unswag.torch.patterns.probing import HOOKS, sealed
 from unswag.torch.stash import Stash
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock")}
+DRY_TOKENS = 64
 INNER = "_unswag_forward"  # model.__dict__[INNER]: the forward on the instance before the stash was put around it
 
 
@@ -28,16 +34,24 @@ class SurgeryReport:
 
     patched  (module name, pattern) for everything that was replaced; the model itself is ""
     skipped  (module name, reason) for everything that looked like a pattern and was left
+    bytes_per_token  (before, after): what a training step keeps for its backward pass, the loss's own gradient buffers
+             aside; from a dry run of one sequence of DRY_TOKENS tokens on fake tensors, in the model's dtype without
+             autocast. None where the model cannot run so.
     """
 
     model: str
     patched: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
+    bytes_per_token: tuple[float | None, float | None] = (None, None)
 
     def __rich__(self) -> Table | str:
         if not self.patched and not self.skipped:
             return f"UnSwag: no known pattern in {self.model}; the model is untouched"
-        table = Table(title=f"UnSwag surgery on {self.model}" + ("" if self.patched else ": the model is untouched"))
+        before, after = ("?" if b is None else f"{b:,.0f}" for b in self.bytes_per_token)
+        table = Table(
+            title=f"UnSwag surgery on {self.model}" + ("" if self.patched else ": the model is untouched"),
+            caption=f"saved for backward, bytes per token: {before} before, {after} after (dry run)" if self.patched else None,
+        )
         table.add_column("modules", justify="right")
         table.add_column("such as")
         table.add_column("patched as, or left because")
@@ -84,19 +98,22 @@ def apply_unswag_surgery(
     try:
         with sealed():
             planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify)
+            kept_before = _dry_run(model) if planned else None
         for pattern, candidate in planned:
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
         if patched:
             _put_stash_around(model, chosen)
             patched.append(("", "stash"))
+        with sealed():
+            kept_after = _dry_run(model) if planned else None
     except BaseException:
         _take_back(model)
         for module, replaced in before:
             for path, value in replaced.items():
                 replace(module, path, value)
         raise
-    report = SurgeryReport(type(model).__name__, patched, skipped)
+    report = SurgeryReport(type(model).__name__, patched, skipped, (kept_before, kept_after))
     Console().print(report)
     return report
 
@@ -178,3 +195,23 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = bound.replace(parameters=[this, *bound.parameters.values()])  # type: ignore[attr-defined]
     replace_forward(model, forward)
+
+
+def _dry_run(model: nn.Module) -> float | None:
+    """Bytes per token that a training step of a language model keeps: a copy of `model` runs forward on tensors that have
+    shapes and no data, and what is alive then is counted. None if that cannot be done."""
+    try:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
+        copy = deepcopy(model, memo).train()
+        for module in copy.modules():
+            module.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
+        with fake:
+            ids = torch.zeros(1, DRY_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+            # with a cache, because transformers looks for packed sequences in the values of the positions without one
+            kept = audit(copy, input_ids=ids, labels=ids, use_cache=True).alive
+            return None if kept is None else kept / DRY_TOKENS
+    except Exception:  # whatever a stranger's forward does on such tensors
+        return None

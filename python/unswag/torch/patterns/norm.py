@@ -34,10 +34,12 @@ class Variant:
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = getattr(module, self.weight) if self.weight else None
         eps = getattr(module, self.eps)
+        if eps is None:  # torch.nn.RMSNorm: that of the dtype it computes in
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         return rms_norm(
             x,
             weight,
-            torch.finfo(x.dtype).eps if eps is None else eps,
+            eps,
             weight_offset=self.weight_offset,
             cast_before_weight=self.cast_before_weight,
             out_dtype=torch.promote_types(x.dtype, weight.dtype) if self.promotes and weight is not None else x.dtype,

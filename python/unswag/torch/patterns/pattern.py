@@ -101,10 +101,8 @@ def foreign_forward(module: nn.Module) -> str | None:
     if on_instance is not None:
         function = getattr(on_instance, "__func__", getattr(on_instance, "func", on_instance))
         return getattr(function, "__module__", None) or type(on_instance).__name__
-    home = type(module).forward.__module__.partition(".")[0]
-    if home in ("liger_kernel", "unsloth", "unsloth_zoo") or type(module).__module__.startswith("liger_kernel"):
-        return home
-    return None
+    homes = {home.partition(".")[0] for home in (type(module).__module__, type(module).forward.__module__)}
+    return next(iter(homes & {"liger_kernel", "unsloth", "unsloth_zoo"}), None)
 
 
 def no_kernel(op: str, *tensors: torch.Tensor | None) -> str | None:

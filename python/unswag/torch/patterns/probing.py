@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Probes run in here: gradients on, autocast off, and the random state afterwards is the one before."""
+    """Probes run in here: gradients on, autocast off, no warnings; the random state afterwards is the one before."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
         torch.inference_mode(False),
@@ -25,7 +26,9 @@ def sealed() -> Iterator[None]:
         torch.random.fork_rng(devices),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")
         torch.manual_seed(0)
         yield
 

@@ -1,0 +1,239 @@
+"""down(act(gate(x)) * up(x)) is found whatever its parts are called, and anything more is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import distance
+from torch import nn
+from torch.nn import functional as F
+from unswag.torch.patterns.gated_mlp import GatedMlp
+from unswag.torch.patterns.probing import sealed
+
+H, HIDDEN = 24, 64
+
+
+class Mlp(nn.Module):
+    def __init__(self, act=None, hidden=HIDDEN, bias=False):
+        super().__init__()
+        self.up_proj = nn.Linear(H, hidden, bias=bias)
+        self.gate_proj = nn.Linear(H, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, H, bias=bias)
+        self.act_fn = act or nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Inline(nn.Module):  # no activation attribute, other names, the product the other way round
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(H, HIDDEN), nn.Linear(HIDDEN, H), nn.Linear(H, HIDDEN)
+
+    def forward(self, hidden_states):
+        return self.w2(self.w3(hidden_states) * F.silu(self.w1(hidden_states)))
+
+
+class Function(Mlp):  # the activation is a plain function
+    def __init__(self):
+        super().__init__()
+        del self.act_fn
+        self.activation_fn = F.relu
+
+    def forward(self, x):
+        return self.down_proj(self.activation_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+KNOWN = [
+    (lambda: Mlp(), "gate_proj up_proj down_proj silu"),
+    (lambda: Mlp(bias=True), "gate_proj up_proj down_proj silu"),
+    (lambda: Mlp(nn.GELU()), "gate_proj up_proj down_proj gelu"),
+    (lambda: Mlp(nn.GELU("tanh")), "gate_proj up_proj down_proj gelu_tanh"),
+    (lambda: Mlp(nn.ReLU()), "gate_proj up_proj down_proj relu"),
+    (lambda: Mlp(hidden=H), "gate_proj up_proj down_proj silu"),  # three Linears of one shape
+    (Inline, "w1 w3 w2 silu"),
+    (Function, "gate_proj up_proj down_proj relu"),
+]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def candidate(module, dtype=torch.float32):
+    (found,) = GatedMlp().find(nn.Sequential(nn.Linear(3, 3), module.to(dtype)))
+    return found
+
+
+def probe(found):
+    with sealed():
+        return GatedMlp().probe(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("make", "wiring"), KNOWN, ids=[w for _, w in KNOWN])
+def test_parts_and_activation_are_found_and_the_results_equal(make, wiring, dtype):
+    found = candidate(make(), dtype)
+    assert probe(found) is None
+    w = found.parts["wiring"]
+    assert f"{w.gate} {w.up} {w.down} {w.act}" == wiring
+    module = found.module
+    x = (3 * torch.randn(2, 5, H)).to(dtype).requires_grad_()
+
+    def run():
+        y = module(x)
+        return y, *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+    stock = run()
+    GatedMlp().apply(found)
+    assert "forward" in vars(module)
+    tolerance = 1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for ours, theirs in zip(run(), stock, strict=True):
+        assert ours.dtype == theirs.dtype and distance(ours, theirs) <= tolerance
+
+
+class SubNorm(Mlp):  # BitNet
+    def __init__(self):
+        super().__init__()
+        self.ffn_sub_norm = nn.LayerNorm(HIDDEN)
+
+    def forward(self, x):
+        return self.down_proj(self.ffn_sub_norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Multiplied(Mlp):  # Falcon H1
+    factor = 1.001
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x) * self.factor) * self.up_proj(x))
+
+
+class Dropped(Mlp):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class Shifted(Mlp):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+
+class OwnScale(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * self.scale)
+
+
+class ReachesIn(Mlp):  # would miss LoRA and 4-bit weights if it were patched as calls of its children
+    def forward(self, x):
+        return F.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+
+class NoActivation(Mlp):
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.up_proj(x))
+
+
+class EvalOnly(Mlp):  # another function in training
+    def forward(self, x):
+        y = super().forward(x)
+        return 2 * y if self.training else y
+
+
+class Nearly(nn.Module):  # gelu_tanh with one constant off in the fifth digit
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.04472 * x**3)))
+
+
+class OneSided(nn.Module):  # silu below 8: a probe with small numbers would not see it
+    def forward(self, x):
+        return F.silu(x).clamp(max=8.0)
+
+
+LEFT = {
+    SubNorm: "ffn_sub_norm",
+    Multiplied: "not down",
+    Dropped: "not down",
+    Shifted: "not down",
+    OwnScale: "scale",
+    ReachesIn: "does not call three Linears",
+    NoActivation: "not down",
+    EvalOnly: "not down",
+    (lambda: Mlp(nn.Tanh())): "act_fn is none of",
+    (lambda: Mlp(Nearly())): "act_fn is none of",
+    (lambda: Mlp(OneSided())): "act_fn is none of",
+}
+
+
+@pytest.mark.parametrize(("make", "why"), LEFT.items(), ids=[*(k.__name__ for k in LEFT)])
+def test_anything_more_is_left_with_the_reason(make, why):
+    found = candidate(make())
+    assert why in probe(found)
+    assert "wiring" not in found.parts
+
+
+def test_zero_weights_hide_nothing():
+    """A fresh LoRA and a zero down projection make every output zero: the probe draws weights of its own."""
+    wrong, right = Shifted(), Mlp()
+    for module in (wrong, right):
+        for p in module.parameters():
+            nn.init.zeros_(p)
+    assert probe(candidate(wrong)) is not None
+    assert probe(candidate(right)) is None
+
+
+class Quantised(nn.Module):
+    """Linear-like by protocol alone: packed weights, no `weight` of shape (out, in)."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.in_features, self.out_features = n, m
+        self.codes = nn.Parameter(torch.randint(-8, 8, (m, n)).to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.codes.to(x.dtype) / 8)
+
+
+def test_children_are_called_as_modules():
+    module = Mlp()
+    module.gate_proj, module.down_proj = Quantised(H, HIDDEN), Quantised(HIDDEN, H)
+    called = []
+    for child in (module.gate_proj, module.up_proj, module.down_proj):
+        child.register_forward_hook(lambda m, *_: called.append(m))
+    x = torch.randn(4, H)
+    stock = module(x)
+    found = candidate(module)
+    called.clear()
+    assert probe(found) is None
+    assert not called
+    GatedMlp().apply(found)
+    torch.testing.assert_close(module(x), stock)
+    assert called == [module.gate_proj, module.up_proj, module.down_proj]
+
+
+def test_hooks_on_the_activation_are_not_bypassed():
+    module = Mlp()
+    module.act_fn.register_forward_hook(lambda *_: None)
+    assert "hooks" in probe(candidate(module))
+
+
+def test_the_argument_may_be_named_as_in_stock():
+    found = candidate(Inline())
+    assert probe(found) is None
+    GatedMlp().apply(found)
+    x = torch.randn(2, H)
+    assert torch.equal(found.module(hidden_states=x), found.module(x))
+
+
+def test_attention_and_plain_mlp_are_no_candidates():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(H, HIDDEN), nn.Linear(HIDDEN, H)
+
+    class Three(nn.Module):  # three Linears, other shapes
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(H, HIDDEN), nn.Linear(H, 2 * HIDDEN), nn.Linear(HIDDEN, H)
+
+    assert not list(GatedMlp().find(nn.Sequential(Plain(), Three())))

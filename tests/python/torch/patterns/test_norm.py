@@ -1,0 +1,207 @@
+"""RMSNorm is found whatever it is called, the variant that fits is chosen, and what is no RMSNorm is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import distance
+from torch import nn
+from unswag.torch.patterns.norm import Norm
+from unswag.torch.patterns.probing import sealed
+
+COLS = 96
+
+
+class Llama(nn.Module):  # rounds x rstd to x's dtype, then the product, which promotes
+    def __init__(self, cols=COLS, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(cols))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class Gemma(nn.Module):  # 1 + weight, rounded once, y like x
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(COLS))
+        self.tiny = 1e-6
+
+    def forward(self, x):
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.tiny)
+        return (y * (1.0 + self.scale.float())).type_as(x)
+
+
+class Olmo(nn.Module):  # plain weight, rounded once
+    def __init__(self):
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(COLS))
+        self.epsilon = 1e-5
+
+    def forward(self, x):
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return (self.g * y).to(x.dtype)
+
+
+class Bare(nn.Module):  # no weight
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+# (weight, eps, weight_offset, cast_before_weight, promotes) of the variant that fits
+KNOWN = {
+    Llama: ("weight", "variance_epsilon", 0.0, True, True),
+    Gemma: ("scale", "tiny", 1.0, False, False),
+    Olmo: ("g", "epsilon", 0.0, False, False),
+    Bare: (None, "eps", 0.0, True, False),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def candidate(module, dtype=torch.float32):
+    found = list(Norm().find(nn.Sequential(nn.Linear(3, 3, dtype=dtype), module.to(dtype))))
+    assert len(found) == 1
+    return found[0]
+
+
+def probe(found):
+    with sealed():
+        return Norm().probe(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KNOWN)
+def test_the_variant_that_fits_is_chosen(kind, dtype):
+    found = candidate(kind(), dtype)
+    assert probe(found) is None
+    v = found.parts["variant"]
+    assert (v.weight, v.eps, v.weight_offset, v.cast_before_weight, v.promotes) == KNOWN[kind]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KNOWN)
+def test_patched_equals_stock_in_value_and_gradient(kind, dtype):
+    found = candidate(kind(), dtype)
+    module = found.module
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(COLS))
+    x = torch.randn(3, 5, COLS, dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def run():
+        y = module(x)
+        return y, *torch.autograd.grad(y, [x, *module.parameters()], dy)
+
+    stock = run()
+    assert probe(found) is None
+    Norm().apply(found)
+    assert "forward" in vars(module)
+    tolerance = 1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for ours, theirs in zip(run(), stock, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert distance(ours, theirs) <= tolerance
+
+
+class Mean(Llama):  # LayerNorm without bias
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class EpsOutside(Llama):  # x / (rms + eps): seen at scale 1e-3 only
+    def forward(self, x):
+        return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
+
+
+class OtherEps(Llama):  # 1e-5, although its attribute says 1e-6: seen at scale 1e-3 only
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+class Scaled(Llama):
+    def forward(self, x):
+        return super().forward(x) * 1.0001
+
+
+class Sum(Llama):
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.variance_epsilon))
+
+
+class Detached(Llama):  # right value, wrong gradient for us to give
+    def forward(self, x):
+        rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach()
+        return self.weight * (x.float() * rstd).to(x.dtype)
+
+
+class DoubleRounded(Llama):  # rounds x² too: equal in fp32, not in bf16
+    def forward(self, x):
+        x2 = x.pow(2).float().mean(-1, keepdim=True)
+        return self.weight * (x.float() * torch.rsqrt(x2 + self.variance_epsilon)).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [Mean, EpsOutside, OtherEps, Scaled, Sum, Detached, DoubleRounded])
+def test_what_is_no_rms_norm_is_left(kind):
+    found = candidate(kind())
+    assert "not one of the known RMSNorms" in probe(found)
+    assert "variant" not in found.parts
+
+
+def test_layer_norm_with_bias_is_no_candidate():
+    assert not list(Norm().find(nn.Sequential(nn.LayerNorm(COLS), nn.Linear(3, 3), nn.BatchNorm1d(COLS))))
+
+
+def test_torch_rms_norm_with_and_without_eps():
+    for module in (nn.RMSNorm(COLS, eps=1e-5), nn.RMSNorm(COLS)):
+        found = candidate(module)
+        assert probe(found) is None
+        x = torch.randn(4, COLS)
+        stock = module(x)
+        Norm().apply(found)
+        torch.testing.assert_close(module(x), stock)
+
+
+def test_weight_and_eps_are_read_at_each_call_and_x_may_be_named():
+    module = Llama()
+    found = candidate(module)
+    probe(found)
+    Norm().apply(found)
+    x = 1e-3 * torch.randn(2, COLS)
+    module.variance_epsilon = 1e-2
+    module.weight = nn.Parameter(torch.full((COLS,), 3.0))
+    torch.testing.assert_close(module(hidden_states=x), Llama.forward(module, x))
+    with pytest.raises(ValueError, match="too many values"):
+        module(x, x)
+
+
+def test_a_forward_replaced_by_others_is_left():
+    module = Llama()
+    module.forward = lambda x: x
+    assert "already replaced" in probe(candidate(module))
+    liger = type("LigerRMSNorm", (Llama,), {"__module__": "liger_kernel.transformers.rms_norm"})
+    assert "liger_kernel" in probe(candidate(liger()))
+
+
+def test_the_probe_touches_nothing():
+    module = Llama()
+    called = []
+    module.register_forward_hook(lambda *_: called.append("forward"))
+    module.weight.requires_grad_(False)
+    found = candidate(module)
+    before = (torch.get_rng_state(), dict(vars(module)), module.weight.clone())
+    assert probe(found) is None
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert vars(module) == before[1] and not called
+    assert module.weight.grad is None and not module.weight.requires_grad and torch.equal(module.weight, before[2])
+
+
+def test_no_kernels_for_the_device():
+    module = Llama().to("meta")
+    assert "meta, where this build has no kernels" in probe(candidate(module))
