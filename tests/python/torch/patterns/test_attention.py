@@ -1,0 +1,281 @@
+"""Padded, packed and windowed batches give stock's results, and no layer keeps a mask."""
+
+from __future__ import annotations
+
+import copy
+
+import families
+import pytest
+import torch
+from families import assert_close, packed, padded, plain, step
+from torch import nn
+from unswag.torch.patterns import restore
+from unswag.torch.patterns.attention import Attention, Spans, attention_mask
+from unswag.torch.patterns.probing import sealed
+
+TOLERANCE = 2e-6  # fp32, other orders of summation
+
+
+def patched(model):
+    (found,) = Attention().find(model)
+    with sealed():
+        reason = Attention().probe(found)
+    assert reason is None
+    Attention().apply(found)
+    return model
+
+
+def saved_storages(model, batch):
+    """{storage: tensor} of all that autograd keeps, parameters aside."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch).loss
+    return list(kept.values()), loss
+
+
+def squares(tensors, length):
+    """Those that are tokens x tokens."""
+    return [t for t in tensors if t.ndim >= 2 and t.shape[-1] == length and t.shape[-2] == length]
+
+
+BATCHES = {"plain": plain, "padded": padded, "packed": packed}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2"])
+def test_loss_and_gradients_equal_stock(family, batch):
+    model = families.build(family)
+    stock = step(model, batch())
+    assert_close(step(patched(model), batch()), stock, TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [padded, packed])
+def test_bf16_equals_stock_up_to_its_rounding(batch):
+    model = families.build("llama", torch.bfloat16)
+    stock = step(model, batch())
+    assert_close(step(patched(model), batch()), stock, 2e-2)
+
+
+@pytest.mark.parametrize("batch", [padded, packed])
+def test_autocast_equals_stock_up_to_its_rounding(batch):
+    model = families.build("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = step(model, batch())
+        ours = step(patched(model), batch())
+    assert_close(ours, stock, 2e-2)
+
+
+def test_no_mask_is_kept_and_none_is_built():
+    model = families.build("llama")
+    for batch, length in ((padded(), 40), (packed(), 40)):
+        assert squares(saved_storages(model, batch)[0], length), "stock keeps masks: the test can fail"
+        restore(model)
+        assert not squares(saved_storages(patched(model), batch)[0], length)
+        restore(model)
+
+
+@pytest.mark.parametrize("batch", [padded, packed])
+def test_a_window_shorter_than_the_sequence_uses_one_boolean_mask(batch):
+    model = families.build("mistral", sliding_window=8, num_hidden_layers=4)
+    stock = step(model, batch())
+    kept, _ = saved_storages(patched(model), batch())
+    masks = squares(kept, 40)
+    assert [m.dtype for m in masks] == [torch.bool]
+    assert_close(step(model, batch()), stock, TOLERANCE)
+
+
+def test_a_window_under_autocast():
+    model = families.build("mistral", sliding_window=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = step(model, plain())
+        ours = step(patched(model), plain())
+    assert_close(ours, stock, 2e-2)
+
+
+def test_packed_equals_separate():
+    """Each sequence of a pack alone, the losses weighted by their labels: the same loss and gradients."""
+    model = patched(families.build("llama"))
+    lengths = (13, 20, 7)
+    one = packed(lengths)
+    labels = one["labels"].clone()
+    starts = [0, 13, 33]
+    labels[0, starts] = -100  # the first token of a sequence is not predicted from the one before
+    together = step(model, one | {"labels": labels})
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for start, n in zip(starts, lengths, strict=True):
+        part = one["input_ids"][:, start : start + n]
+        loss = model(input_ids=part, labels=part).loss * (n - 1) / (sum(lengths) - 3)
+        loss.backward()
+        total += loss.detach()
+    assert_close((total, {n: p.grad for n, p in model.named_parameters()}), together, TOLERANCE)
+
+
+def test_padded_equals_unpadded():
+    model = patched(families.build("llama"))
+    batch = padded()
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["labels"][1, 7] = -100
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    logits = model(**batch).logits
+    for row, real in ((0, slice(0, 30)), (1, slice(7, 40))):
+        alone = model(input_ids=batch["input_ids"][row : row + 1, real]).logits
+        torch.testing.assert_close(logits[row : row + 1, real], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("batch", [padded, packed])
+def test_under_checkpointing(batch, reentrant):
+    model = families.build("llama")
+    stock = step(model, batch())
+    patched(model).gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert_close(step(model, batch()), stock, TOLERANCE)
+
+
+def test_evaluation_and_generation_equal_stock():
+    model = families.build("llama").eval()
+    batch = {k: padded()[k] for k in ("input_ids", "attention_mask")}
+
+    def run():
+        with torch.no_grad():
+            return model(**batch).logits, model.generate(**batch, max_new_tokens=5, do_sample=False)
+
+    stock = run()
+    for ours, theirs in zip((patched(model), run())[1], stock, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_gaps_in_the_padding():
+    model = families.build("llama")
+    batch = padded()
+    batch["attention_mask"][0, 5] = 0
+    stock = step(model, batch)
+    assert_close(step(patched(model), batch), stock, TOLERANCE)
+
+
+def test_a_row_of_padding_alone_gives_finite_gradients():
+    model = patched(families.build("llama"))
+    batch = padded()
+    batch["attention_mask"][1] = 0
+    loss, gradients = step(model, batch)
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients.values())
+
+
+def test_soft_cap_is_left_with_a_word():
+    (found,) = Attention().find(families.build("gemma2"))
+    with sealed():
+        assert "soft cap (50)" in Attention().probe(found)
+
+
+def test_a_linear_implementation_is_left():
+    model = families.build("llama")
+    model.config._attn_implementation = "flex_attention"
+    (found,) = Attention().find(model)
+    assert "linear in memory already" in Attention().probe(found)
+
+
+def test_restore_and_saved_config(tmp_path):
+    model = families.build("llama")
+    stock = model.config.to_dict()
+    patched(model)
+    assert model.config._attn_implementation == "unswag"
+    assert model.config.to_dict() == stock
+    twin = copy.deepcopy(model)
+    restore(model)
+    assert model.config._attn_implementation == "sdpa" and twin.config._attn_implementation == "unswag"
+    restore(twin)
+    assert twin.config._attn_implementation == "sdpa"
+
+
+# ---- the mask in pieces ---------------------------------------------------------------------------------------------------
+
+
+def dense(spans):
+    """What the pieces say, as a boolean mask."""
+    mask = torch.zeros(spans.batch, 1, spans.length, spans.length, dtype=torch.bool)
+    for p in spans.pieces:
+        block = torch.ones(p.q1 - p.q0, p.k1 - p.k0, dtype=torch.bool)
+        mask[p.row, 0, p.q0 : p.q1, p.k0 : p.k1] |= block.tril() if p.causal else block
+    return mask
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "window", "packed", "packed window"])
+def test_pieces_say_what_the_mask_says(kind, seed):
+    from transformers import masking_utils as m
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    batch, length, window = 3, 24, draw(2, 30)
+    real = None
+    function = {
+        "causal": m.causal_mask_function,
+        "bidirectional": m.bidirectional_mask_function,
+        "packed": m.causal_mask_function,
+    }.get(kind, m.sliding_window_causal_mask_function(window))
+    if kind.startswith("packed"):
+        positions = torch.stack(
+            [torch.cat([torch.arange(n), torch.arange(length - n)]) for n in (draw(1, 24) for _ in range(batch))]
+        )
+        function = m.packed_sequence_compatibility_function(function, positions, m.find_packed_sequence_indices(positions))
+    else:
+        real = torch.zeros(batch, length, dtype=torch.bool)
+        for row in real:
+            start = draw(0, length)
+            row[start : draw(start, length) + 1] = True
+    arguments = dict(mask_function=function, attention_mask=real, local_size=window if "window" in kind else None)
+    got = attention_mask(batch, length, length, allow_is_causal_skip=False, **arguments)
+    want = m.sdpa_mask(batch, length, length, allow_is_causal_skip=False, **arguments)
+    if isinstance(got, Spans):
+        assert torch.equal(dense(got), want)
+    else:
+        assert "window" in kind and torch.equal(got, want)
+
+
+def test_both_forms_are_reached():
+    """The random cases above contain windows that pieces can say and windows that they cannot."""
+    from transformers import masking_utils as m
+
+    real = torch.ones(1, 24, dtype=torch.bool)
+    real[0, 20:] = False
+    kinds = [
+        type(
+            attention_mask(1, 24, 24, mask_function=m.sliding_window_causal_mask_function(w), attention_mask=real, local_size=w)
+        )
+        for w in (23, 24)
+    ]
+    assert kinds == [torch.Tensor, Spans]
+
+
+def test_an_unknown_mask_function_gets_the_boolean_mask():
+    real = torch.ones(1, 8, dtype=torch.bool)
+    real[0, 6:] = False
+    got = attention_mask(1, 8, 8, mask_function=lambda b, h, q, k: (k <= q) & (k != 3), attention_mask=real)
+    assert got.dtype == torch.bool and not got[0, 0, 5, 3]
+
+
+def test_spans_become_the_tensor_on_any_other_use():
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[0, 6:] = False
+    spans = attention_mask(2, 8, 8, attention_mask=real)
+    assert isinstance(spans, Spans)
+    want = dense(spans)
+    assert torch.equal(spans[..., :4], want[..., :4])
+    assert spans.shape == want.shape and spans.dtype == torch.bool and torch.equal(spans.to("cpu"), want)
+    assert torch.equal(torch.logical_not(spans), ~want)
+
+
+def test_models_without_transformers_have_no_candidates():
+    assert not list(Attention().find(nn.Sequential(nn.Linear(3, 3))))

@@ -1,0 +1,501 @@
+"""apply_unswag_surgery on whole models: right results, nothing half-done, everything put back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import types
+
+import families
+import pytest
+import torch
+import unswag
+from families import assert_close, ids, packed, padded, plain, step
+from torch import nn
+from unswag.torch import patterns
+from unswag.torch.patterns.pattern import Candidate, replace_forward
+
+FP32 = 5e-6  # the same mathematics, other roundings and orders of summation
+BATCHES = {"plain": plain, "padded": padded, "packed": packed}
+PATCHES = {  # family: how many of each pattern two layers have
+    "llama": dict(norm=5, gated_mlp=2, attention=1),
+    "gemma2": dict(norm=9, gated_mlp=2),  # its attention has a soft cap
+    "qwen2": dict(norm=5, gated_mlp=2, attention=1),
+    "qwen3": dict(norm=9, gated_mlp=2, attention=1),
+    "mistral": dict(norm=5, gated_mlp=2, attention=1),
+    "bitnet": dict(norm=9, attention=1),  # its MLPs have a norm inside
+    "lfm2": dict(norm=9, gated_mlp=2, attention=1),  # calls F.silu, no activation attribute
+    "gpt2": dict(attention=1),
+}
+
+
+def operate(model, **options):
+    return unswag.apply_unswag_surgery(model, **{"loss": "stock", **options})
+
+
+def counts(report):
+    names = [pattern for _, pattern in report.patched]
+    return {name: names.count(name) for name in names}
+
+
+def state(model):
+    """Everything that surgery could change: each module's attributes, and the settings of each config, by identity."""
+    seen = {}
+    for name, module in model.named_modules():
+        seen[name] = {k: v for k, v in vars(module).items() if not isinstance(v, (dict, set))}
+        for k, v in vars(module).items():
+            if isinstance(v, dict):
+                seen[name, k] = dict(v)
+    config = getattr(model, "config", None)
+    seen["config"] = dict(vars(config)) if config is not None else {}
+    return seen
+
+
+def assert_untouched(model, before):
+    after = state(model)
+    assert after.keys() == before.keys()
+    for where, attributes in before.items():
+        assert after[where].keys() == attributes.keys(), where
+        for name, value in attributes.items():
+            assert after[where][name] is value, (where, name)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_loss_and_gradients_equal_stock_and_remove_restores_every_attribute(family):
+    model = families.build(family)
+    stock = {name: step(model, batch()) for name, batch in BATCHES.items()}
+    model.zero_grad(set_to_none=True)
+    before = state(model)
+    report = operate(model)
+    assert counts(report) == PATCHES[family] | {"stash": 1}
+    for name, batch in BATCHES.items():
+        assert_close(step(model, batch()), stock[name], FP32)
+        assert len(stock[name][1]) == len(list(model.parameters()))
+    model.zero_grad(set_to_none=True)
+    for _ in range(2):
+        unswag.remove_unswag_surgery(model)
+        assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_bf16_is_as_near_to_fp64_as_stock(family):
+    """Against the same model in fp64: our gradients are no further away than stock's, 1.25 times at the worst."""
+    model = families.build(family, torch.bfloat16)
+    truth = step(copy.deepcopy(model).double(), plain())[1]
+    stock = step(model, plain())[1]
+    operate(model)
+    ours = step(model, plain())[1]
+    for name, true in truth.items():
+        if true.norm() > 1e-12:
+            limit = 1.25 * families.distance(stock[name], true) + 1e-3
+            assert ours[name].dtype == torch.bfloat16 and families.distance(ours[name], true) <= limit, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_autocast_over_fp32_weights(family):
+    model = families.build(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = step(model, plain())
+        operate(model)
+        ours = step(model, plain())
+    assert_close(ours, stock, 3e-2)
+    assert all(g.dtype == torch.float32 for g in ours[1].values())
+
+
+def test_it_saves():
+    model = families.build("llama", torch.bfloat16)
+    before = unswag.audit(model, **plain()).alive
+    report = operate(model)
+    after = unswag.audit(model, **plain()).alive
+    assert after < 0.75 * before
+    assert report.bytes_per_token[1] < 0.75 * report.bytes_per_token[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_the_dry_run_counts_what_a_real_step_keeps(family):
+    model = families.build(family)
+    one = {"input_ids": ids(1, 64), "labels": ids(1, 64), "use_cache": False}
+    before = unswag.audit(model, **one).alive / 64
+    report = operate(model)
+    after = unswag.audit(model, **one).alive / 64
+    assert report.bytes_per_token == (pytest.approx(before, rel=1e-3), pytest.approx(after, rel=1e-3))
+
+
+def test_packed_outputs_are_not_kept_twice():
+    """The pieces of a packed batch are kept, what joins them is made again."""
+    model = families.build("llama")
+    operate(model)
+    one = {"input_ids": ids(1, 40), "labels": ids(1, 40), "use_cache": False}
+    whole = unswag.audit(model, **one).alive
+    pack = unswag.audit(model, **packed()).alive
+    assert pack <= whole + 40 * 8  # position ids
+
+
+# ---- with others ------------------------------------------------------------------------------------------------------------
+
+
+def forward_calls(model, batch):
+    """How often each MLP is called in one training step. (Before its forward: a recompute may stop early within it.)"""
+    calls = []
+    hooks = [m.register_forward_pre_hook(lambda m, *_: calls.append(m)) for n, m in model.named_modules() if n.endswith("mlp")]
+    result = step(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return len(calls) / len(hooks), result
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_checkpointing_before_or_after(when, reentrant):
+    model = families.build("llama")
+    stock = step(model, plain())
+
+    def enable():
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+
+    if when == "before":
+        enable()
+    operate(model)
+    if when == "after":
+        enable()
+    for batch in (plain(), plain()):
+        calls, ours = forward_calls(model, batch)
+        assert calls == 2
+        assert_close(ours, stock, FP32)
+
+
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+def test_peft(when):
+    from peft import LoraConfig, get_peft_model
+
+    def build():
+        return families.build("llama")
+
+    def adapt(model):
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        torch.manual_seed(3)
+        return families.redraw(get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")))
+
+    stock = step(adapt(build()), plain())
+    assert any("lora_A" in name for name in stock[1])
+    model = build()
+    if when in ("before", "both"):
+        operate(model)
+    model = adapt(model)
+    if when in ("after", "both"):
+        report = operate(model)
+        assert counts(report)["norm"] == 5 and counts(report)["gated_mlp"] == 2
+    assert_close(step(model, plain()), stock, FP32)
+    assert unswag.audit(model, **plain()).alive < 0.9 * unswag.audit(adapt(build()), **plain()).alive
+    unswag.remove_unswag_surgery(model)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row, "unused": 1} for row in ids(6, 16)]
+
+    def train(model):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1,
+            use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, activation_checkpointing=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    stock = train(families.build("llama"))
+    model = families.build("llama")
+    operate(model)
+    ours = train(model)
+    assert len(ours) == 3 and ours == pytest.approx(stock, rel=1e-4) and ours[2] < ours[0]
+
+
+def test_torch_compile_of_the_whole_model_steps_aside():
+    model = families.build("llama")
+    stock = step(model, plain())
+    operate(model)
+    model.zero_grad(set_to_none=True)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.warns(UserWarning, match="steps aside"):
+        loss = compiled(**plain()).loss
+    loss.backward()
+    ours = (loss.detach(), {name: p.grad for name, p in model.named_parameters()})
+    assert_close(ours, stock, FP32)
+
+
+def test_modules_that_others_patched_are_left():
+    model = families.build("llama")
+    mlp, norm = model.model.layers[0].mlp, model.model.layers[1].input_layernorm
+    mlp.forward = types.MethodType(type(mlp).forward, mlp)
+    norm.forward = types.MethodType(type(norm).forward, norm)
+    theirs = (mlp.forward, norm.forward)
+    report = operate(model)
+    assert {name for name, why in report.skipped if "already replaced" in why} == {
+        "model.layers.0.mlp",
+        "model.layers.1.input_layernorm",
+    }
+    assert counts(report)["gated_mlp"] == 1 and counts(report)["norm"] == 4
+    assert (vars(mlp)["forward"], vars(norm)["forward"]) == theirs
+
+
+def test_a_forward_on_the_instance_of_the_model_still_runs():
+    """accelerate wraps the model's forward for mixed precision, before or after us."""
+    model = families.build("llama")
+    calls = []
+    stock = type(model).forward
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(1)
+        return stock(self, *args, **kwargs)
+
+    model.forward = types.MethodType(wrapped, model)
+    mine = model.forward
+    operate(model)
+    calls.clear()  # of the dry runs
+    step(model, plain())
+    assert calls == [1]
+    unswag.remove_unswag_surgery(model)
+    assert vars(model)["forward"] is mine
+
+
+# ---- nothing half-done --------------------------------------------------------------------------------------------------------
+
+
+def test_classes_and_state_dict_do_not_change(tmp_path):
+    model = families.build("llama")
+    forwards = {type(m): type(m).forward for m in model.modules()}
+    keys = list(model.state_dict())
+    operate(model)
+    assert all(kind.forward is forward for kind, forward in forwards.items())
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa" and not any("_unswag" in vars(m) for m in again.modules())
+    for name, p in again.named_parameters():
+        assert torch.equal(p, model.get_parameter(name))
+
+
+def test_random_state_gradients_hooks_and_modes_are_untouched():
+    model = families.build("llama")
+    model.eval()
+    model.model.layers[0].mlp.gate_proj.weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones(64)
+    called = []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, *_: called.append(m))
+    modes = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    values = [(p.clone(), p.requires_grad, p.grad, p._version) for p in model.parameters()]
+    random = torch.get_rng_state()
+    operate(model)
+    assert torch.equal(torch.get_rng_state(), random) and not called
+    assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == modes
+    for p, (value, requires_grad, grad, version) in zip(model.parameters(), values, strict=True):
+        assert torch.equal(p, value) and p.requires_grad == requires_grad and p.grad is grad and p._version == version
+
+
+def test_twice_is_once():
+    model = families.build("llama")
+    stock = step(model, plain())
+    first = operate(model)
+    second = operate(model)
+    assert second.patched == first.patched and second.skipped == first.skipped
+    assert_close(step(model, plain()), stock, FP32)
+    unswag.remove_unswag_surgery(model)
+    assert not any("forward" in vars(m) or "_unswag" in vars(m) for m in model.modules())
+
+
+def test_a_second_call_takes_the_new_arguments():
+    model = families.build("llama")
+    operate(model)
+    report = operate(model, attention="stock")
+    assert "attention" not in counts(report) and model.config._attn_implementation == "sdpa"
+
+
+def test_two_models_one_patched():
+    ours, other = families.build("llama"), families.build("llama")
+    before = state(other)
+    operate(ours)
+    assert_untouched(other, before)
+    assert_close(step(ours, plain()), step(other, plain()), FP32)
+
+
+def test_deepcopy_runs_on_its_own_weights():
+    model = families.build("llama")
+    operate(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0.5)
+    reference = families.build("llama")
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(0.5)
+    assert_close(step(twin, plain()), step(reference, plain()), FP32)
+    assert all(p.grad is None for p in model.parameters())
+    unswag.remove_unswag_surgery(twin)
+    assert not any("forward" in vars(m) for m in twin.modules()) and "forward" in vars(model)
+
+
+class Broken:
+    """A pattern that fails at its second module."""
+
+    name, saves = "broken", ""
+
+    def __init__(self, where):
+        self.where, self.calls = where, 0
+
+    def find(self, model):
+        return [Candidate(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+
+    def fail(self, where):
+        self.calls += where == self.where
+        if self.calls == 2:
+            raise KeyboardInterrupt
+
+    def probe(self, candidate):
+        self.fail("probe")
+
+    def apply(self, candidate):
+        self.fail("apply")
+        replace_forward(candidate.module, lambda self, x: x)
+
+
+@pytest.mark.parametrize("where", ["probe", "apply"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_an_exception_leaves_the_model_as_it_was(where, patched, monkeypatch):
+    model = families.build("llama")
+    clean = state(model)
+    if patched:
+        first = operate(model)
+    stock = step(model, plain())
+    model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(patterns, "ALL", (*patterns.ALL, Broken(where)))
+    with pytest.raises(KeyboardInterrupt):
+        operate(model)
+    assert_close(step(model, plain()), stock, FP32)
+    if patched:
+        assert sum("forward" in vars(m) for m in model.modules()) == len(first.patched) - 1  # attention patches a config
+    else:
+        model.zero_grad(set_to_none=True)
+        assert_untouched(model, clean)
+    unswag.remove_unswag_surgery(model)
+    model.zero_grad(set_to_none=True)
+    assert_untouched(model, clean)
+
+
+def test_a_model_without_known_patterns_is_untouched(capsys):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    before = state(model)
+    report = unswag.apply_unswag_surgery(model)
+    assert report.patched == [] and report.skipped == []
+    assert_untouched(model, before)
+    assert "no known pattern in Sequential; the model is untouched" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_on_an_unsupported_device_is_left_with_the_reason():
+    with torch.device("meta"):
+        model = families.build("llama")
+    report = operate(model, attention="stock")
+    assert report.patched == [] and "forward" not in vars(model)
+    assert all("meta, where this build has no kernels" in why for _, why in report.skipped) and len(report.skipped) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (dict(policy="int3"), ValueError, r"policy='int3'.*'exact'"),
+        (dict(attention="flash"), ValueError, r"attention='flash'; choose 'auto' or 'stock'"),
+        (dict(loss="cce"), ValueError, r"loss='cce'; choose 'chunked' or 'stock'"),
+    ],
+)
+def test_unknown_options(arguments, error, words):
+    model = families.build("llama")
+    with pytest.raises(error, match=words):
+        unswag.apply_unswag_surgery(model, **arguments)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("operation", [unswag.apply_unswag_surgery, unswag.remove_unswag_surgery])
+def test_no_module(operation):
+    with pytest.raises(TypeError, match=r"model is a str; pass the torch.nn.Module"):
+        operation("SmolLM2")
+
+
+def test_verify_false_trusts_modules_of_the_same_kind(monkeypatch):
+    probes = []
+    original = patterns.norm.Norm.probe
+    monkeypatch.setattr(patterns.norm.Norm, "probe", lambda self, c: (probes.append(c.name), original(self, c))[1])
+    model = families.build("qwen3")
+    model.model.layers[1].post_attention_layernorm.variance_epsilon = 1e-5
+    full = operate(model)
+    assert len(probes) == 9
+    probes.clear()
+    quick = operate(model, verify=False)
+    assert len(probes) == 3  # 64 wide, 16 wide, and the one with another eps
+    assert quick.patched == full.patched
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------------------
+
+
+def test_it_prints_what_it_patched_what_it_left_and_why(capsys):
+    report = operate(families.build("bitnet"))
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "BitNetForCausalLM" in said and "norm" in said and "left: gated_mlp: it has more" in said
+    before, after = report.bytes_per_token
+    assert f"{before:,.0f} before, {after:,.0f} after" in said
+
+
+def test_signature_and_columns_are_those_of_the_model():
+    model = families.build("llama")
+    stock = inspect.signature(model.forward)
+    operate(model)
+    assert inspect.signature(model.forward) == stock
+    assert model.forward.__doc__ == type(model).forward.__doc__ and not hasattr(model.forward, "__wrapped__")
+
+
+def test_without_a_cache_in_training_only():
+    model = families.build("llama")
+    operate(model)
+    assert model(**plain()).past_key_values is None
+    assert model(**plain(), use_cache=True).past_key_values is not None
+    assert model(input_ids=ids()).past_key_values is not None
+    model.eval()
+    assert model(**plain()).past_key_values is not None
+
+
+def test_a_pack_is_seen_without_saying_use_cache():
+    model = families.build("llama")
+    stock = step(model, packed())
+    batch = packed()
+    del batch["use_cache"]
+    operate(model)
+    assert_close(step(model, batch), stock, FP32)
+
+
+def test_evaluation_and_generation():
+    model = families.build("llama").eval()
+
+    def run():
+        with torch.no_grad():
+            return model(**plain()).logits, model.generate(ids(), max_new_tokens=4, do_sample=False)
+
+    stock = run()
+    operate(model)
+    ours = run()
+    torch.testing.assert_close(ours[0], stock[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[1], stock[1])
+
+
+def test_pickle_of_the_whole_model():
+    model = families.build("llama")
+    operate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert_close(step(again, plain()), step(model, plain()), FP32)
