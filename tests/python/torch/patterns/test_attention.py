@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import assert_close, packed, padded, plain, step
 from torch import nn
+
 from unswag.torch.patterns import restore
 from unswag.torch.patterns.attention import Attention, Spans, attention_mask
 from unswag.torch.patterns.probing import sealed

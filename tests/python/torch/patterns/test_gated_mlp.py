@@ -7,6 +7,7 @@ import torch
 from families import distance
 from torch import nn
 from torch.nn import functional as F
+
 from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.probing import sealed
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import distance
 from torch import nn
+
 from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.probing import sealed
 
