@@ -133,7 +133,7 @@ def test_packed_outputs_are_not_kept_twice():
     assert pack <= whole + 40 * 8  # position ids
 
 
-# ---- with others ---------------------------------------------------------------------------------------------------------
+# ---- with others -----------------------------------------------------------------------------------------------------
 
 
 def forward_calls(model, batch):
@@ -263,7 +263,7 @@ def test_a_forward_on_the_instance_of_the_model_still_runs():
     assert vars(model)["forward"] is mine
 
 
-# ---- nothing half-done -----------------------------------------------------------------------------------------------------
+# ---- nothing half-done -----------------------------------------------------------------------------------------------
 
 
 def test_classes_and_state_dict_do_not_change(tmp_path):
@@ -440,7 +440,7 @@ def test_verify_false_trusts_modules_of_the_same_kind(monkeypatch):
     assert quick.patched == full.patched
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def test_it_prints_what_it_patched_what_it_left_and_why(capsys):
