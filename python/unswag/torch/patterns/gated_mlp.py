@@ -137,7 +137,7 @@ def _differs(module: nn.Module, wiring: Wiring) -> str | None:
             for name in (wiring.gate, wiring.up, wiring.down)
         }
         children |= {k: twin(m) for k, m in module.named_children() if k not in children}
-        copy = twin(module, children)
+        copy = twin(module, **children)
         copy.training = training
         leaves = list(copy.parameters())
         x = torch.randn(ROWS, getattr(module, wiring.gate).in_features, device=like.device).to(dtype).requires_grad_()

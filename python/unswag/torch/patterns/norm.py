@@ -140,7 +140,7 @@ def _cases(module: nn.Module, weight: str | None, like: Tensor) -> Iterator[Case
     for x_dtype, w_dtype, autocast in dict.fromkeys(kinds):
         for scale in SCALES:
             drawn = {weight: nn.Parameter(draw(cols).to(w_dtype))} if weight else {}
-            copy, x = twin(module, parameters=drawn), (scale * draw(rows, cols)).to(x_dtype)
+            copy, x = twin(module, **drawn), (scale * draw(rows, cols)).to(x_dtype)
             yield Case(copy, x, autocast, _run(copy, x, autocast, type(module).forward))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,15 @@ def sealed() -> Iterator[None]:
         yield
 
 
-def twin(module: nn.Module, children: Mapping[str, nn.Module] = {}, parameters: Mapping[str, nn.Parameter] = {}) -> nn.Module:
+def twin(module: nn.Module, **replaced: Any) -> nn.Module:
     """A shallow copy of `module` in which the named children and parameters are others. It has no hooks, its buffers
     are copies, and its forward is that of the class."""
     copy = type(module).__new__(type(module))
     copy.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (RECORD, "forward")})
     copy.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
     copy._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
-    copy._parameters = {k: parameters.get(k, p) if p is not None else None for k, p in module._parameters.items()}
-    copy._modules = {k: children.get(k, m) if m is not None else None for k, m in module._modules.items()}
+    copy._parameters = {k: replaced.get(k, p) for k, p in module._parameters.items()}
+    copy._modules = {k: replaced.get(k, m) for k, m in module._modules.items()}
     return copy
 
 
