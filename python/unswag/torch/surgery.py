@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unswag.policy import Policy
 from unswag.torch import checkpoint, patterns
-from unswag.torch.audit import audit
+from unswag.torch.audit import LiveStorages
 from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, restore, values
 from unswag.torch.patterns.probing import HOOKS, sealed
 from unswag.torch.stash import Stash
@@ -208,10 +208,11 @@ def _dry_run(model: nn.Module) -> float | None:
         copy = deepcopy(model, memo).train()
         for module in copy.modules():
             module.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
-        with fake:
-            ids = torch.zeros(1, DRY_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
-            # with a cache, because transformers looks for packed sequences in the values of the positions without one
-            kept = audit(copy, input_ids=ids, labels=ids, use_cache=True).alive
-            return None if kept is None else kept / DRY_TOKENS
+        ids = torch.zeros(1, DRY_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+        # with a cache, because without one transformers looks for packed sequences in the values of the positions
+        batch = {"input_ids": fake.from_tensor(ids), "labels": fake.from_tensor(ids), "use_cache": True}
+        with fake, LiveStorages(copy, batch) as live:
+            loss = copy(**batch).loss
+            return live.bytes() / DRY_TOKENS if loss.requires_grad else None
     except Exception:  # whatever a stranger's forward does on such tensors
         return None

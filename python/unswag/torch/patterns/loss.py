@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -152,7 +153,7 @@ def _wanted(head: nn.Module, hidden: Any) -> bool:
         and not logits_are_kept()
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and type(hidden) in (Tensor, nn.Parameter)
+        and (type(hidden) in (Tensor, nn.Parameter) or is_fake(hidden))
         and (hidden.requires_grad or any(p.requires_grad for p in head.parameters()))
     )
 
@@ -168,6 +169,8 @@ def _chunked_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' ForCausalLMLoss; of lazy logits, in chunks."""
+    if isinstance(logits, LazyLogits) and is_fake(logits._hidden):  # surgery's dry run: no values to make a loss of, and what
+        return logits._hidden.sum()  # the chunks keep, their gradient buffers, is not counted there
     if isinstance(logits, LazyLogits) and logits.shape[-1] == vocab_size:
         shifted, targets = 0, shift_labels
         if targets is None:
