@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from unswag.policy import Policy
@@ -491,7 +492,7 @@ def unpack(handle: _Kept | _Again) -> torch.Tensor:
 
 def _storage_key(t: torch.Tensor) -> int | None:
     """The address of the storage object, or None for what has no storage of its own (sparse, wrapper subclasses)."""
-    if type(t) not in (torch.Tensor, nn.Parameter) or t.layout is not torch.strided:
+    if type(t) not in (torch.Tensor, nn.Parameter, FakeTensor) or t.layout is not torch.strided:
         return None
     return t.untyped_storage()._cdata
 
