@@ -15,6 +15,7 @@ from torch import nn
 
 import unswag
 from unswag.torch import patterns
+from unswag.torch.checkpoint import StashedCheckpoint
 from unswag.torch.patterns.pattern import Candidate, replace_forward
 
 FP32 = 5e-6  # the same mathematics, other roundings and orders of summation
@@ -165,6 +166,10 @@ def test_checkpointing_before_or_after(when, reentrant):
         calls, ours = forward_calls(model, batch)
         assert calls == 2
         assert_close(ours, stock, FP32)
+    functions = {type(layer._gradient_checkpointing_func) for layer in model.model.layers}
+    assert functions == {StashedCheckpoint}  # the recompute runs under the stash
+    unswag.remove_unswag_surgery(model)
+    assert all(type(layer._gradient_checkpointing_func) is not StashedCheckpoint for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("when", ["before", "after", "both"])

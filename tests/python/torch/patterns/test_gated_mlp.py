@@ -141,6 +141,12 @@ class EvalOnly(Mlp):  # another function in training
         return 2 * y if self.training else y
 
 
+class TrainingOnly(Mlp):  # another function in evaluation
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.training else 2 * y
+
+
 class Nearly(nn.Module):  # gelu_tanh with one constant off in the fifth digit
     def forward(self, x):
         return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.04472 * x**3)))
@@ -160,6 +166,7 @@ LEFT = {
     ReachesIn: "does not call three Linears",
     NoActivation: "not down",
     EvalOnly: "not down",
+    TrainingOnly: "not down",
     (lambda: Mlp(nn.Tanh())): "act_fn is none of",
     (lambda: Mlp(Nearly())): "act_fn is none of",
     (lambda: Mlp(OneSided())): "act_fn is none of",

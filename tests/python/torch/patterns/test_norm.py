@@ -116,12 +116,17 @@ class Mean(Llama):  # LayerNorm without bias
         return super().forward(x - x.mean(-1, keepdim=True))
 
 
-class EpsOutside(Llama):  # x / (rms + eps): seen at scale 1e-3 only
+class EpsOutside(Llama):  # x / (rms + eps)
     def forward(self, x):
         return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
 
 
-class OtherEps(Llama):  # 1e-5, although its attribute says 1e-6: seen at scale 1e-3 only
+class Clamped(Llama):  # at scale 1, 5e-7 away: seen at scale 1e-3 only
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(self.variance_epsilon)))
+
+
+class OtherEps(Llama):  # 1e-5, although its attribute says 1e-6
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
 
@@ -148,7 +153,7 @@ class DoubleRounded(Llama):  # rounds x² too: equal in fp32, not in bf16
         return self.weight * (x.float() * torch.rsqrt(x2 + self.variance_epsilon)).to(x.dtype)
 
 
-@pytest.mark.parametrize("kind", [Mean, EpsOutside, OtherEps, Scaled, Sum, Detached, DoubleRounded])
+@pytest.mark.parametrize("kind", [Mean, EpsOutside, Clamped, OtherEps, Scaled, Sum, Detached, DoubleRounded])
 def test_what_is_no_rms_norm_is_left(kind):
     found = candidate(kind())
     assert "not one of the known RMSNorms" in probe(found)
