@@ -121,7 +121,10 @@ class EpsOutside(Llama):  # x / (rms + eps)
         return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
 
 
-class Clamped(Llama):  # at scale 1, 5e-7 away: seen at scale 1e-3 only
+class Clamped(Llama):  # at scale 1, 5e-9 away: seen at scale 1e-3 only
+    def __init__(self):
+        super().__init__(eps=1e-8)
+
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(self.variance_epsilon)))
 
