@@ -126,7 +126,8 @@ class Clamped(Llama):  # at scale 1, 5e-9 away: seen at scale 1e-3 only
         super().__init__(eps=1e-8)
 
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(self.variance_epsilon)))
+        rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True).clamp_min(self.variance_epsilon))
+        return self.weight * (x.float() * rstd).to(x.dtype)
 
 
 class OtherEps(Llama):  # 1e-5, although its attribute says 1e-6
