@@ -138,7 +138,7 @@ def operate(model, side: str):
     """Surgery for one `side` of a Job; its report, or None for stock."""
     if side == "stock":
         return None
-    from unswag.torch import apply_unswag_surgery
+    from unswag import apply_unswag_surgery
 
     if side == "ours":
         return apply_unswag_surgery(model)
