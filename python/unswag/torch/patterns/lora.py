@@ -15,6 +15,8 @@ from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel,
 from unswag.torch.patterns.probing import distance, has_hooks, twin, ulps, value_and_gradients
 
 ROWS = 32  # of each probe
+# The probes run at this shape: wiring and rounding show at any size, and 210 probes at the sizes of a model take a minute.
+STAND_IN = nn.Linear(24, 20, bias=False, device="meta")
 ADAPTERS = ("lora_A", "lora_B", "lora_dropout")  # containers by name of the adapter
 STATE = ("scaling", "active_adapters", "disable_adapters", "merged", "in_features", "out_features")
 
@@ -132,8 +134,8 @@ def _differs(module: Any, names: list[str], round_products: bool) -> str | None:
         itertools.product([f64, own], [False], [True, False]), [(own, True, True)]
     ):
         device = like.device
-        base = Drawn(module, 1.0, x_dtype, device)
-        pairs = {name: [_drawn(getattr(module, k)[name], dtype, device) for k in ("lora_A", "lora_B")] for name in names}
+        base = Drawn(STAND_IN, 1.0, x_dtype, device)
+        pairs = {name: _drawn(module.lora_B[name], dtype, device) for name in names}
         parts = {
             "base_layer": base,
             "lora_A": nn.ModuleDict({name: a for name, (a, _) in pairs.items()}),
@@ -144,7 +146,7 @@ def _differs(module: Any, names: list[str], round_products: bool) -> str | None:
         ours = twin(module, **parts, lora_dropout=nn.ModuleDict({name: nn.Identity() for name in names}))
         for copy in (theirs, ours):
             copy.__dict__.update(_active_adapter=names, _disable_adapters=False, merged_adapters=[], training=training)
-        x = torch.randn(ROWS, module.in_features, device=device).to(x_dtype).requires_grad_()
+        x = torch.randn(ROWS, STAND_IN.in_features, device=device).to(x_dtype).requires_grad_()
         leaves = [x, *base.parameters(), *(p for pair in pairs.values() for part in pair for p in part.parameters())]
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             try:
@@ -167,10 +169,15 @@ def _differs(module: Any, names: list[str], round_products: bool) -> str | None:
     return None
 
 
-def _drawn(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """A Linear of the same shape with weights of its own, of unit gain."""
-    fresh = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device, dtype)
+def _drawn(b: nn.Linear, dtype: torch.dtype, device: torch.device) -> tuple[nn.Linear, nn.Linear]:
+    """A and B of an adapter like the one with this B, with weights of their own, of unit gain."""
+    r = 8
+    pair = (
+        nn.Linear(STAND_IN.in_features, r, False, device, dtype),
+        nn.Linear(r, STAND_IN.out_features, b.bias is not None, device, dtype),
+    )
     with torch.no_grad():
-        for p in fresh.parameters():
-            p.normal_(std=linear.in_features**-0.5)
-    return fresh
+        for linear in pair:
+            for p in linear.parameters():
+                p.normal_(std=linear.in_features**-0.5)
+    return pair
