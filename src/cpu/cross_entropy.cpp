@@ -1,5 +1,5 @@
-// Loops around src/math/cross_entropy.hpp.  A row is walked through twice: in tiles that stay in the cache for their maximum and
-// their sum of exponentials, and once more when the gradient is written over it.
+// Loops around src/math/cross_entropy.hpp.  A row is walked through twice: in tiles that stay in the cache for their maximum
+// and their sum of exponentials, and once more when the gradient is written over it.
 #include "math/cross_entropy.hpp"
 
 #include "cpu/backend.hpp"
@@ -23,9 +23,10 @@ class CrossEntropyRows {
         logit_(a.logit_scale, a.softcap),
         label_logit_(a.logit_scale, a.softcap),
         smoothing_(a.label_smoothing / double(classes_)) {
-    total_weight_ = Smooth && w_ ? sum_lanes<V>(classes_, [&](V sum, std::int64_t i, std::int64_t n) {
-      return sum + load_lanes<V>(w_ + i, n);
-    }) : double(classes_);
+    total_weight_ =
+        Smooth && w_
+            ? sum_lanes<V>(classes_, [&](V sum, std::int64_t i, std::int64_t n) { return sum + load_lanes<V>(w_ + i, n); })
+            : double(classes_);
   }
 
   void row(std::int64_t r) const {
@@ -54,14 +55,14 @@ class CrossEntropyRows {
     const double factor = scale(r) * a_.gradient_scale * a_.logit_scale;
     const double of_p = factor * (confidence + smoothing_ * total_weight_) / split.total;
     write_gradient(logits, V(S(sums.others.max)), V(S(of_p)), V(S(-factor * smoothing_)));
-    const double gradient = -confidence * sums.others.sum / split.total +
-                            smoothing_ * (total_weight_ * split.own / split.total - w_label);
+    const double gradient =
+        -confidence * sums.others.sum / split.total + smoothing_ * (total_weight_ * split.own / split.total - w_label);
     logits[label] = from_double(label_logit_.times_slope(factor * gradient, logit));
   }
 
  private:
   struct Sums {
-    math::ExpSum others;     // all classes but the label in the sum, all in the maximum
+    math::ExpSum others;    // all classes but the label in the sum, all in the maximum
     double weighted_z = 0;  // sum of w z, with Smooth
   };
 

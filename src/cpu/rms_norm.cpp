@@ -128,9 +128,7 @@ class Backward {
     });
   }
 
-  UNSWAG_INLINE V times_weight(V dy, std::int64_t i, std::int64_t n) const {
-    return w_ ? dy * load_lanes<V>(w_ + i, n) : dy;
-  }
+  UNSWAG_INLINE V times_weight(V dy, std::int64_t i, std::int64_t n) const { return w_ ? dy * load_lanes<V>(w_ + i, n) : dy; }
   double sum_of_gx(const X* x, const DY* dy) const {
     return sum_lanes<V>(cols_, [&](V sum, std::int64_t i, std::int64_t n) {
       return fma(times_weight(load_lanes<V>(dy + i, n), i, n), load_lanes<V>(x + i, n), sum);
@@ -154,12 +152,11 @@ void backward(const RmsNormBackward& a, int threads) {
     return;
   }
   // dw: at most 64 blocks of at least 64 rows, whose borders depend on rows alone; each is added up in double, then the blocks.
-  const std::int64_t block = rows <= 64 * 64 ? 64 : (rows + 255) / 256 * 4;
+  const std::int64_t block = rows <= 4096 ? 64 : (rows + 255) / 256 * 4;
   const std::int64_t blocks = (rows + block - 1) / block;
   const Scratch<double> sums(blocks * cols);
-  parallel_for(rows, block, threads, [&](std::int64_t begin, std::int64_t end) {
-    kernel.rows(begin, end, sums.data() + begin / block * cols);
-  });
+  parallel_for(rows, block, threads,
+               [&](std::int64_t begin, std::int64_t end) { kernel.rows(begin, end, sums.data() + begin / block * cols); });
   auto* dw = static_cast<row_scalar<X>*>(a.dw.data);
   for (std::int64_t i = 0; i < cols; ++i) {
     double sum = 0;

@@ -24,13 +24,12 @@ struct LinearLogit {
 
   UNSWAG_HD V z(V logit) const { return scale * logit; }
   UNSWAG_HD V z_minus(V logit, V max) const { return fma(scale, logit, -max); }  // rounded once
-  UNSWAG_HD V times_slope(V gradient, V) const { return gradient; }             // dz / dlogit, without logit_scale
+  UNSWAG_HD V times_slope(V gradient, V) const { return gradient; }              // dz / dlogit, without logit_scale
 };
 template <class V>
 struct SoftcapLogit {
   V inner, cap;
-  SoftcapLogit(double logit_scale, double softcap)
-      : inner(scalar_t<V>(logit_scale / softcap)), cap(scalar_t<V>(softcap)) {}
+  SoftcapLogit(double logit_scale, double softcap) : inner(scalar_t<V>(logit_scale / softcap)), cap(scalar_t<V>(softcap)) {}
 
   UNSWAG_HD V z(V logit) const { return cap * tanh(inner * logit); }
   UNSWAG_HD V z_minus(V logit, V max) const { return fma(cap, tanh(inner * logit), -max); }

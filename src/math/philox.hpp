@@ -30,8 +30,7 @@ UNSWAG_HD inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0,
 UNSWAG_HD inline PhiloxBlock philox_block(std::uint64_t seed, std::uint64_t offset, std::uint64_t block) {
   const std::uint64_t low = offset + block;
   const std::uint32_t carry = low < offset;
-  return philox4x32({{std::uint32_t(low), std::uint32_t(low >> 32), carry, 0}}, std::uint32_t(seed),
-                    std::uint32_t(seed >> 32));
+  return philox4x32({{std::uint32_t(low), std::uint32_t(low >> 32), carry, 0}}, std::uint32_t(seed), std::uint32_t(seed >> 32));
 }
 
 // Dropout keeps an element when its draw >= p 2^32.  Draws are integers, so that is draw >= ceil(p 2^32), which may be 2^32

@@ -25,8 +25,12 @@ struct Loss {
   std::vector<long double> given;  // logits before they are overwritten
 
   Loss(DType dtype, std::int64_t rows, std::int64_t classes, const Options& o = {}, double spread = 3, std::int64_t stride = 0)
-      : o(o), logits(dtype, rows, classes, stride), weight(sums(dtype), 1, classes), scale(sums(dtype), 1, rows),
-        loss(sums(dtype), 1, rows), lse(sums(dtype), 1, rows) {
+      : o(o),
+        logits(dtype, rows, classes, stride),
+        weight(sums(dtype), 1, classes),
+        scale(sums(dtype), 1, rows),
+        loss(sums(dtype), 1, rows),
+        lse(sums(dtype), 1, rows) {
     logits.fill_normal(std::uint64_t(rows + classes), spread);
     test::Random random(7);
     weight.fill([&](auto, auto) { return 0.5 + random.uniform(); });
@@ -39,7 +43,8 @@ struct Loss {
     a.logits = logits, a.labels = labels.data(), a.loss = loss.vector(), a.lse = lse.vector();
     if (o.class_weight) a.class_weight = static_cast<const Matrix&>(weight).vector();
     if (o.row_scale) a.row_scale = static_cast<const Matrix&>(scale).vector();
-    a.softcap = o.softcap, a.logit_scale = o.logit_scale, a.label_smoothing = o.label_smoothing, a.gradient_scale = o.gradient_scale;
+    a.softcap = o.softcap, a.logit_scale = o.logit_scale, a.label_smoothing = o.label_smoothing,
+    a.gradient_scale = o.gradient_scale;
     return a;
   }
   void run(const Kernels* k, int threads = 0) {
@@ -67,7 +72,8 @@ struct Loss {
       long double others = 0;
       for (std::int64_t c = 0; c < classes; ++c) others += c == y ? 0 : std::exp(z[std::size_t(c)] - top);
       const long double own = std::exp(z[std::size_t(y)] - top), total = own + others, log_sum = top + std::log(total);
-      const long double nll = std::log1p(others / own), confidence = (1 - o.label_smoothing) * w(y), smoothing = o.label_smoothing / classes;
+      const long double nll = std::log1p(others / own), confidence = (1 - o.label_smoothing) * w(y),
+                        smoothing = o.label_smoothing / double(classes);
       long double truth = confidence * nll, weights = 0, size = std::fabs(log_sum);
       for (std::int64_t c = 0; c < classes; ++c) {
         weights += w(c);
@@ -76,7 +82,8 @@ struct Loss {
       }
       // Errors of z are relative to its size when it comes out of tanh or a product.
       const long double z_error = unit * (o.softcap > 0 ? 4 * o.softcap : o.logit_scale != 1 ? size : 0);
-      ASSERT_LE(std::fabs(loss.get(0, r) - truth), 4 * unit * truth + 2 * z_error + (smoothing > 0 ? unit * size : 0)) << "row " << r;
+      ASSERT_LE(std::fabs(loss.get(0, r) - truth), 4 * unit * truth + 2 * z_error + (smoothing > 0 ? unit * size : 0))
+          << "row " << r;
       ASSERT_LE(std::fabs(lse.get(0, r) - log_sum), unit * std::fabs(log_sum) + unit + z_error) << "row " << r;
 
       const long double factor = (o.row_scale ? scale.get(0, r) : 1) * o.gradient_scale;
@@ -86,19 +93,34 @@ struct Loss {
         const long double g = confidence * p_minus_y + smoothing * (weights * p - w(c));
         const long double expected = factor * g * slope[std::size_t(c)];
         const long double far = std::fabs(top - z[std::size_t(c)]);  // z - max is rounded once
-        const long double terms = std::fabs(factor * o.logit_scale) * ((confidence + smoothing * weights) * (c == y ? std::fabs(p_minus_y) : p) * (4 + far) + 2 * smoothing * w(c));
+        const long double terms =
+            std::fabs(factor * o.logit_scale) *
+            ((confidence + smoothing * weights) * (c == y ? std::fabs(p_minus_y) : p) * (4 + far) + 2 * smoothing * w(c));
         const long double slack = unit * terms + z_error * std::fabs(factor * o.logit_scale) * p;
-        ASSERT_LE(std::fabs(logits.get(r, c) - expected), 0.5L * test::ulp(logits.dtype(), expected) + slack + test::ulp(logits.dtype(), 0)) << "row " << r << " class " << c << (c == y ? " label" : "");
+        ASSERT_LE(std::fabs(logits.get(r, c) - expected),
+                  0.5L * test::ulp(logits.dtype(), expected) + slack + test::ulp(logits.dtype(), 0))
+            << "row " << r << " class " << c << (c == y ? " label" : "");
       }
     }
   }
 };
 
 std::vector<Options> options() {
-  std::vector<Options> all{{}, {.softcap = 30}, {.logit_scale = 0.0625}, {.softcap = 5, .logit_scale = -1.7}, {.label_smoothing = 0.1}, {.gradient_scale = 1.0 / 512},
-                           {.class_weight = true}, {.row_scale = true}};
+  std::vector<Options> all{{},
+                           {.softcap = 30},
+                           {.logit_scale = 0.0625},
+                           {.softcap = 5, .logit_scale = -1.7},
+                           {.label_smoothing = 0.1},
+                           {.gradient_scale = 1.0 / 512},
+                           {.class_weight = true},
+                           {.row_scale = true}};
   all.push_back({.label_smoothing = 0.2, .class_weight = true});
-  all.push_back({.softcap = 20, .logit_scale = 0.5, .label_smoothing = 0.3, .gradient_scale = -3, .class_weight = true, .row_scale = true});
+  all.push_back({.softcap = 20,
+                 .logit_scale = 0.5,
+                 .label_smoothing = 0.3,
+                 .gradient_scale = -3,
+                 .class_weight = true,
+                 .row_scale = true});
   return all;
 }
 
@@ -108,7 +130,8 @@ TEST(CrossEntropy, LossLseAndGradientAreRight) {
     for (const Kernels* k : test::backends(dtype == DType::f64))
       for (const Options& o : all)
         for (std::int64_t classes : {1, 2, 15, 16, 17, 67, 2047, 2048, 2049, 5003}) {
-          SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype) + " classes " + std::to_string(classes) + " option " + std::to_string(&o - all.data()));
+          SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype) + " classes " + std::to_string(classes) + " option " +
+                       std::to_string(&o - all.data()));
           Loss loss(dtype, 3, classes, o, 3, classes % 2 ? -(classes + 3) : 0);
           loss.run(k);
           loss.expect_right();
@@ -237,9 +260,12 @@ TEST(CrossEntropy, RowsWithoutAnAnswerAreNanAndTheirNeighboursAreNot) {
           }
           for (std::int64_t r : {1, 3, 5}) {
             ASSERT_TRUE(std::isnan(loss.loss.get(0, r))) << k->name << " row " << r << " classes " << classes;
-            for (std::int64_t c = 0; c < classes; ++c) ASSERT_TRUE(std::isnan(loss.logits.get(r, c))) << k->name << " " << test::name_of(dtype) << " row " << r << " class " << c << " of " << classes << " " << where;
+            for (std::int64_t c = 0; c < classes; ++c)
+              ASSERT_TRUE(std::isnan(loss.logits.get(r, c))) << k->name << " " << test::name_of(dtype) << " row " << r
+                                                             << " class " << c << " of " << classes << " " << where;
           }
-          ASSERT_TRUE(classes == 1 || std::isnan(loss.logits.get(6, where))) << k->name << " " << test::name_of(dtype) << " " << classes;
+          ASSERT_TRUE(classes == 1 || std::isnan(loss.logits.get(6, where)))
+              << k->name << " " << test::name_of(dtype) << " " << classes;
         }
 }
 

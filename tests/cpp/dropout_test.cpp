@@ -35,7 +35,8 @@ TEST(Dropout, KeepsByTheDrawOfTheLogicalIndexWhateverTheStrides) {
             for (std::int64_t i = 0; i < cols; ++i) {
               const bool keep = draw[std::size_t(r * cols + i)] >= (long double)p * 0x1p32L;
               const long double scaled = test::product(compute, x.get(r, i), test::rounded(compute, double(1 / (1 - p))));
-              ASSERT_EQ(y.get(r, i), keep ? test::rounded(dtype, scaled) : 0) << k->name << " " << test::name_of(dtype) << " " << r << " " << i;
+              ASSERT_EQ(y.get(r, i), keep ? test::rounded(dtype, scaled) : 0)
+                  << k->name << " " << test::name_of(dtype) << " " << r << " " << i;
             }
           ASSERT_TRUE(y.gaps_untouched());
         }

@@ -1,6 +1,8 @@
 // 1-bit masks: every value of every format, every length and misalignment, sizes past 2^31, on every row that runs here.
 // The truth is written from include/unswag/unswag.hpp in floating-point comparisons; the kernels compare integers.
 #include <gtest/gtest.h>
+
+#include <bit>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -151,7 +153,8 @@ void every_float(std::uint32_t first, std::uint32_t step) {
         const float kept = act == Mask::leaky_relu ? x[low] * float(slope) : !(x[low] < 0) ? (x[low] >= 6 ? 6 : x[low]) : 0;
         const float expected = float_passes<act>(x[low]) ? x[low] : kept;
         wrong += bit != float_passes<act>(x[low]);
-        wrong += std::memcmp(&y[low], &expected, 4) != 0 && !(std::isnan(expected) && std::isnan(y[low]));
+        wrong += std::bit_cast<std::uint32_t>(y[low]) != std::bit_cast<std::uint32_t>(expected) &&
+                 !(std::isnan(expected) && std::isnan(y[low]));
       }
       ASSERT_EQ(wrong, 0u) << k->name << " among the floats with upper half " << upper;
     }

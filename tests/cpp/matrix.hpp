@@ -13,7 +13,10 @@ class Matrix {
  public:
   // stride: elements from row to row; 0 means cols.  Negative: row 0 is the last in memory.
   Matrix(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t stride = 0)
-      : dtype_(dtype), rows_(rows), cols_(cols), stride_(stride ? stride : cols),
+      : dtype_(dtype),
+        rows_(rows),
+        cols_(cols),
+        stride_(stride ? stride : cols),
         memory_(std::size_t(rows ? ((rows - 1) * std::abs(stride_) + cols) * size_of(dtype) : 0)) {}
 
   void* row(std::int64_t r) const {

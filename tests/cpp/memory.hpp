@@ -19,8 +19,8 @@ class Memory {
   explicit Memory(std::size_t bytes, unsigned char fill = 0xA5) : bytes_(bytes) {
     const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
     length_ = (bytes + page - 1) / page * page;
-    base_ = static_cast<char*>(mmap(nullptr, length_ + 2 * page, PROT_NONE,
-                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    base_ =
+        static_cast<char*>(mmap(nullptr, length_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base_ == MAP_FAILED) std::abort();
     mapped_ = length_ + 2 * page;
     pages_ = base_ + page;

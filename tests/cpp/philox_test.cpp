@@ -44,7 +44,8 @@ TEST(Philox, MeetsThePublishedVectors) {
   const Known known[] = {
       {{0, 0, 0, 0}, {0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
       {{~0u, ~0u, ~0u, ~0u}, {~0u, ~0u}, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
-      {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0},
+      {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+       {0xa4093822, 0x299f31d0},
        {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
   };
   for (const Known& k : known) {
@@ -56,7 +57,8 @@ TEST(Philox, MeetsThePublishedVectors) {
 }
 
 TEST(PhiloxFill, EveryRowDrawsTheStream) {
-  const std::uint64_t streams[][2] = {{0, 0}, {0x299f31d0a4093822, 0x85a308d3243f6a88}, {1, 0xFFFFFFFFFFFFFFFC}, {~0ull, 0xFFFFFFFF}};
+  const std::uint64_t streams[][2] = {
+      {0, 0}, {0x299f31d0a4093822, 0x85a308d3243f6a88}, {1, 0xFFFFFFFFFFFFFFFC}, {~0ull, 0xFFFFFFFF}};
   ASSERT_FALSE(rows_here().empty());
   for (const Kernels* k : rows_here())
     for (const auto& [seed, offset] : streams)
@@ -64,7 +66,8 @@ TEST(PhiloxFill, EveryRowDrawsTheStream) {
         unswag::test::Memory out(std::size_t(n) * 4);
         auto* words = reinterpret_cast<std::uint32_t*>(out.data());
         k->philox_fill(words, n, seed, offset, {});
-        for (std::int64_t i = 0; i < n; ++i) ASSERT_EQ(words[i], draw(seed, offset, std::uint64_t(i))) << k->name << " " << n << " " << i;
+        for (std::int64_t i = 0; i < n; ++i)
+          ASSERT_EQ(words[i], draw(seed, offset, std::uint64_t(i))) << k->name << " " << n << " " << i;
       }
 }
 
@@ -83,8 +86,8 @@ TEST(Dropout, ThresholdIsTheSmallestDrawKept) {
   using unswag::math::dropout_threshold;
   EXPECT_EQ(dropout_threshold(0.0), 0u);
   EXPECT_EQ(dropout_threshold(0.5), 0x80000000u);
-  EXPECT_EQ(dropout_threshold(0.1), 429496730u);   // ceil(429496729.6)
-  EXPECT_EQ(dropout_threshold(1e-300), 1u);        // a draw of 0 is below any p > 0
+  EXPECT_EQ(dropout_threshold(0.1), 429496730u);    // ceil(429496729.6)
+  EXPECT_EQ(dropout_threshold(1e-300), 1u);         // a draw of 0 is below any p > 0
   EXPECT_EQ(dropout_threshold(1.0), 0x100000000u);  // nothing is kept
 }
 

@@ -24,8 +24,8 @@ struct Case {
 };
 std::string text(const Kernels* k, const Case& c, std::int64_t rows, std::int64_t cols) {
   return std::string(k->name) + " x " + test::name_of(c.x) + " y " + test::name_of(c.y) + " weight " +
-         (c.has_weight ? test::name_of(c.weight) : "none") + (c.cast ? " cast" : "") + " offset " + std::to_string(c.offset) + " " +
-         std::to_string(rows) + " x " + std::to_string(cols);
+         (c.has_weight ? test::name_of(c.weight) : "none") + (c.cast ? " cast" : "") + " offset " + std::to_string(c.offset) +
+         " " + std::to_string(rows) + " x " + std::to_string(cols);
 }
 
 // Every x, y and weight dtype.
@@ -56,7 +56,10 @@ struct Norm {
   Case c;
   Matrix x, weight, y, rstd;
   Norm(const Case& c, std::int64_t rows, std::int64_t cols, std::int64_t x_gap = 0, std::int64_t y_gap = 0)
-      : c(c), x(c.x, rows, cols, cols + x_gap), weight(c.weight, 1, cols), y(c.y, rows, cols, cols + y_gap),
+      : c(c),
+        x(c.x, rows, cols, cols + x_gap),
+        weight(c.weight, 1, cols),
+        y(c.y, rows, cols, cols + y_gap),
         rstd(c.sums(), 1, rows) {
     x.fill_normal(std::uint64_t(rows * 131 + cols));
     weight.fill_normal(std::uint64_t(cols + 7));
@@ -88,10 +91,13 @@ TEST(RmsNormForward, RstdIsRightAndYIsTheRecipeBitForBit) {
           long double squares = 0;
           for (std::int64_t i = 0; i < cols; ++i) squares += n.x.get(r, i) * n.x.get(r, i);
           const long double truth = 1 / std::sqrt(squares / cols + 1e-5L), got = n.rstd.get(0, r);
-          ASSERT_LE(std::fabs(got - truth), 0.5L * test::ulp(n.rstd.dtype(), truth) + 0.75L * test::ulp(c.compute(), 1.0L) * truth) << got << " " << truth;
+          ASSERT_LE(std::fabs(got - truth),
+                    0.5L * test::ulp(n.rstd.dtype(), truth) + 0.75L * test::ulp(c.compute(), 1.0L) * truth)
+              << got << " " << truth;
           for (std::int64_t i = 0; i < cols; ++i) {
             const long double h = xhat(c, n.x.get(r, i), got);
-            ASSERT_EQ(n.y.get(r, i), test::rounded(c.y, test::product(c.compute(), h, effective_weight(c, n.weight, i)))) << "row " << r << " col " << i;
+            ASSERT_EQ(n.y.get(r, i), test::rounded(c.y, test::product(c.compute(), h, effective_weight(c, n.weight, i))))
+                << "row " << r << " col " << i;
           }
         }
         ASSERT_TRUE(n.y.gaps_untouched());
@@ -118,7 +124,8 @@ TEST(RmsNormForward, SumOfSquaresIsAccurateInLongRows) {
 
 TEST(RmsNormForward, NothingToDo) {
   for (const Kernels* k : test::backends()) {
-    Norm none({DType::f32, DType::bf16, DType::f32, true, true, 0}, 0, 16), empty({DType::f32, DType::bf16, DType::f32, true, true, 0}, 3, 0);
+    Norm none({DType::f32, DType::bf16, DType::f32, true, true, 0}, 0, 16),
+        empty({DType::f32, DType::bf16, DType::f32, true, true, 0}, 3, 0);
     k->rms_norm_forward(none.args(), {});
     k->rms_norm_forward(empty.args(), {});
     for (std::int64_t r = 0; r < 3; ++r) EXPECT_TRUE(std::isnan(empty.rstd.get(0, r))) << k->name;  // the mean of nothing
@@ -159,8 +166,13 @@ struct Backward {
   Case c;
   Matrix x, weight, dy, rstd, dx, dw;
   Backward(const Case& c, std::int64_t rows, std::int64_t cols, std::int64_t x_gap = 0, std::int64_t dy_gap = 0)
-      : c(c), x(c.x, rows, cols, cols + x_gap), weight(c.weight, 1, cols), dy(c.y, rows, cols, cols + dy_gap),
-        rstd(c.sums(), 1, rows), dx(c.x, rows, cols, cols + dy_gap), dw(c.sums(), 1, cols) {
+      : c(c),
+        x(c.x, rows, cols, cols + x_gap),
+        weight(c.weight, 1, cols),
+        dy(c.y, rows, cols, cols + dy_gap),
+        rstd(c.sums(), 1, rows),
+        dx(c.x, rows, cols, cols + dy_gap),
+        dw(c.sums(), 1, cols) {
     x.fill_normal(std::uint64_t(rows * 17 + cols));
     dy.fill_normal(std::uint64_t(rows * 19 + cols));
     weight.fill_normal(std::uint64_t(cols + 5));
@@ -225,7 +237,8 @@ TEST(RmsNormBackward, DxAndDwAreRight) {
         b.expect_dw();
         ASSERT_TRUE(b.dx.gaps_untouched());
         // Either alone gives the same bits, and leaves the other's memory as it was.
-        Backward only_dx(c, rows, cols, cols % 4, cols % 2 ? 0 : -2 * cols - 3), only_dw(c, rows, cols, cols % 4, cols % 2 ? 0 : -2 * cols - 3);
+        Backward only_dx(c, rows, cols, cols % 4, cols % 2 ? 0 : -2 * cols - 3),
+            only_dw(c, rows, cols, cols % 4, cols % 2 ? 0 : -2 * cols - 3);
         const std::vector<char> dx_before = only_dw.dx.bytes(), dw_before = only_dx.dw.bytes();
         k->rms_norm_backward(only_dx.args(true, false), {});
         k->rms_norm_backward(only_dw.args(false, true), {});
@@ -264,7 +277,8 @@ TEST(RmsNormBackward, DwOverManyRowsIsAccurateAndDoesNotDependOnThreads) {
 
 TEST(RmsNormBackward, NoRowsGiveZeroDw) {
   for (const Kernels* k : test::backends()) {
-    Backward none({DType::f32, DType::f32, DType::f32, true, true, 0}, 0, 21), empty({DType::f32, DType::f32, DType::f32, true, true, 0}, 2, 0);
+    Backward none({DType::f32, DType::f32, DType::f32, true, true, 0}, 0, 21),
+        empty({DType::f32, DType::f32, DType::f32, true, true, 0}, 2, 0);
     k->rms_norm_backward(none.args(), {});
     k->rms_norm_backward(empty.args(), {});
     for (std::int64_t i = 0; i < 21; ++i) EXPECT_EQ(none.dw.get(0, i), 0) << k->name;

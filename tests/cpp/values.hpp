@@ -63,8 +63,10 @@ inline long double read(DType dtype, const void* data, std::int64_t i) {
   if (dtype == DType::f16) {
     const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
     const long double sign = bits >> 15 ? -1 : 1;
-    if (exponent == 31) return fraction ? std::numeric_limits<long double>::quiet_NaN() : sign * std::numeric_limits<long double>::infinity();
-    return sign * (exponent ? std::ldexp((long double)(1024 + fraction), exponent - 25) : std::ldexp((long double)fraction, -24));
+    if (exponent == 31)
+      return fraction ? std::numeric_limits<long double>::quiet_NaN() : sign * std::numeric_limits<long double>::infinity();
+    return sign *
+           (exponent ? std::ldexp((long double)(1024 + fraction), exponent - 25) : std::ldexp((long double)fraction, -24));
   }
   if (dtype == DType::bf16) bits <<= 16;
   float v;
@@ -86,10 +88,14 @@ inline void write(DType dtype, void* data, std::int64_t i, long double x) {
   if (dtype == DType::bf16) bits >>= 16;
   if (dtype == DType::f16) {
     const std::uint32_t sign = bits >> 16 & 0x8000;
-    if (std::isnan(v)) bits = sign | 0x7E00;
-    else if (std::isinf(v)) bits = sign | 0x7C00;
-    else if (std::fabs(v) < 0x1p-14f) bits = sign | std::uint32_t(std::fabs(v) * 0x1p24f);
-    else bits = sign | ((bits & 0x7FFFFFFF) - (112u << 23)) >> 13;
+    if (std::isnan(v))
+      bits = sign | 0x7E00;
+    else if (std::isinf(v))
+      bits = sign | 0x7C00;
+    else if (std::fabs(v) < 0x1p-14f)
+      bits = sign | std::uint32_t(std::fabs(v) * 0x1p24f);
+    else
+      bits = sign | ((bits & 0x7FFFFFFF) - (112u << 23)) >> 13;
   }
   std::memcpy(p, &bits, std::size_t(size_of(dtype)));
 }
