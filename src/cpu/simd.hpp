@@ -86,6 +86,12 @@ UNSWAG_INLINE void store_partial(T* p, V x, std::int64_t n) {
   memcpy(p, all, std::size_t(n) * sizeof(T));
 }
 
+// Whether a mask is true in every lane.
+template <class M>
+UNSWAG_INLINE bool all(M mask) {
+  return mask.bits() == (1u << M::size) - 1;
+}
+
 // visit(dtype, f) calls f(type<T>{}) for the types that this row serves: src/api sends f64 to the portable one.
 template <class F>
 UNSWAG_INLINE void visit(DType dtype, const F& f) {

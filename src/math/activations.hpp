@@ -2,12 +2,15 @@
 //
 // silu, gelu and its tanh form are f(x) = x g(x) with g(x) + g(-x) = 1, so that
 //     f(x) - f(-x) = x     and     f'(x) + f'(-x) = 1
-// Near 0 both are polynomials (Core); further out only the left half is computed, from u = |x| (Tail):
+// Up to |x| = Act::plain every step stays a normal number (Act::near); hardly any data lies outside.  There only the left half
+// is computed, from u = |x| (Act::tail):
 //     value = -f(-u) >= 0,     slope = f'(-u),     both times 2^64, or times 2^192 from `far` on, where f is 0
 // The factor keeps them normal where f itself is subnormal, and the slope accurate where dy is large (dy f' is above 0 for
-// slopes down to 2^-262).  The slope has a zero
-// near -1, where the textbook formula loses its digits; gelu's lies in the core, silu's is written as a difference from it.
-// Float results are right to 2 units in the last place wherever the slope is above 0.1 (tests/cpp/activations_test.cpp).
+// slopes down to 2^-262).
+//
+// T is the type of the elements.  Float results are right to 2 units in the last place, or to 2^-23 where the derivative is
+// below 0.1 (tests/cpp/activations_test.cpp): near 0 and the slope's zero near -1 the textbook formulas lose digits there, and
+// polynomials (core_) serve.  bf16 has none to lose and leaves them out.
 #pragma once
 
 #include "math/exp.hpp"
@@ -17,10 +20,12 @@
 namespace unswag::math {
 
 template <class V>
-struct Tail {
+struct Both {
   V value;
   V slope;
 };
+template <class T>
+inline constexpr bool coarse = std::is_same_v<T, bf16>;
 
 // c0 + c1 z + c2 z^2 + ...
 template <class V>
@@ -38,23 +43,45 @@ UNSWAG_HD inline V clamp_tail(V x, float limit32, double limit64) {
   return min(V(sizeof(scalar_t<V>) == 8 ? scalar_t<V>(limit64) : scalar_t<V>(limit32)), abs(x));
 }
 
+// 1/2 + c0 x + x^3 P(x^2), c0 and c0 x in two parts; p = P(x^2).
+template <class Act, class V>
+UNSWAG_HD inline V core_slope_of(V x, V p) {
+  const V linear = x * V(Act::c0);
+  const V low(float(Act::c0 - double(float(Act::c0))));
+  return (V(0.5f) + linear) + (x * fma(x * x, p, low) + product_error(x, V(Act::c0), linear));
+}
+
+// Of f(x) = x / (1 + t), t = e^-q(x), with w = x q'(x).   s = 1 / (1 + t):  f' = s^2 (1 + t (1 + w)) = 1 + s^2 t (w - 1 - t)
+template <class T, class Act, class V>
+UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
+  const V d = V(1.f) + t, s = V(1.f) / d;
+  const V left = s * s * fma(t, V(1.f) + w, V(1.f));
+  if constexpr (coarse<T>) {
+    return {x * s, left};
+  } else {
+    const V right = fma(s * s * t, (w - V(1.f)) - t, V(1.f));
+    const V core = core_slope_of<Act>(x, Act::core_slope(x * x));
+    return {x / d, select(abs(x) < V(Act::border), core, select(x < V(0.f), left, right))};
+  }
+}
+
 // f(x) = x s(x),  s(x) = 1 / (1 + e^-x).   With t = e^-u:  value = u t / (1 + t),  slope = t (1 + t - u) / (1 + t)^2.
 struct Silu {
   static constexpr Activation id = Activation::silu;
   static constexpr const char* name = "silu";
 
-  static constexpr float border = 1.f, far = 110.f;
+  static constexpr float border = 1.f, plain = 40.f, far = 110.f;
   static constexpr double c0 = 0.5;
-  template <class V>
-  UNSWAG_HD static V core_value(V z) {
-    return polynomial(z, 0.25f, -0x1.55554cp-6f, 0x1.110ddep-9f, -0x1.b95452p-13f, 0x1.5b125ep-16f, -0x1.a802aap-20f);
-  }
   template <class V>
   UNSWAG_HD static V core_slope(V z) {
     return polynomial(z, -0x1.555554p-4f, 0x1.9998fap-7f, -0x1.ba00dp-10f, 0x1.bdb334p-13f, -0x1.9b691ap-16f, 0x1.0eebbep-19f);
   }
+  template <class T, class V>
+  UNSWAG_HD static Both<V> near(V x) {
+    return logistic_unit<T, Silu>(x, exp_normal(-x), x);
+  }
   template <class V>
-  UNSWAG_HD static Tail<V> tail(V x) {
+  UNSWAG_HD static Both<V> tail(V x) {
     const V u = clamp_tail(x, 190.f, 800.);
     const V t = exp_scaled(-u, V(0.f), u > V(far));
     const V s = V(1.f) / fma(t, V(0x1p-64f), V(1.f));
@@ -71,7 +98,7 @@ struct Gelu {
   static constexpr Activation id = Activation::gelu;
   static constexpr const char* name = "gelu";
 
-  static constexpr float border = 0.875f, far = 14.5f;
+  static constexpr float border = 0.875f, plain = 9.f, far = 14.5f;
   static constexpr double c0 = 0.7978845608028654;  // 2 / sqrt(2 pi)
   template <class V>
   UNSWAG_HD static V core_value(V z) {
@@ -82,8 +109,29 @@ struct Gelu {
     return polynomial(z, -0x1.105838p-2f, 0x1.ea389p-5f, -0x1.3742a8p-7f, 0x1.2eacf6p-10f, -0x1.d9521cp-14f, 0x1.1252dcp-17f);
   }
 
+  template <class T, class V>
+  UNSWAG_HD static Both<V> near(V x) {
+    const V u = abs(x), square = u * u, half = V(-0.5f) * square;
+    V e;
+    if constexpr (sizeof(T) == 2) {
+      e = exp_normal(half);  // the square of so few digits is exact
+    } else {
+      e = exp_normal(half, V(-0.5f) * product_error(u, u, square));
+    }
+    const V r = mills(u);
+    const V v = u * r * e, left = e * fma(u, V(-0.3989422804014327), r);
+    const auto negative = x < V(0.f);
+    const Both<V> y{select(negative, -v, x - v), select(negative, left, V(1.f) - left)};
+    if constexpr (coarse<T>) {
+      return y;
+    } else {
+      const auto core = u < V(border);
+      return {select(core, x * fma(x, core_value(square), V(0.5f)), y.value),
+              select(core, core_slope_of<Gelu>(x, core_slope(square)), y.slope)};
+    }
+  }
   template <class V>
-  UNSWAG_HD static Tail<V> tail(V x) {
+  UNSWAG_HD static Both<V> tail(V x) {
     const V u = clamp_tail(x, 19.3f, 40.);
     const V square = u * u;
     const V e = exp_scaled(V(-0.5f) * square, V(-0.5f) * product_error(u, u, square), u > V(far));
@@ -120,20 +168,22 @@ struct GeluTanh {
   static constexpr Activation id = Activation::gelu_tanh;
   static constexpr const char* name = "gelu_tanh";
 
-  static constexpr float border = 0.875f, far = 11.f;
+  static constexpr float border = 0.875f, plain = 7.25f, far = 11.f;
   static constexpr double c0 = 0.7978845608028654;  // c1 / 2
-  template <class V>
-  UNSWAG_HD static V core_value(V z) {
-    return polynomial(z, 0x1.988454p-2f, -0x1.11b1dp-4f, 0x1.4e7e02p-7f, -0x1.4f8d14p-10f, 0x1.e2cddcp-13f, -0x1.921a32p-13f,
-                      0x1.45e7ccp-13f, -0x1.b94fp-15f);
-  }
   template <class V>
   UNSWAG_HD static V core_slope(V z) {
     return polynomial(z, -0x1.11b14cp-2f, 0x1.f56c8ep-5f, -0x1.45b9aap-7f, 0x1.2ef4p-10f, -0x1.6aee2ep-17f, -0x1.388872p-13f,
                       0x1.6cf2b8p-13f, -0x1.d1eb2ep-14f, 0x1.f90e3p-16f);
   }
+  template <class T, class V>
+  UNSWAG_HD static Both<V> near(V x) {
+    const V c1(1.5957691216057307), c3(0.07135481627260025);
+    const V square = x * x, factor = fma(square, c3, c1), q = x * factor;
+    const V w = x * fma(square, V(3.f) * c3, c1);
+    return logistic_unit<T, GeluTanh>(x, exp_normal(-q, -product_error(x, factor, q)), w);
+  }
   template <class V>
-  UNSWAG_HD static Tail<V> tail(V x) {
+  UNSWAG_HD static Both<V> tail(V x) {
     const V c1(1.5957691216057307), c3(0.07135481627260025);  // q(u) = c1 u + c3 u^3
     const V u = clamp_tail(x, 13.2f, 40.);
     const V square = u * u;
@@ -153,80 +203,82 @@ struct Relu {
   static constexpr const char* name = "relu";
 };
 
-// Doubles have no core: their tail is exact enough everywhere.
-template <class V>
-inline constexpr bool has_core = sizeof(scalar_t<V>) == 4;
-
 // What a scaled value is multiplied by; those from `far` on are 0.
 template <class Act, class V>
 UNSWAG_HD inline V unscale(V x) {
-  if constexpr (has_core<V>) {
-    return select(abs(x) > V(Act::far), V(0.f), V(0x1p-64f));
+  if constexpr (std::is_same_v<scalar_t<V>, double>) {
+    return V(0x1p-64);
   } else {
-    return V(0x1p-64f);
+    return select(abs(x) > V(Act::far), V(0.f), V(0x1p-64f));
   }
 }
 
 template <class Act, class V>
 UNSWAG_HD inline V value_of(V x, V tail) {
   const V v = tail * unscale<Act>(x);
-  const V outer = select(x < V(0.f), -v, x - v);
-  if constexpr (has_core<V>) {
-    return select(abs(x) < V(Act::border), x * fma(x, Act::core_value(x * x), V(0.5f)), outer);
-  } else {
-    return outer;
-  }
+  return select(x < V(0.f), -v, x - v);
 }
 
 // dy f'(x).  A slope below 2^-64 is multiplied in its scaled form: dy may be as large as 2^128.
 template <class Act, class V>
 UNSWAG_HD inline V times_slope(V x, V dy, V tail) {
   const V left = tail * unscale<Act>(x);
-  V slope = select(x < V(0.f), left, V(1.f) - left);
+  const V slope = select(x < V(0.f), left, V(1.f) - left);
   V tiny = dy * tail * V(0x1p-64f);
-  if constexpr (has_core<V>) {
-    const auto far = abs(x) > V(Act::far);
-    tiny = select(far, dy * V(0x1p-96f) * tail * V(0x1p-96f), tiny);
-    // f'(x) = 1/2 + c0 x + x^3 P(x^2), c0 and c0 x in two parts
-    const V linear = x * V(Act::c0), z = x * x;
-    const V low(float(Act::c0 - double(float(Act::c0))));
-    const V rest = x * fma(z, Act::core_slope(z), low) + product_error(x, V(Act::c0), linear);
-    slope = select(abs(x) < V(Act::border), (V(0.5f) + linear) + rest, slope);
+  if constexpr (!std::is_same_v<scalar_t<V>, double>) {
+    tiny = select(abs(x) > V(Act::far), dy * V(0x1p-96f) * tail * V(0x1p-96f), tiny);
   }
   return select(abs(slope) < V(0x1p-64f), tiny, dy * slope);
 }
 
-// y = f(x)
-template <class Act, class V>
-UNSWAG_HD inline V forward(Act, V x) {
-  return value_of<Act>(x, Act::tail(x).value);
+// y = f(x) and dx = dy f'(x).  Which branch is taken does not show in the bits of a lane.  Doubles are exact enough by their
+// tail everywhere.
+template <class T, class Act, class V>
+UNSWAG_HD inline void forward_backward(Act, V x, V dy, V& y, V& dx) {
+  if constexpr (std::is_same_v<scalar_t<V>, double>) {
+    const Both<V> tail = Act::tail(x);
+    y = value_of<Act>(x, tail.value);
+    dx = times_slope<Act>(x, dy, tail.slope);
+  } else {
+    const Both<V> near = Act::template near<T>(x);
+    y = near.value;
+    dx = dy * near.slope;
+    const auto plain = abs(x) <= V(Act::plain);
+    if (!all(plain)) [[unlikely]] {
+      const Both<V> tail = Act::tail(x);
+      y = select(plain, y, value_of<Act>(x, tail.value));
+      dx = select(plain, dx, times_slope<Act>(x, dy, tail.slope));
+    }
+  }
 }
-template <class V>
+
+// y = f(x)
+template <class T, class Act, class V>
+UNSWAG_HD inline V forward(Act act, V x) {
+  V y, dx;
+  forward_backward<T>(act, x, x, y, dx);
+  return y;
+}
+template <class T, class V>
 UNSWAG_HD inline V forward(Relu, V x) {
   return max(V(0.f), x);
 }
 
 // dx = dy f'(x)
-template <class Act, class V>
-UNSWAG_HD inline V backward(Act, V x, V dy) {
-  return times_slope<Act>(x, dy, Act::tail(x).slope);
+template <class T, class Act, class V>
+UNSWAG_HD inline V backward(Act act, V x, V dy) {
+  V y, dx;
+  forward_backward<T>(act, x, dy, y, dx);
+  return dx;
 }
-template <class V>
+template <class T, class V>
 UNSWAG_HD inline V backward(Relu, V x, V dy) {
   return select(x <= V(0.f), V(0.f), dy);
 }
-
-// Both at once, for the price of one e^x: y = f(x), dx = dy f'(x).
-template <class Act, class V>
-UNSWAG_HD inline void forward_backward(Act, V x, V dy, V& y, V& dx) {
-  const Tail<V> tail = Act::tail(x);
-  y = value_of<Act>(x, tail.value);
-  dx = times_slope<Act>(x, dy, tail.slope);
-}
-template <class V>
+template <class T, class V>
 UNSWAG_HD inline void forward_backward(Relu act, V x, V dy, V& y, V& dx) {
-  y = forward(act, x);
-  dx = backward(act, x, dy);
+  y = forward<T>(act, x);
+  dx = backward<T>(act, x, dy);
 }
 
 // The list: kernels and tests iterate over it.  f(act) is called for the one that `id` names.

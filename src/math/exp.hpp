@@ -7,14 +7,19 @@
 
 namespace unswag::math {
 
-// e^(x + tail) = m 2^n with n = round(x / ln 2):  r = x - n ln 2 in two steps (n ln2_high is exact), m = e^r by a polynomial
-// that is off by 2^-28.3 at most.  n is returned as z = 1.5 2^23 + n + bias, for times_pow2.
+// e^x = e^r 2^n with n = round(x / ln 2):  r = x - n ln 2 in two steps (n ln2_high is exact).  n is returned as
+// z = 1.5 2^23 + n, for times_pow2.
 template <class V>
-UNSWAG_HD inline V exp_mantissa(V x, V tail, float bias, V& z) {
-  const V magic(0x1.8p23f + bias);
+UNSWAG_HD inline V exp_reduce(V x, V& z) {
+  const V magic(0x1.8p23f);
   z = fma(x, V(1.44269504f), magic);
   const V n = z - magic;
-  const V r = fma(n, V(-1.42860677e-6f), fma(n, V(-0.693145751953125f), x)) + tail;
+  return fma(n, V(-1.42860677e-6f), fma(n, V(-0.693145751953125f), x));
+}
+
+// e^r for |r| <= ln(2) / 2, by a polynomial that is off by 2^-28.3 at most.
+template <class V>
+UNSWAG_HD inline V exp_reduced(V r) {
   V p = fma(r, V(0x1.6a2430p-10f), V(0x1.1239e4p-7f));
   p = fma(r, p, V(0x1.5558f2p-5f));
   p = fma(r, p, V(0x1.555492p-3f));
@@ -22,11 +27,25 @@ UNSWAG_HD inline V exp_mantissa(V x, V tail, float bias, V& z) {
   return V(1.f) + fma(r * r, p, r);
 }
 
+// e^x, and e^(x + tail) for a small tail, where they are normal numbers.
+template <class V>
+UNSWAG_HD inline V exp_normal(V x) {
+  V z;
+  const V m = exp_reduced(exp_reduce(x, z));
+  return times_pow2(m, z);
+}
+template <class V>
+UNSWAG_HD inline V exp_normal(V x, V tail) {
+  V z;
+  const V m = exp_reduced(exp_reduce(x, z) + tail);
+  return times_pow2(m, z);
+}
+
 // e^x over the whole range: right to 1 ulp, subnormal results too; 0 and inf beyond, NaN stays NaN.
 template <class V>
 UNSWAG_HD inline V exp_full(V x) {
   V z;
-  const V m = exp_mantissa(min(V(89.f), max(V(-104.5f), x)), V(0.f), 0.f, z);
+  const V m = exp_reduced(exp_reduce(min(V(89.f), max(V(-104.5f), x)), z));
   // 2^n in two halves, each of them a normal number; only the last product rounds.
   const V magic(0x1.8p23f);
   const V n = z - magic;
@@ -42,7 +61,7 @@ UNSWAG_HD inline V exp_scaled(V x, V tail, M far) {
     return exp(x) * (V(1.) + tail) * V(0x1p64);
   } else {
     V z;
-    const V m = exp_mantissa(x, tail, 0.f, z);
+    const V m = exp_reduced(exp_reduce(x, z) + tail);
     return times_pow2(m, z + select(far, V(192.f), V(64.f)));
   }
 }

@@ -5,9 +5,9 @@
 
 namespace unswag::math {
 
-template <class Act, class V>
+template <class T, class Act, class V>
 UNSWAG_HD inline V gated_forward(Act act, V gate, V up) {
-  return forward(act, gate) * up;
+  return forward<T>(act, gate) * up;
 }
 
 //   dgate = dh up f'(gate),   dup = dh f(gate),   h = f(gate) up
@@ -15,10 +15,10 @@ template <class V>
 struct GatedGradient {
   V dgate, dup, h;
 };
-template <class Act, class V>
+template <class T, class Act, class V>
 UNSWAG_HD inline GatedGradient<V> gated_backward(Act act, V gate, V up, V dh) {
   V y, dgate;
-  forward_backward(act, gate, dh * up, y, dgate);
+  forward_backward<T>(act, gate, dh * up, y, dgate);
   return {dgate, dh * y, y * up};
 }
 

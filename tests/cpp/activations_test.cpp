@@ -64,7 +64,8 @@ struct EveryValue : Matrix {
 };
 
 TEST(Activations, Every16BitValueIsRightToOneUlp) {
-  // Not correctly rounded among 65,536, value and slope: at most what PyTorch 2.13 has (bench/results/rounding.json).
+  // Not correctly rounded among 65,536, value and slope: PyTorch 2.13 has 2 and 15 for silu in f16, and more elsewhere
+  // (bench/results/rounding.json).
   for (const DType dtype : {DType::f16, DType::bf16}) {
     const EveryValue x(dtype);
     for (const Kernels* k : backends()) {
@@ -89,8 +90,9 @@ TEST(Activations, Every16BitValueIsRightToOneUlp) {
           ASSERT_LE(std::fabs(d - t.slope), ulp(dtype, t.slope)) << k->name << " f'(" << v << ")";
           slope_off += d != rounded(dtype, t.slope);
         }
-        EXPECT_LE(value_off, dtype == DType::f16 ? 12 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
-        EXPECT_LE(slope_off, dtype == DType::f16 ? 12 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        const bool half = dtype == DType::f16, silu = act == Activation::silu;
+        EXPECT_LE(value_off, half ? silu ? 2 : 5 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        EXPECT_LE(slope_off, half ? silu ? 15 : 5 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
       }
     }
   }
@@ -218,6 +220,7 @@ TEST(Activations, TailsHaveTheBitsOfTheBody) {
   for (const DType dtype : all_dtypes) {
     Matrix x(dtype, 1, n), dy(dtype, 1, n);
     x.fill_normal(7, 3);
+    for (std::int64_t i = 5; i < n; i += 29) x.set(0, i, x.get(0, i) * 16);  // lanes beyond Act::plain among others
     dy.fill_normal(8);
     for (const Kernels* k : backends(dtype == DType::f64)) {
       for (const Activation act : activations) {
