@@ -11,6 +11,7 @@ the kernel's. Writes bench/results/kernels-<machine>.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import platform
 import resource
 import sys
@@ -30,6 +31,9 @@ from unswag.torch.ops import ACTIVATIONS, DTYPES, MASKS  # noqa: E402
 
 F = torch.nn.functional
 aten = torch.ops.aten
+
+# Bytes that must move, our call, PyTorch's calls.
+Row = tuple[float, Callable[[], object], dict[str, Callable[[], object]]]
 
 
 def best(call: Callable[[], object], repeat: int) -> tuple[float, int]:
@@ -54,7 +58,7 @@ class Case:
         self.x, self.y, self.z = (torch.zeros(n, dtype=dtype) for _ in range(3))
         self.packed = torch.zeros(n // 8, dtype=torch.uint8)
 
-    def rows(self) -> dict[str, tuple[float, Callable[[], object], dict[str, Callable[[], object]]]]:
+    def rows(self) -> dict[str, Row]:
         n, t, code, item = self.n, self.threads, self.code, self.a.element_size()
         a, b, c, x, y, z, packed = self.a, self.b, self.c, self.x, self.y, self.z, self.packed
         pa, pb, pc, px, py, pp = (v.data_ptr() for v in (a, b, c, x, y, packed))
@@ -140,6 +144,66 @@ class Case:
             ),
         }
 
+    def norm_rows(self) -> dict[str, Row]:
+        """RMSNorm of rows of 2048 and cross-entropy over 49,152 classes; PyTorch has no out= for these, its outputs come from
+        memory that the process has touched before."""
+        t, code, item = self.threads, self.code, self.a.element_size()
+        cols, classes = 2048, 49152
+        rows = self.n // cols
+        a, b, x = (v[: rows * cols].view(rows, cols) for v in (self.a, self.b, self.x))
+        weight, rstd, dw = torch.ones(cols, dtype=a.dtype), torch.zeros(rows), torch.zeros(cols)
+        leaf, leaf_weight = a.detach().requires_grad_(), weight.clone().requires_grad_()
+
+        def huggingface(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            wide = v.float()
+            return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(v.dtype)
+
+        def builtin(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(v, (cols,), w, 1e-6)
+
+        def backward_of(norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+            y = norm(leaf, leaf_weight)
+            return lambda: torch.autograd.grad(y, (leaf, leaf_weight), b, retain_graph=True)
+
+        pw, pr, pd = (v.data_ptr() for v in (weight, rstd, dw))
+        pa, pb, px = (v.data_ptr() for v in (a, b, x))
+        many = self.n // classes
+        logits, labels = self.y[: many * classes].view(many, classes), torch.arange(many) * 7 % classes
+        logits.copy_(self.a[: many * classes].view(many, classes))
+        loss, lse = torch.zeros(many), torch.zeros(many)
+
+        def cross_entropy_of_torch() -> None:
+            scores = self.a[: many * classes].view(many, classes).detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(scores, labels), scores)
+
+        return {
+            "rms_norm forward": (
+                rows * cols * 2 * item,
+                lambda: _core.rms_norm_forward(
+                    1e-6, 0.0, True, False, rows, cols, code, pa, cols, code, pw, code, px, cols, pr, t
+                ),
+                {
+                    "F.rms_norm": torch.no_grad()(lambda: builtin(a, weight)),
+                    "Llama's": torch.no_grad()(lambda: huggingface(a, weight)),
+                },
+            ),
+            "rms_norm backward": (
+                rows * cols * 3 * item,
+                lambda: _core.rms_norm_backward(
+                    0.0, True, rows, cols, code, pa, cols, code, pw, pr, code, pb, cols, px, cols, pd, t
+                ),
+                {"F.rms_norm": backward_of(builtin), "Llama's": backward_of(huggingface)},
+            ),
+            "cross_entropy with gradient": (
+                many * classes * 3 * item,
+                lambda: _core.cross_entropy(
+                    code, many, classes, logits.data_ptr(), classes, labels.data_ptr(), 0, 0, 1.0, -100, 0.0, 0.0, 1.0, True,
+                    loss.data_ptr(), lse.data_ptr(), t,
+                ),
+                {"F.cross_entropy, backward": cross_entropy_of_torch},
+            ),
+        }  # fmt: skip
+
     def compiled(self) -> dict[str, Callable[[], object]]:
         """The same by torch.compile, which fuses; it writes into our buffers too."""
         a, b, c, x, y = self.a, self.b, self.c, self.x, self.y
@@ -160,12 +224,15 @@ class Case:
         }
 
 
-def measure(dtype: torch.dtype, threads: int, size: int, repeat: int, compile: bool) -> list[dict[str, object]]:
+def measure(dtype: torch.dtype, threads: int, size: int, repeat: int, compile: bool, only: str) -> list[dict[str, object]]:
     torch.set_num_threads(threads)
     case, copy = Case(dtype, size, threads), Copy(threads)
     rows = []
     compiled = case.compiled() if compile else {}
-    for name, (moved, ours, peers) in case.rows().items():
+    for name, (moved, ours, peers) in (case.rows() | case.norm_rows()).items():
+        if only not in name:
+            continue
+
         # The yardstick is taken beside each kernel, before and after it.
         def yardstick() -> None:
             copy(case.x.data_ptr(), case.a.data_ptr(), case.n * case.a.element_size())
@@ -202,13 +269,17 @@ def main() -> None:
     parser.add_argument("--backend", default="", help="a row of kernels; default: the fastest that runs here")
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only", default="", help="rows with this in their name")
     args = parser.parse_args()
+    libc = ctypes.CDLL(None)  # what is freed stays with the process: no fresh pages for PyTorch's outputs
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.manual_seed(0)
     _core.use_backend(args.backend)
     rows = []
     for threads in args.threads:
         for dtype in (torch.float32, torch.bfloat16):
-            rows += measure(dtype, threads, args.mib << 20, args.repeat, not args.no_compile)
+            rows += measure(dtype, threads, args.mib << 20, args.repeat, not args.no_compile, args.only)
     smollm2.write(
         f"kernels-{platform.node()}" if args.backend == "" else f"kernels-{platform.node()}-{args.backend}",
         {"backend": _core.current_backend(), "mib_per_tensor": args.mib, "best_of": args.repeat, "rows": rows},

@@ -10,14 +10,15 @@ template <class T, class Act>
 void forward(const ActivationForward& args, Stream stream) {
   using V = lanes_t<T>;
   map<T>(std::array{args.x}, std::array{args.y}, stream,
-         [](const std::array<V, 1>& in) [[gnu::always_inline]] { return std::array{math::forward<T>(Act{}, in[0])}; });
+         [](const std::array<V, 1>& in) __attribute__((always_inline)) { return std::array{math::forward<T>(Act{}, in[0])}; });
 }
 
 template <class T, class Act>
 void backward(const ActivationBackward& args, Stream stream) {
   using V = lanes_t<T>;
   map<T>(std::array{args.x, args.dy}, std::array{args.dx}, stream,
-         [](const std::array<V, 2>& in) [[gnu::always_inline]] { return std::array{math::backward<T>(Act{}, in[0], in[1])}; });
+         [](const std::array<V, 2>& in)
+             __attribute__((always_inline)) { return std::array{math::backward<T>(Act{}, in[0], in[1])}; });
 }
 
 }  // namespace
