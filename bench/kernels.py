@@ -165,6 +165,7 @@ class Case:
             y = norm(leaf, leaf_weight)
             return lambda: torch.autograd.grad(y, (leaf, leaf_weight), b, retain_graph=True)
 
+        self.kept = (weight, rstd, dw)  # the calls below hold addresses only
         pw, pr, pd = (v.data_ptr() for v in (weight, rstd, dw))
         pa, pb, px = (v.data_ptr() for v in (a, b, x))
         many = self.n // classes
