@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -189,25 +190,23 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _tracked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Keeps `recorder.module` at the name of the module that runs, by hooks that are gone afterwards."""
+    """Keeps `recorder.module` at the name of the module that runs. By global hooks: a hook on a module would change what a
+    patched parent does with it (a LoRA adapter with hooks is run as PEFT runs it)."""
+    names = {module: name for name, module in model.named_modules()}
     stack = [""]
-    hooks: list[Any] = []
 
-    def leave(*_: Any) -> None:
-        stack.pop()
-        recorder.module = stack[-1]
+    def enter(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            stack.append(names[module])
+            recorder.module = stack[-1]
 
-    def entering(name: str) -> Any:
-        def enter(*_: Any) -> None:
-            stack.append(name)
-            recorder.module = name
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            stack.pop()
+            recorder.module = stack[-1]
 
-        return enter
-
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
-        for name, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(entering(name), prepend=True))
-            hooks.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
         for hook in hooks:

@@ -308,3 +308,18 @@ def test_the_ledger_is_empty_when_nothing_is_kept():
 
     ledger = audit(Sum())
     assert isinstance(ledger, Ledger) and ledger.rows == [] and ledger.tokens == 0 and "–" in str(ledger)
+
+
+def test_what_is_audited_is_what_runs():
+    """Hooks on the parts of a LoRA adapter would make it run as PEFT runs it, with float32 casts of x."""
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+    model = peft.get_peft_model(tiny_llama(dtype=torch.bfloat16), peft.LoraConfig(r=4, target_modules="all-linear"))
+    unswag.apply_unswag_surgery(model)
+    data = batch()
+    with LiveStorages(model, list(data.values())) as live:
+        loss = model(**data).loss
+        saved = live.bytes()
+    del loss
+    ledger = audit(model, **data)
+    assert ledger.total == pytest.approx(saved, rel=0.02)
+    assert not [row for row in ledger.rows if row.bytes and "lora_A" in row.module]
