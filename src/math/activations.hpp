@@ -61,7 +61,9 @@ UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
   } else {
     const V right = fma(s * s * t, (w - V(1.f)) - t, V(1.f));
     const V core = core_slope_of<Act>(x, Act::core_slope(x * x));
-    return {x / d, select(abs(x) < V(Act::border), core, select(x < V(0.f), left, right))};
+    // x - x t s: beyond 1 what is taken off x is so small that its own roundings do not show
+    return {select(x > V(1.f), fma(-(x * t), s, x), x / d),
+            select(abs(x) < V(Act::border), core, select(x < V(0.f), left, right))};
   }
 }
 

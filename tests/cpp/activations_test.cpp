@@ -58,7 +58,8 @@ struct Both {
 // The 65,536 values of a 16-bit format.
 struct EveryValue : Matrix {
   explicit EveryValue(DType dtype) : Matrix(dtype, 1, 1 << 16) {
-    for (std::uint32_t bits = 0; bits < 1 << 16; ++bits) std::memcpy(static_cast<char*>(row(0)) + 2 * bits, &bits, 2);
+    for (std::uint32_t bits = 0; bits < 1 << 16; ++bits)
+      std::memcpy(static_cast<char*>(row(0)) + std::ptrdiff_t{2} * bits, &bits, 2);
     read_only();
   }
 };
