@@ -12,7 +12,7 @@ be differentiated once; a second derivative is an error. Sources of the formulas
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from unswag.torch import ops, stash
+from unswag.torch.autograd import once_differentiable
 
 __all__ = ["gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
 
@@ -40,46 +41,11 @@ def _check(op: str, name: str, x: Tensor) -> None:
         )
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on gradients, in the graph of what they were made from, where differentiating again is an error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        return None
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "UnSwag's functions can be differentiated once; for second derivatives use PyTorch's own function, "
-            "or remove_unswag_surgery(model)"
-        )
-
-
-def _once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Makes a second derivative an error, always.
-
-    torch.autograd.function.once_differentiable looks at the incoming gradients only: where they are constants, as in a
-    gradient penalty on y.sum(), it lets the penalty's gradient vanish without a word.
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *dy: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            grads = backward(ctx, *dy)
-        if not torch.is_grad_enabled():  # no create_graph
-            return grads
-        made = [grad for grad in grads if isinstance(grad, Tensor)]
-        sources = [x for x in (*ctx.saved_tensors, *dy) if isinstance(x, Tensor)]
-        guarded = iter(_NoSecondDerivative.apply(len(made), *made, *sources))
-        return tuple(next(guarded) if isinstance(grad, Tensor) else None for grad in grads)
-
-    return once
+def _signature_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch reads the signature of a `forward` beside a `setup_context` at every call, in 40 µs; one that is there already
+    is taken."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 # ---- one-bit masks --------------------------------------------------------------------------------------------------------
@@ -89,6 +55,7 @@ class _Mask(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_signature_once
     def forward(x: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
         return ops.mask_forward(x, act, slope)
 
@@ -100,7 +67,7 @@ class _Mask(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
         return None if dy is None else ops.mask_backward(dy, packed, ctx.act, ctx.slope), None, None
@@ -138,6 +105,7 @@ class _Activation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_signature_once
     def forward(x: Tensor, act: str) -> Tensor:
         return ops.activation_forward(x, act)
 
@@ -147,7 +115,7 @@ class _Activation(torch.autograd.Function):
         ctx.save_for_backward(x)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         return ops.activation_backward(x, dy, ctx.act), None
@@ -190,7 +158,7 @@ class _Gated(torch.autograd.Function):
         return ops.gated_forward(gate, up, act)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
         dgate, dup = ops.gated_backward(gate, up, dh, ctx.act)
@@ -243,7 +211,7 @@ class _RmsNorm(torch.autograd.Function):
         return y, rstd
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         if dy is None:
             return None, None, None, None, None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unswag.torch import ops
-from unswag.torch.functional import _once_differentiable
+from unswag.torch.autograd import once_differentiable
 
 # Rows done at once where the products are in 32 or 64 bits: small enough for the cast of x to stay in the cache. A multiple
 # of 4, so that each tile begins on a Philox block of four draws.
@@ -115,7 +115,7 @@ class _AddLora(torch.autograd.Function):
         return y.view(base.shape)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         how: _How = ctx.how
         n = len(how.kinds)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from unswag.torch import ops, stash
+from unswag.torch.autograd import once_differentiable
 
 NumItems = Tensor | float | None
 
@@ -375,22 +376,6 @@ def _reduced(losses: Tensor, denominator: float) -> Tensor:
     return (losses.sum(dtype=torch.float64) / denominator).to(losses.dtype)  # over nothing: 0 / 0 = NaN, as in PyTorch
 
 
-def _not_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses create_graph=True.  `once_differentiable` would not: it lets constants through when the incoming gradient needs
-    none, though what was saved depends on hidden and weight."""
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, dloss: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "linear_cross_entropy cannot be differentiated twice (create_graph=True); use F.cross_entropy on real logits"
-            )
-        with stash.inside_loss():
-            return backward(ctx, dloss)
-
-    return checked
-
-
 class _ReducedLoss(torch.autograd.Function):
     """The summed or averaged loss; its gradients are made in the forward and saved."""
 
@@ -419,7 +404,8 @@ class _ReducedLoss(torch.autograd.Function):
         return _reduced(losses, denominator)
 
     @staticmethod
-    @_not_twice
+    @once_differentiable(sources_are_saved=False)
+    @stash.inside_loss()
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, *dparameters = ctx.saved_tensors
         scale = float(dloss)
@@ -464,7 +450,8 @@ class _RowLosses(torch.autograd.Function):
             return _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
 
     @staticmethod
-    @_not_twice
+    @once_differentiable
+    @stash.inside_loss()
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         labels, hidden, *parameters = ctx.saved_tensors
         sweep = ctx.make(hidden, parameters, ctx.needs_input_grad[3:])

@@ -206,11 +206,17 @@ def test_the_last_backward_copies_nothing():
 
 @pytest.mark.native
 def test_double_backward_is_refused():
+    """For a sum or mean at once: hidden and weight are not saved, so a penalty's gradient would vanish without a word."""
     hidden, weight, _, labels = sample(torch.float64)
-    for reduction in ("mean", "none"):
-        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
-        with pytest.raises(NotImplementedError, match="differentiated twice"):
+    for reduction in ("mean", "sum"):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        with pytest.raises(NotImplementedError, match="differentiated once"):
             torch.autograd.grad(loss, hidden, create_graph=True)
+    losses = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    (dhidden,) = torch.autograd.grad(losses.sum(), hidden, create_graph=True)
+    for leaf in (hidden, weight):
+        with pytest.raises(NotImplementedError, match="differentiated once"):
+            torch.autograd.grad(dhidden.pow(2).sum(), leaf, retain_graph=True)
 
 
 @pytest.mark.native

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from unswag.torch import stash
+from unswag.torch.autograd import once_differentiable
 from unswag.torch.patterns.pattern import Candidate, replace
 
 NAME = "unswag"  # in transformers' registries of attention functions and masks
