@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench clean
+.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -25,8 +25,13 @@ $(READY):
 	tools/setup.sh $(PYTHON) $(VENV)
 	touch $@
 
-native: setup ## build the C++ library, its tests and the Python module
+configured: setup
 	cmake --preset release -G Ninja -DUNSWAG_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python --log-level=WARNING
+
+module: configured ## build the Python module alone
+	cmake --build --preset release -j $(JOBS) --target _core
+
+native: configured ## build the C++ library, its tests and the Python module
 	cmake --build --preset release -j $(JOBS)
 
 test: native test-cpp test-python ## all tests but the long ones
@@ -52,13 +57,13 @@ format: setup ## rewrite the sources in our format
 	ruff check --fix-only -q .
 	ruff format .
 
-demo: native ## fine-tune SmolLM2 with LoRA and checkpointing, stock against UnSwag: table and picture in demo-out/
+demo: module ## fine-tune SmolLM2 with LoRA and checkpointing, stock against UnSwag: table and picture in demo-out/
 	python -m examples.demo
 
-demo-all: native ## the demo with full training and without checkpointing too
+demo-all: module ## the demo with full training and without checkpointing too
 	python -m examples.demo --all
 
-bench: native ## the benchmarks whose results are committed
+bench: module ## the benchmarks whose results are committed
 	python -m bench
 
 clean: ## remove what was built (not .venv)
