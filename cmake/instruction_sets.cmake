@@ -9,18 +9,24 @@ set(UNSWAG_KERNEL_OBJECTS)
 set(UNSWAG_SYMBOLS)  # the arguments of tests/cpp/symbols_test.sh
 set(UNSWAG_ROWS)  # the table of src/api/dispatch.cpp: ROW(portable) ROW(x86_64) ...
 
-# name: as users see it; the namespace is the same with _ for -.  Further arguments: compiler options.
-function(unswag_instruction_set name)
+# Objects unswag_cpu_<ns>.  name: as users see it; the namespace ns is the same with _ for -.  Further arguments: options.
+function(unswag_kernels name)
   string(REPLACE - _ ns ${name})
   set(target unswag_cpu_${ns})
   add_library(${target} OBJECT ${UNSWAG_KERNEL_SOURCES})
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
   target_compile_definitions(${target} PRIVATE UNSWAG_ISA_NS=${ns} UNSWAG_ISA_NAME="${name}")
   target_compile_options(${target} PRIVATE -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off ${ARGN})
-  set(UNSWAG_KERNEL_OBJECTS ${UNSWAG_KERNEL_OBJECTS} $<TARGET_OBJECTS:${target}> PARENT_SCOPE)
   set(UNSWAG_SYMBOLS ${UNSWAG_SYMBOLS} --set ${ns} $<TARGET_OBJECTS:${target}> PARENT_SCOPE)
-  set(UNSWAG_ROWS "${UNSWAG_ROWS} ROW(${ns})" PARENT_SCOPE)
 endfunction()
+
+# The same as a row of the library.
+macro(unswag_instruction_set name)
+  unswag_kernels(${name} ${ARGN})
+  string(REPLACE - _ ns ${name})
+  list(APPEND UNSWAG_KERNEL_OBJECTS $<TARGET_OBJECTS:unswag_cpu_${ns}>)
+  string(APPEND UNSWAG_ROWS " ROW(${ns})")
+endmacro()
 
 # Slowest first.
 unswag_instruction_set(portable -DUNSWAG_ISA_PORTABLE)

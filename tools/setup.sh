@@ -15,6 +15,7 @@ packages=()
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || packages+=(python3-dev)
 command -v g++ >/dev/null || packages+=(g++)
 [ -e /usr/include/gtest/gtest.h ] || packages+=(libgtest-dev)
+[ "$(uname -m)" != x86_64 ] || [ -e /usr/include/simde/x86/avx512.h ] || packages+=(libsimde-dev)
 if ((${#packages[@]})); then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
