@@ -210,7 +210,6 @@ def machine() -> dict[str, Any]:
         key, _, value = line.partition(":")
         cpu.setdefault(key.strip(), value.strip())
     flags = cpu.get("flags", "").split()
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "cpu": cpu.get("model name", platform.processor()),
         "cores": os.cpu_count(),
@@ -222,8 +221,14 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of this source tree; "-dirty" where something is changed."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
 
 
 def write(name: str, results: dict[str, Any]) -> Path:

@@ -1,7 +1,8 @@
 """Seconds per step (forward and backward, no optimizer) of SmolLM2-135M: stock, stock with our loss alone, ours.
 
 The sides take turns in one process, each round in another order, after one round that does not count; best of 5 rounds. Default
-malloc. The goals are ratios to stock; the ratio to stock with our loss says what the rest costs or saves.
+malloc. The goals are ratios to stock; the ratio to stock with our loss says what the rest costs or saves. Each round is kept as
+it comes; a run that was killed does the rounds that are missing, after another that does not count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import dataclasses
 import statistics
 import time
 
-from bench.smollm2 import Job, Prepared, fresh, patched, say, table, write
+from bench.kept import Kept
+from bench.smollm2 import Job, Prepared, commit, fresh, patched, say, table, write
 
 ROWS = {  # name: (job, highest ratio to stock)
     "full": (Job(tokens=4096), 0.95),
@@ -21,29 +23,34 @@ ROWS = {  # name: (job, highest ratio to stock)
 SIDES = ["stock", "our loss", "ours"]
 
 
-def measure(job: dict, rounds: int, threads: int) -> dict:
-    """Seconds of each side in each round. Runs in a process of its own."""
+def settings(job: Job, threads: int, round_: int) -> dict:
+    return {"job": job, "threads": threads, "round": round_}
+
+
+def measure(job_: dict, rounds: list[int], threads: int) -> dict:
+    """Seconds of each side in each of `rounds`, kept one by one. Runs in a process of its own; returns what was patched."""
     import torch
 
     from bench import bf16_matmul
 
+    job, kept = Job(**job_), Kept("step_time")
     torch.set_num_threads(threads)
-    products = bf16_matmul.enable() if job["dtype"] == "bf16" else "fp32"
-    runs = {side: Prepared(dataclasses.replace(Job(**job), side=side)) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for round_ in range(rounds + 1):
-        for side in SIDES[round_ % 3 :] + SIDES[: round_ % 3]:
+    products = bf16_matmul.enable() if job.dtype == "bf16" else "fp32"
+    runs = {side: Prepared(dataclasses.replace(job, side=side)) for side in SIDES}
+    about = {"patched": patched(runs["ours"].report), "products": products}
+    for round_ in [None, *rounds]:
+        turn = (round_ or 0) % len(SIDES)
+        seconds = {}
+        for side in SIDES[turn:] + SIDES[:turn]:
             start = time.perf_counter()
             runs[side].step()
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side] = time.perf_counter() - start
             runs[side].zero_grad()
-        say(f"round {round_} of {rounds}: " + ", ".join(f"{side} {seconds[side][-1]:.1f} s" for side in SIDES))
-    return {
-        "seconds": {side: s[1:] for side, s in seconds.items()},
-        "threads": threads,
-        "patched": patched(runs["ours"].report),
-        "products": products,
-    }
+        name = "warm-up" if round_ is None else f"round {round_ + 1}"
+        say(f"{name}: " + ", ".join(f"{side} {s:.1f} s" for side, s in seconds.items()))
+        if round_ is not None:
+            kept.put(settings(job, threads, round_), {**about, "seconds": seconds, "commit": commit()})
+    return about
 
 
 def main() -> None:
@@ -55,16 +62,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default 2)")
     args = parser.parse_args()
 
-    results, lines = {}, []
+    results, lines, kept = {}, [], Kept("step_time")
     for row in args.rows:
         job, goal = ROWS[row]
         job = dataclasses.replace(job, dtype=args.dtype, tokens=args.tokens or job.tokens)
         say(f"{row}: {job}")
-        result = fresh(measure, job, args.rounds, args.threads)
-        best = {side: min(s) for side, s in result["seconds"].items()}
-        paired = statistics.median(o / s for o, s in zip(result["seconds"]["ours"], result["seconds"]["stock"], strict=True))
+        rounds = [kept.get(settings(job, args.threads, i)) for i in range(args.rounds)]
+        if missing := [i for i, done in enumerate(rounds) if done is None]:
+            fresh(measure, job, missing, args.threads)
+            rounds = [kept.get(settings(job, args.threads, i)) for i in range(args.rounds)]
+        if None in rounds:
+            raise SystemExit("the sources changed during the run, which therefore says nothing: run it again")
+        best = {side: min(r["seconds"][side] for r in rounds) for side in SIDES}
+        paired = statistics.median(r["seconds"]["ours"] / r["seconds"]["stock"] for r in rounds)
         results[row] = {
-            "job": dataclasses.asdict(job), "goal": goal, **result, "best_seconds": best,
+            "job": dataclasses.asdict(job), "goal": goal, "rounds": rounds, "best_seconds": best,
             "ratio_to_stock": best["ours"] / best["stock"], "ratio_to_our_loss": best["ours"] / best["our loss"],
             "median_of_paired_ratios": paired,
         }  # fmt: skip
@@ -73,7 +85,7 @@ def main() -> None:
             f"{paired:.3f}", f"{best['ours'] / best['our loss']:.3f}",
         ))  # fmt: skip
     name = "step_time" if args.dtype == "bf16" else f"step_time_{args.dtype}"
-    write(name, {"dtype": args.dtype, "rounds": args.rounds, "rows": results})
+    write(name, {"dtype": args.dtype, "rounds": args.rounds, "threads": args.threads, "rows": results})
     header = ("row", *(f"{side} s" for side in SIDES), "ours / stock", "goal", "median of pairs", "ours / our loss")
     table(f"SmolLM2-135M, {args.dtype}, seconds per step, best of {args.rounds}", header, lines)
 

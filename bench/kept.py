@@ -1,0 +1,77 @@
+"""Results of single runs, kept in .cache/ as they come, so that a benchmark that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.smollm2 import ROOT, Job, commit, fresh, say
+
+SOURCES = ("python", "src", "include", "bindings", "cmake", "bench", ":!bench/results")
+
+
+class Kept:
+    """One file per result; it counts for the sources it was made from (committed or not) and the settings it was made with."""
+
+    def __init__(self, bench: str, folder: Path = ROOT / ".cache" / "bench"):
+        self._folder = folder / bench
+        self._sources = sources()
+
+    def _path(self, settings: object) -> Path:
+        key = json.dumps([self._sources, settings], sort_keys=True, default=dataclasses.asdict)
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+    def get(self, settings: object) -> Any | None:
+        path = self._path(settings)
+        return json.loads(path.read_text())["result"] if path.exists() else None
+
+    def put(self, settings: object, result: object) -> None:
+        path = self._path(settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
+            json.dump({"settings": settings, "result": result}, f, default=dataclasses.asdict)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f.name, path)
+
+
+def sources() -> str:
+    """A name for the state of the sources and of the native module built from them."""
+    state = hashlib.sha256()
+    for command in (["ls-files", "-s"], ["diff", "HEAD"]):
+        state.update(subprocess.run(["git", *command, "--", *SOURCES], cwd=ROOT, capture_output=True, check=True).stdout)
+    for module in sorted((ROOT / "python" / "unswag").glob("_core*.so")):
+        state.update(module.read_bytes())
+    return state.hexdigest()
+
+
+def runs_of_sides(
+    bench: str,
+    measure: Callable[..., dict],
+    job: Job,
+    sides: Iterable[str],
+    runs: Callable[[str], int],
+    steps: int,
+    environment: dict[str, str] | None = None,
+) -> dict[str, list[dict]]:
+    """`measure(job of the side, steps)`, each time in a fresh process: side -> its results, each with the commit it is of."""
+    kept, results = Kept(bench), {}
+    for side in sides:
+        one = dataclasses.replace(job, side=side)
+        results[side] = []
+        for i in range(runs(side)):
+            settings = {"job": one, "steps": steps, "environment": environment, "run": i}
+            result = kept.get(settings)
+            say(f"{one}, run {i + 1} of {runs(side)}{': kept from before' if result else ''}")
+            if result is None:
+                result = {**fresh(measure, one, steps, environment=environment), "commit": commit()}
+                kept.put(settings, result)
+            results[side].append(result)
+    return results
