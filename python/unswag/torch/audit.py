@@ -35,7 +35,7 @@ def audit(model: nn.Module, *, backward: bool = False, **batch: Any) -> Ledger:
     if not torch.is_grad_enabled():
         raise RuntimeError("audit: gradients are switched off, so nothing is kept; call it outside torch.no_grad()")
     ledger = Ledger(tokens=_tokens(batch))
-    live = LiveStorages(model, batch)
+    live = LiveStorages(model, batch, peaks=backward)
     recorder = _Recorder(ledger, live)
     with _untouched(model), live:
         with stash.recording(recorder), _Watch(), _tracked(model, recorder):
@@ -62,8 +62,9 @@ class LiveStorages(TorchDispatchMode):
     What is made without an op (numpy, the saved state of the random generator) is not seen.
     """
 
-    def __init__(self, model: nn.Module | None = None, inputs: Any = None) -> None:
+    def __init__(self, model: nn.Module | None = None, inputs: Any = None, peaks: bool = True) -> None:
         super().__init__()
+        self._peaks = peaks  # False: `peak` stays 0, and counting costs half
         self._parameters = list(model.parameters()) if model is not None else []
         fixed = [*self._parameters, *(model.buffers() if model is not None else ()), *tree_leaves(inputs)]
         self._fixed = {s._cdata: StorageWeakRef(s) for t in fixed for s in storages(t)}
@@ -112,7 +113,7 @@ class LiveStorages(TorchDispatchMode):
             if known is None or known.expired() or size != s.nbytes():
                 self._made[s._cdata] = (StorageWeakRef(s), s.nbytes())
                 self._total += s.nbytes()
-        if self._total > self._peak and not stash.is_inside_loss():
+        if self._peaks and self._total > self._peak and not stash.is_inside_loss():
             self._peak = max(self._peak, self._split()[0])
         return out
 

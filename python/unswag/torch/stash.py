@@ -215,7 +215,7 @@ class _Again:
 class _Output:
     """The registry's entry for a remembered output. `counter` shares the output's version counter and none of its memory."""
 
-    __slots__ = ("__weakref__", "casts", "cell", "counter", "offset", "storage", "version")
+    __slots__ = ("__weakref__", "casts", "cell", "counter", "number", "offset", "storage", "version")
 
     def __init__(self, output: torch.Tensor, cell: _Cell) -> None:
         self.storage = StorageWeakRef(output.untyped_storage())
@@ -223,6 +223,7 @@ class _Output:
         self.counter = output.detach()
         self.counter.data = output.new_empty(0)  # keeps the version counter, lets go of the storage
         self.offset = output.storage_offset()
+        self.number = output.output_nr  # among the outputs of its node
         self.cell = cell
         self.casts: dict[torch.dtype, _Cell] = {}
 
@@ -387,12 +388,19 @@ class Stash:
         if output is not None:
             return output.handle(t)
         copy = t if t._base is None else t._base
-        source = _cast_from(copy)
+        source, number = _cast_from(copy)
         if source is None:
             return None
         mark = source.metadata.get(_MARK)
         output = None if mark is None else mark()
-        if output is None or not output.unchanged() or copy._version or t._version or not _is_cast(copy, output.cell.layout):
+        if (
+            output is None
+            or output.number != number
+            or not output.unchanged()
+            or copy._version
+            or t._version
+            or not _is_cast(copy, output.cell.layout)
+        ):
             return None
         return _view(output.cast(copy), t, int(t.storage_offset() - copy.storage_offset()))
 
@@ -529,7 +537,7 @@ def _is_parameter(t: torch.Tensor) -> bool:
 
 def _is_cast_of_parameter(t: torch.Tensor) -> bool:
     """Autocast's copy of a weight, or a view of it: a cast whose source is a leaf that accumulates into a parameter."""
-    source = _cast_from(t if t._base is None else t._base)
+    source, _ = _cast_from(t if t._base is None else t._base)
     return source is not None and isinstance(getattr(source, "variable", None), nn.Parameter)
 
 
@@ -537,15 +545,16 @@ def _is_cast_of_parameter(t: torch.Tensor) -> bool:
 _ORDERLY = ("ViewBackward0", "UnsafeViewBackward0", "SliceBackward0", "AliasBackward0")
 
 
-def _cast_from(t: torch.Tensor) -> Any:
-    """The autograd node of what `t` is a dtype cast of (behind views of it that keep the order), or None."""
+def _cast_from(t: torch.Tensor) -> tuple[Any, int]:
+    """The autograd node, and the number of its output, that `t` is a dtype cast of (behind views of it that keep the order);
+    (None, 0) if it is none."""
     node: Any = t.grad_fn
     if node is None or node.name() != "ToCopyBackward0":
-        return None
-    node = node.next_functions[0][0]
+        return None, 0
+    node, number = node.next_functions[0]
     while node is not None and node.name() in _ORDERLY:
-        node = node.next_functions[0][0]
-    return node
+        node, number = node.next_functions[0]
+    return node, number
 
 
 # Saved-tensor hooks of others. The private functions are looked up once; without them the stash steps aside.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unswag.policy import Policy
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import LiveStorages
-from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, restore, values
-from unswag.torch.patterns.probing import HOOKS, sealed
+from unswag.torch.patterns.loss import logits_counters
+from unswag.torch.patterns.pattern import Candidate, Pattern, maker, replace, replace_forward, restore, values, wrapped
+from unswag.torch.patterns.probing import HOOKS, kind, sealed
 from unswag.torch.stash import Stash
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock")}
 DRY_TOKENS = 64
 INNER = "_unswag_forward"  # model.__dict__[INNER]: the forward on the instance before the stash was put around it
+NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left as it is, each sentence once
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,21 @@ class SurgeryReport:
     bytes_per_token  (before, after): what a training step keeps for its backward pass, the loss's own gradient buffers
              aside; from a dry run of one sequence of DRY_TOKENS tokens on fake tensors, in the model's dtype without
              autocast. None where the model cannot run so.
+    notes    what else was left as it is, and why: checkpointing that cannot recompute under the stash. Grows when a later
+             forward finds something new
     """
 
     model: str
     patched: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
     bytes_per_token: tuple[float | None, float | None] = (None, None)
+    notes: list[str] = field(default_factory=list)
+    _logits: list[Counter[str]] = field(default_factory=list, repr=False)
+
+    @property
+    def logits_made(self) -> Counter[str]:
+        """How often training steps since the surgery made their logits in full after all, by what was done with them."""
+        return sum(self._logits, Counter())
 
     def __rich__(self) -> Table | str:
         if not self.patched and not self.skipped:
@@ -55,10 +67,14 @@ class SurgeryReport:
         table.add_column("modules", justify="right")
         table.add_column("such as")
         table.add_column("patched as, or left because")
-        for style, rows in (("", self.patched), ("dim", self.skipped)):
+        rest = [("", f"checkpoint: {note}") for note in self.notes]
+        for style, rows in (("", self.patched), ("dim", [*self.skipped, *rest])):
             for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
                 names = [name or "the model" for name, _ in group]
                 table.add_row(str(len(names)), names[0], what if style == "" else f"left: {what}", style=style)
+        if made := self.logits_made:
+            uses = ", ".join(f"{use} {n}" for use, n in made.most_common())
+            table.add_row(str(made.total()), "the logits", f"made in full in training, by {uses}", style="yellow")
         return table
 
 
@@ -72,7 +88,8 @@ def apply_unswag_surgery(
     reason. The forward of `model` then runs inside a `Stash`. Parameters, buffers, hooks, training mode, random state,
     classes and state_dict stay as they are; `remove_unswag_surgery` takes everything back. Call it on the outermost
     model (a PeftModel as it is), before or after `gradient_checkpointing_enable()`, before DDP, FSDP and torch.compile.
-    Calling it again starts afresh, with the new arguments.
+    Calling it again starts afresh, with the new arguments. A whole model that is pickled after the surgery comes back with its
+    own forwards; operate on it again.
 
     policy     what is kept, and how: "exact", or a `Policy`
     attention  "auto": flash-attn if it is installed and can run, else SDPA, for padded and packed batches too (packed
@@ -83,8 +100,8 @@ def apply_unswag_surgery(
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward, and transformers sees packed sequences only without one.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention or loss. If anything else goes
-    wrong the model is as it was before the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention or loss, RuntimeError if somebody
+    has wrapped one of our forwards since an earlier call. If anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -105,6 +122,7 @@ def apply_unswag_surgery(
         if patched:
             _put_stash_around(model, chosen)
             patched.append(("", "stash"))
+            vars(model)[NOTES].extend(checkpoint.prepare(model, chosen))
         with sealed():
             kept_after = _dry_run(model) if planned else None
     except BaseException:
@@ -113,13 +131,17 @@ def apply_unswag_surgery(
             for path, value in replaced.items():
                 replace(module, path, value)
         raise
-    report = SurgeryReport(type(model).__name__, patched, skipped, (kept_before, kept_after))
+    notes = vars(model).get(NOTES, [])
+    report = SurgeryReport(type(model).__name__, patched, skipped, (kept_before, kept_after), notes, logits_counters(model))
     Console().print(report)
     return report
 
 
 def remove_unswag_surgery(model: nn.Module) -> None:
-    """Undoes `apply_unswag_surgery`: every attribute is what it was. Does nothing to a model without surgery."""
+    """Undoes `apply_unswag_surgery`: every attribute is what it was. Does nothing to a model without surgery.
+
+    Raises RuntimeError, and changes nothing, if somebody has wrapped one of our forwards since.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"remove_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module")
     _take_back(model)
@@ -127,6 +149,12 @@ def remove_unswag_surgery(model: nn.Module) -> None:
 
 def _take_back(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
     """Restores every module; returns what they had from us."""
+    if over := [name for name, module in model.named_modules() if wrapped(module)]:
+        where = f"{over[0]}.forward" if over[0] else "the model's forward"
+        raise RuntimeError(
+            f"{where} was wrapped by {maker(model.get_submodule(over[0]).forward)} after the surgery, and both would be lost; "
+            "take the wrapper back first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+        )
     checkpoint.release(model)
     had = [(module, values(module)) for module in model.modules()]
     for module in model.modules():
@@ -143,10 +171,10 @@ def _plan(
     for pattern in chosen:
         probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
         for candidate in pattern.find(model):
-            kind = candidate.module if verify else _kind(candidate.module)
-            if kind not in probed:
-                probed[kind] = (pattern.probe(candidate), candidate.parts)
-            reason, parts = probed[kind]
+            key = candidate.module if verify else kind(candidate.module)
+            if key not in probed:
+                probed[key] = (pattern.probe(candidate), candidate.parts)
+            reason, parts = probed[key]
             candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
             if reason is None:
                 planned.append((pattern, candidate))
@@ -155,24 +183,18 @@ def _plan(
     return planned, skipped
 
 
-def _kind(module: nn.Module) -> Any:
-    """Equal for modules that differ in nothing but the values of their tensors."""
-
-    def settings(m: nn.Module) -> Iterator[Any]:
-        yield type(m)
-        for name, value in vars(m).items():
-            if isinstance(value, (int, float, str, bool, type(None))):
-                yield name, value
-
-    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    return (
-        tuple((name, *settings(m)) for name, m in module.named_modules()),
-        tuple((name, t.shape, t.dtype, t.device) for name, t in tensors),
-    )
+def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
+    """Before each forward. Says once what it leaves, in a warning and in the report."""
+    notes: list[str] = vars(model)[NOTES]
+    for note in checkpoint.prepare(model, policy):
+        if note not in notes:
+            notes.append(note)
+            warnings.warn(f"unswag: {note}", stacklevel=4)
 
 
 def _put_stash_around(model: nn.Module, policy: Policy) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
+    replace(model, NOTES, [])
     inner = model.__dict__.get("forward")
     if inner is not None:  # of a pattern, or of whoever wrapped the model before
         replace(model, INNER, inner)
@@ -182,7 +204,7 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
     place = list(bound.parameters).index("use_cache") if "use_cache" in bound.parameters else len(bound.parameters)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        checkpoint.prepare(self, policy)
+        _prepare_checkpoints(self, policy)
         trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
         if takes_use_cache and trains and len(args) <= place:
             kwargs.setdefault("use_cache", False)
@@ -211,7 +233,7 @@ def _dry_run(model: nn.Module) -> float | None:
         ids = torch.zeros(1, DRY_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
         # with a cache, because without one transformers looks for packed sequences in the values of the positions
         batch = {"input_ids": fake.from_tensor(ids), "labels": fake.from_tensor(ids), "use_cache": True}
-        with fake, LiveStorages(copy, batch) as live:
+        with fake, LiveStorages(copy, batch, peaks=False) as live:
             loss = copy(**batch).loss
             return live.bytes() / DRY_TOKENS if loss.requires_grad else None
     except Exception:  # whatever a stranger's forward does on such tensors

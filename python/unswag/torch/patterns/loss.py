@@ -6,12 +6,12 @@ anything else makes the real logits.  In evaluation, generation, without gradien
 torch.func the head works as before.
 
 Left alone, with a reason: models with a loss of their own, heads with backward hooks, sharded heads (the chunks would run after
-the weight was given back).
+the weight was given back), heads whose trained weight is no plain tensor or is made by a hook. A head with a packed, frozen
+weight is called on chunks as a module would be; nobody reads its weight.
 """
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from unswag.torch.loss import Head, LazyLogits, check_labels, logits_are_kept
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
 
 STATE = "_unswag_loss"  # head.__dict__[STATE]: _State
 
@@ -79,12 +79,17 @@ class Loss:
         replace(head, STATE, _State(head.forward, candidate.parts["linear"]))
         replace_forward(head, _lazy_forward)
         for model in candidate.parts["models"]:
-            replace(model, "_loss_function", types.MethodType(_chunked_loss, model))
+            replace(model, "_loss_function", _chunked_loss)
+
+
+def logits_counters(model: nn.Module) -> list[Counter[str]]:
+    """Of each lazy head: what made the logits of training steps after all, and how often."""
+    return [vars(m)[STATE].notes for m in model.modules() if STATE in vars(m)]
 
 
 def materialised(model: nn.Module) -> Counter[str]:
-    """What made the logits of training steps after all, and how often."""
-    return sum((vars(m)[STATE].notes for m in model.modules() if STATE in vars(m)), Counter())
+    """The sum of `logits_counters`."""
+    return sum(logits_counters(model), Counter())
 
 
 # ---- the probe ----------------------------------------------------------------------------------------------------------
@@ -107,6 +112,11 @@ def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
         return "it is a sharded unit of its own; shard it together with the model's root"
     if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its weight is a DTensor"
+    used: Any = (head.weight, head.bias) if linear else [p for p in head.parameters() if p.requires_grad]
+    if odd := [type(weight).__name__ for weight in used if not is_plain(weight)]:
+        return f"its weight is a {odd[0]}, which only the head itself can use"
+    if not linear and any(isinstance(v, Tensor) and v.grad_fn is not None for m in head.modules() for v in vars(m).values()):
+        return "its weight is made by a hook before its forward, and its graph would be used up by the first chunk"
     if head._backward_hooks or head._backward_pre_hooks:
         return "it has backward hooks, which need the real logits"
     if not linear and any(p._backward_hooks for p in head.parameters()):
@@ -159,7 +169,6 @@ def _wanted(head: nn.Module, hidden: Any) -> bool:
 
 
 def _chunked_loss(
-    self: nn.Module,
     logits: Any,
     labels: Tensor | None,
     vocab_size: int,

@@ -10,9 +10,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute path: what was there}; ABSENT when nothing was
+RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute path: Replaced}
 ABSENT = ...  # survives deepcopy and pickle as itself
+
+
+@dataclass
+class Replaced:
+    """An attribute that we replaced: `before` what was there, ABSENT when nothing was; `ours` what we put there."""
+
+    before: Any
+    ours: Any
 
 
 @dataclass
@@ -54,7 +63,8 @@ def replace(module: nn.Module, path: str, value: Any) -> None:
     """Sets the attribute `path` (dotted: "forward", "config.use_cache") below `module` on the instance, and records
     in the module what was there. A second replacement of the same path keeps the first record."""
     owner, name = _owner(module, path)
-    module.__dict__.setdefault(RECORD, {}).setdefault(path, vars(owner).get(name, ABSENT))
+    record = module.__dict__.setdefault(RECORD, {})
+    record[path] = Replaced(record[path].before if path in record else vars(owner).get(name, ABSENT), value)
     vars(owner)[name] = value
 
 
@@ -65,15 +75,25 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def restore(module: nn.Module) -> bool:
-    """Puts back everything `replace` changed on `module`, last first. True if there was something."""
+    """Puts back everything `replace` changed on `module`, last first; what somebody else has set since stays theirs. True if
+    there was something."""
     record = module.__dict__.pop(RECORD, {})
-    for path, value in reversed(record.items()):
+    for path, was in reversed(record.items()):
         owner, name = _owner(module, path)
-        if value is ABSENT:
+        if vars(owner).get(name, was.ours) != was.ours:
+            continue
+        if was.before is ABSENT:
             vars(owner).pop(name, None)
         else:
-            vars(owner)[name] = value
+            vars(owner)[name] = was.before
     return bool(record)
+
+
+def wrapped(module: nn.Module) -> bool:
+    """Whether somebody else has put a forward over ours since (accelerate does, for mixed precision). Theirs calls ours, so
+    neither can be taken away without the other."""
+    was = module.__dict__.get(RECORD, {}).get("forward")
+    return was is not None and vars(module).get("forward", was.ours) != was.ours
 
 
 def values(module: nn.Module) -> dict[str, Any]:
@@ -99,10 +119,20 @@ def foreign_forward(module: nn.Module) -> str | None:
         return None
     on_instance = module.__dict__.get("forward")
     if on_instance is not None:
-        function = getattr(on_instance, "__func__", getattr(on_instance, "func", on_instance))
-        return getattr(function, "__module__", None) or type(on_instance).__name__
+        return maker(on_instance)
     homes = {home.partition(".")[0] for home in (type(module).__module__, type(module).forward.__module__)}
     return next(iter(homes & {"liger_kernel", "unsloth", "unsloth_zoo"}), None)
+
+
+def maker(forward: Callable[..., Any]) -> str:
+    """The module of the function behind a forward, else the name of its type."""
+    function = getattr(forward, "__func__", getattr(forward, "func", forward))
+    return getattr(function, "__module__", None) or type(forward).__name__
+
+
+def is_plain(tensor: torch.Tensor | None) -> bool:
+    """Whether its elements are what its memory holds: no shard, no packed weight, no other subclass. None is."""
+    return tensor is None or type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor)
 
 
 def no_kernel(op: str, *tensors: torch.Tensor | None) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +45,33 @@ def twin(module: nn.Module, **replaced: Any) -> nn.Module:
     copy._parameters = {k: replaced.get(k, p) for k, p in module._parameters.items()}
     copy._modules = {k: replaced.get(k, m) for k, m in module._modules.items()}
     return copy
+
+
+def kind(module: nn.Module) -> Hashable:
+    """Equal for modules that run the same code with the same settings on tensors of the same shapes: everything but the values
+    of parameters and buffers. What cannot be compared by value (a function, a config) is the same object or another kind;
+    compare while the modules live, and nobody changes them."""
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return (
+        tuple((name, type(m), _settings(m)) for name, m in module.named_modules()),
+        tuple((name, type(t), t.shape, t.dtype, t.device) for name, t in tensors),
+    )
+
+
+def _settings(module: nn.Module) -> Hashable:
+    return tuple((k, _setting(v)) for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules"))
+
+
+def _setting(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return tuple((k, _setting(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_setting, value))
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(_setting, value))
+    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
+        return type(value), value
+    return id(value)
 
 
 def has_hooks(module: nn.Module) -> bool:
