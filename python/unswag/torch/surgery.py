@@ -67,7 +67,7 @@ class SurgeryReport:
         table.add_column("modules", justify="right")
         table.add_column("such as")
         table.add_column("patched as, or left because")
-        rest = [("", f"checkpoint: {note}") for note in self.notes]
+        rest = [("", note) for note in self.notes]
         for style, rows in (("", self.patched), ("dim", [*self.skipped, *rest])):
             for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
                 names = [name or "the model" for name, _ in group]

@@ -200,6 +200,32 @@ def test_a_cast_after_a_change_that_autograd_does_not_see_is_not_made_again():
     assert_equal_with_and_without(function, X, W)
 
 
+class SinCos(torch.autograd.Function):
+    """Two outputs of one node."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin(), x.cos()
+
+    @staticmethod
+    def backward(ctx, dsin, dcos):
+        (x,) = ctx.saved_tensors
+        return dsin * x.cos() - dcos * x.sin()
+
+
+@pytest.mark.parametrize("remembered", [0, 1])
+def test_a_cast_of_another_output_of_the_same_node_is_not_mistaken_for_it(remembered):
+    def function(x):
+        outputs = SinCos.apply(x)
+        remember(outputs[remembered], (torch.sin, torch.cos)[remembered], x)
+        y, z = (t.to(torch.bfloat16) for t in outputs)
+        return (y * y * y + z * z).float().sum()
+
+    assert_equal_with_and_without(function, X)
+    assert kept(Stash, function, X) < kept(NO_STASH, function, X)
+
+
 def test_recipes_of_recipes():
     """The product of a norm's output with itself, cast: inputs of a recipe may have recipes."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
 import types
+import warnings
 
 import families
 import pytest
 import torch
 from families import assert_close, ids, packed, padded, plain, step
+from rich.console import Console
 from torch import nn
 
 import unswag
@@ -505,3 +508,140 @@ def test_pickle_of_the_whole_model():
     file.seek(0)
     again = torch.load(file, weights_only=False)
     assert_close(step(again, plain()), step(model, plain()), FP32)
+
+
+# ---- the loss in chunks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_with_the_chunked_loss_all_equals_stock_and_is_restored(family):
+    model = families.build(family)
+    stock = {name: step(model, batch()) for name, batch in BATCHES.items()}
+    model.zero_grad(set_to_none=True)
+    before = state(model)
+    report = operate(model, loss="chunked")
+    assert counts(report) == PATCHES[family] | {"loss": 1, "stash": 1}
+    for name, batch in BATCHES.items():
+        assert_close(step(model, batch()), stock[name], 2 * FP32)
+    assert not report.logits_made
+    model.zero_grad(set_to_none=True)
+    unswag.remove_unswag_surgery(model)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_chunked_loss_with_checkpoints_and_lora(reentrant):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = families.redraw(get_peft_model(families.build("llama"), lora))
+    stock = step(model, padded())
+    operate(model, loss="chunked")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_close(step(model, padded()), stock, 2 * FP32)
+
+
+def test_the_chunked_loss_survives_deepcopy_and_pickle():
+    model = families.build("llama")
+    stock = step(model, plain())
+    operate(model, loss="chunked")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert_close(step(again, plain()), stock, 2 * FP32)
+        operate(again, loss="chunked")
+        assert_close(step(again, plain()), stock, 2 * FP32)
+        unswag.remove_unswag_surgery(again)
+        assert not any("forward" in vars(m) or "_unswag" in vars(m) for m in again.modules())
+        assert_close(step(again, plain()), stock, FP32)
+
+
+def test_the_report_counts_logits_that_were_made_after_all():
+    model = families.build("llama")
+    report = operate(model, loss="chunked")
+    model(**plain())
+    assert not report.logits_made and "made in full" not in shown(report)
+    with pytest.warns(UserWarning, match="made in full"):
+        for _ in range(2):
+            model(**plain()).logits.argmax(-1)
+    assert report.logits_made == {"argmax": 2}
+    assert "2 the logits made in full in training, by argmax 2" in shown(report)
+    copied = copy.deepcopy(model)
+    copied(**plain()).logits.argmax(-1)
+    assert report.logits_made == {"argmax": 2}
+
+
+# ---- what is left ----------------------------------------------------------------------------------------------------
+
+
+def shown(report):
+    console = Console(width=200, file=io.StringIO())
+    console.print(report)
+    return " ".join(console.file.getvalue().replace("│", " ").split())
+
+
+def two_contexts():
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def checkpoint_in_a_way_of_its_own(model):
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": two_contexts})
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_checkpointing_that_is_left_is_in_the_report(when):
+    model = families.build("llama")
+    stock = step(model, plain())
+    if when == "before":
+        checkpoint_in_a_way_of_its_own(model)
+        report = operate(model)
+    else:
+        report = operate(model)
+        assert report.notes == [] and "checkpoint" not in shown(report)
+        checkpoint_in_a_way_of_its_own(model)
+        with pytest.warns(UserWarning, match="checkpointing is left as it is"):
+            step(model, plain())
+    assert len(report.notes) == 1 and "it has a context_fn of its own" in report.notes[0]
+    assert "left: checkpointing is left as it is" in shown(report)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="unswag")
+        assert_close(step(model, plain()), stock, FP32)  # said once
+    assert len(report.notes) == 1
+
+
+@pytest.mark.parametrize("where", ["", "model.layers.1.mlp"])
+@pytest.mark.parametrize("again", [unswag.apply_unswag_surgery, unswag.remove_unswag_surgery])
+def test_a_wrapper_put_over_ours_is_not_taken_away(where, again):
+    model = families.build("llama")
+    operate(model)
+    module = model.get_submodule(where)
+    mine = module.forward
+    theirs = types.MethodType(lambda self, *args, **kwargs: mine(*args, **kwargs), module)
+    module.forward = theirs
+    before = state(model)
+    with pytest.raises(RuntimeError, match=rf"{where or 'model'}.*forward was wrapped by .*test_surgery.*unwrap_model"):
+        again(model)
+    assert_untouched(model, before)
+    module.forward = mine
+    unswag.remove_unswag_surgery(model)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_an_attention_chosen_after_the_surgery_stays():
+    model = families.build("llama")
+    operate(model)
+    model.set_attn_implementation("eager")
+    unswag.remove_unswag_surgery(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_verify_false_trusts_no_module_that_others_patched():
+    model = families.build("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = types.MethodType(type(mlp).forward, mlp)
+    theirs = mlp.forward
+    report = operate(model, verify=False)
+    assert counts(report)["gated_mlp"] == 1 and vars(mlp)["forward"] is theirs

@@ -71,6 +71,7 @@ def replace(module: nn.Module, path: str, value: Any) -> None:
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Replaces `module.forward` by the function `forward(self, …)`, bound to the instance: a deepcopy binds it to the
     copy, and class and state_dict do not change."""
+    forward.__name__ = "forward"  # by which a pickled method is found again: in the class, so what is loaded is unpatched
     replace(module, "forward", types.MethodType(forward, module))
 
 

@@ -11,7 +11,7 @@ from families import assert_close, packed, padded, plain, step
 from torch import nn
 
 from unswag.torch.patterns import restore
-from unswag.torch.patterns.attention import Attention, Spans, attention_mask
+from unswag.torch.patterns.attention import Attention, MaskedAttention, Spans, attention_mask
 from unswag.torch.patterns.probing import sealed
 
 TOLERANCE = 2e-6  # fp32, other orders of summation
@@ -280,3 +280,12 @@ def test_spans_become_the_tensor_on_any_other_use():
 
 def test_models_without_transformers_have_no_candidates():
     assert not list(Attention().find(nn.Sequential(nn.Linear(3, 3))))
+
+
+def test_a_penalty_on_gradients_through_a_masked_batch_is_an_error():
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    y = MaskedAttention.apply(q, k, v, mask, lambda q, k, v, m: nn.functional.scaled_dot_product_attention(q, k, v, m))
+    (dv,) = torch.autograd.grad(y.sum(), v, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        dv.pow(2).sum().backward()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import distance
+from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
 
+from unswag.torch.functional import gated
+from unswag.torch.patterns import gated_mlp
 from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.probing import sealed
 
@@ -245,3 +250,42 @@ def test_attention_and_plain_mlp_are_no_candidates():
             self.a, self.b, self.c = nn.Linear(H, HIDDEN), nn.Linear(H, 2 * HIDDEN), nn.Linear(HIDDEN, H)
 
     assert not list(GatedMlp().find(nn.Sequential(Plain(), Three())))
+
+
+@pytest.mark.parametrize("change", ["replaced", "hooked"])
+@pytest.mark.parametrize("make", [Mlp, Function])
+def test_an_activation_changed_after_the_surgery_is_the_one_that_runs(make, change):
+    module = make()
+    found = candidate(module)
+    assert probe(found) is None
+    GatedMlp().apply(found)
+    copied = copy.deepcopy(module)  # its activation is its own, and still the one that was proven
+    name = "act_fn" if make is Mlp else "activation_fn"
+    if change == "replaced":
+        setattr(module, name, nn.Tanh() if make is Mlp else torch.tanh)
+    elif make is Mlp:
+        module.act_fn.register_forward_hook(lambda m, args, out: 3 * out)
+    else:
+        pytest.skip("a function has no hooks")
+    x = torch.randn(2, H)
+    assert torch.equal(module(x), type(module).forward(module, x))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_mlp, "gated", lambda *args: (seen.append(args), gated(*args))[1])
+        module(x), copied(x)
+    assert len(seen) == 1
+
+
+def test_weights_are_never_read():
+    """Each Linear's own forward is, also where its weight is no plain tensor."""
+    module = Mlp()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(module, name).weight = halved(torch.randn_like(getattr(module, name).weight))
+    x = torch.randn(2, H)
+    want = module(x)
+    found = candidate(module)
+    assert probe(found) is None
+    GatedMlp().apply(found)
+    assert distance(module(x), want) < 1e-6
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())

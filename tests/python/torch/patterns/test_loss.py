@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -418,6 +419,65 @@ def test_a_linear_that_computes_something_else_is_not_taken_for_one():
     _, want = step(model, **batch())
     assert patch(model) == []
     _, got = step(model, **batch())
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_weight_that_is_no_plain_tensor_is_not_read(when, trained):
+    """A trained one leaves the head as it is, a frozen one is called in chunks; found at the surgery or set after it."""
+    model = make()
+    weight = model.lm_head.weight
+
+    def swap():
+        model.lm_head.weight = halved(weight, trained)
+
+    swap()
+    stock, want = step(model, **batch())
+    model.zero_grad()
+    if when == "before":
+        reasons = patch(model)
+        assert reasons == (["its weight is a Halved, which only the head itself can use"] if trained else [])
+    else:
+        model.lm_head.weight = weight
+        assert patch(model) == []
+        swap()
+    ours, got = step(model, **batch())
+    assert isinstance(ours.logits, LazyLogits) == (when == "before" and not trained)
+    torch.testing.assert_close(ours.loss, stock.loss)
+    assert_close(got, want)
+
+
+def test_a_parametrized_weight_is_made_for_each_chunk():
+    model = make()
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    stock, want = step(model, **batch())
+    assert patch(model) == []
+    with pytest.MonkeyPatch.context() as several_chunks, no_warnings():
+        several_chunks.setattr("unswag.torch.loss.CHUNK_LOGITS", 5 * 99)
+        ours, got = step(model, **batch())
+    assert isinstance(ours.logits, LazyLogits) and any("original" in name for name in got)
+    torch.testing.assert_close(ours.loss, stock.loss)
+    assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_weight_that_a_hook_makes(when):
+    """Its graph lies outside the head's forward. Of a plain Linear the weight is an input of the loss, as any other tensor."""
+    model = make()
+    if when == "after":
+        assert patch(model) == []
+    nn.utils.weight_norm(model.lm_head)
+    with keep_logits():
+        stock, want = step(model, **batch())
+    if when == "before":
+        assert len(reasons := patch(model)) == 1 and "made by a hook" in reasons[0]
+    with pytest.MonkeyPatch.context() as several_chunks, no_warnings():
+        several_chunks.setattr("unswag.torch.loss.CHUNK_LOGITS", 5 * 99)
+        ours, got = step(model, **batch())
+    torch.testing.assert_close(ours.loss, stock.loss)
+    assert "lm_head.weight_g" in got
     assert_close(got, want)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from families import distance
+from odd_weights import halved
 from torch import nn
 
+from unswag.torch.patterns import norm
 from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.probing import sealed
 
@@ -215,3 +217,45 @@ def test_the_probe_touches_nothing():
 def test_no_kernels_for_the_device():
     module = Llama().to("meta")
     assert "meta, where this build has no kernels" in probe(candidate(module))
+
+
+def test_a_weight_that_only_the_module_can_read_is_left():
+    module = Llama()
+    module.weight = halved(torch.randn(COLS))
+    assert probe(candidate(module)) == "its weight is a Halved, which only the module itself can read"
+
+
+def test_a_weight_that_was_sharded_after_the_surgery_is_read_by_the_module():
+    found = candidate(Llama())
+    assert probe(found) is None
+    Norm().apply(found)
+    module, weight, x = found.module, torch.randn(COLS), torch.randn(3, COLS)
+    module.weight = nn.Parameter(weight)
+    want = module(x)
+    module.weight = halved(weight)
+    torch.testing.assert_close(module(x), want)
+
+
+def test_modules_of_one_kind_are_probed_at_length_once_and_each_for_itself(monkeypatch):
+    """The third stands for one that only looks the same: its class computes something else by then."""
+
+    class Scaled(Llama):
+        factor = 1
+
+        def forward(self, hidden_states):
+            return self.factor * super().forward(hidden_states)
+
+    lengths = []
+    original = norm._cases
+
+    def cases(module, weight, like, elements):
+        lengths.append(elements)
+        return original(module, weight, like, elements)
+
+    monkeypatch.setattr(norm, "_cases", cases)
+    reasons = []
+    for found in Norm().find(nn.Sequential(Scaled(), Scaled(), Scaled(), Llama(eps=1e-5))):
+        Scaled.factor = 2 if len(reasons) == 2 else 1
+        reasons.append(probe(found))
+    assert lengths == [norm.ELEMENTS, norm.FEW, norm.FEW, norm.ELEMENTS, norm.ELEMENTS]
+    assert [reason is None for reason in reasons] == [True, True, False, True]
