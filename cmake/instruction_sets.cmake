@@ -2,7 +2,11 @@
 #
 # Each set has its own namespace unswag::<UNSWAG_ISA_NS>, so that no linker can hand code for one set to another
 # (tests/cpp/symbols_test.sh looks).  Kernels are always optimised, or a debug build would be too slow to test anything,
-# but never with -ffast-math: NaN, inf and -0 have meaning here.
+# but never with -ffast-math: NaN, inf and -0 have meaning here.  Under a sanitizer -O3 takes a compiler many minutes.
+set(UNSWAG_KERNEL_LEVEL -O3)
+if(UNSWAG_SANITIZE)
+  set(UNSWAG_KERNEL_LEVEL -O1)
+endif()
 file(GLOB UNSWAG_KERNEL_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/cpu/*.cpp)
 list(FILTER UNSWAG_KERNEL_SOURCES EXCLUDE REGEX "/threads\\.cpp$")
 set(UNSWAG_KERNEL_OBJECTS)
@@ -16,7 +20,7 @@ function(unswag_kernels name)
   add_library(${target} OBJECT ${UNSWAG_KERNEL_SOURCES})
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
   target_compile_definitions(${target} PRIVATE UNSWAG_ISA_NS=${ns} UNSWAG_ISA_NAME="${name}")
-  target_compile_options(${target} PRIVATE -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off ${ARGN})
+  target_compile_options(${target} PRIVATE ${UNSWAG_KERNEL_LEVEL} -fno-math-errno -fno-trapping-math -ffp-contract=off ${ARGN})
   set(UNSWAG_SYMBOLS ${UNSWAG_SYMBOLS} --set ${ns} $<TARGET_OBJECTS:${target}> PARENT_SCOPE)
 endfunction()
 

@@ -9,7 +9,9 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <string_view>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -26,6 +28,8 @@ Status environment_status();
 
 // The row that serves calls now, or the portable one, which alone has f64.
 const Kernels& kernels_for(bool has_f64);
+// Those of the rows that run here, slowest first as given, the null entries of each taken from the next slower one.
+std::vector<Kernels> usable_rows(std::span<const Kernels* const> rows);
 
 // Every value of a sum over nothing.
 void fill(const Vector& v, double value);

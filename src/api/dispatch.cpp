@@ -31,21 +31,8 @@ constexpr auto kEntries =
 static_assert(sizeof(Kernels) == (2 + std::tuple_size_v<decltype(kEntries)>)*sizeof(void (*)()),
               "an entry of Kernels is missing from kEntries");
 
-// The rows that run here, slowest first, the null entries of each taken from the next slower one.
 const std::vector<Kernels>& table() {
-  static const std::vector<Kernels> rows = [] {
-    std::vector<Kernels> merged;
-    for (const Kernels* row : kRows) {
-      if (!row->runs_here()) continue;
-      Kernels next = *row;
-      if (!merged.empty()) {
-        const auto inherit = [&](auto... entry) { ((next.*entry = next.*entry ? next.*entry : merged.back().*entry), ...); };
-        std::apply(inherit, kEntries);
-      }
-      merged.push_back(next);
-    }
-    return merged;
-  }();
+  static const std::vector<Kernels> rows = usable_rows(kRows);
   return rows;
 }
 
@@ -77,6 +64,20 @@ std::atomic<const Kernels*>& current() {
 }
 
 }  // namespace
+
+std::vector<Kernels> usable_rows(std::span<const Kernels* const> rows) {
+  std::vector<Kernels> usable;
+  for (const Kernels* row : rows) {
+    if (!row->runs_here()) continue;
+    Kernels next = *row;
+    if (!usable.empty()) {
+      const auto inherit = [&](auto... entry) { ((next.*entry = next.*entry ? next.*entry : usable.back().*entry), ...); };
+      std::apply(inherit, kEntries);
+    }
+    usable.push_back(next);
+  }
+  return usable;
+}
 
 std::span<const Kernels* const> all_kernels() { return kRows; }
 
