@@ -7,7 +7,7 @@ sides     stock                  as it is
           our loss               stock with the chunked loss alone
           ours                   everything
           norms and MLP          these alone, with stock's loss and attention
-controls  torch's norms          nothing of ours: stock with F.rms_norm in the place of LlamaRMSNorm (0 from stock: the same bits)
+controls  torch's norms          nothing of ours: stock with F.rms_norm in the place of LlamaRMSNorm: the same bits
           norms and MLP in fp64  nothing of ours: both in fp64 from fp32 numbers, forward and backward, rounded once
 
 No side can be nearer to stock than stock's roundings are small; the controls say how near that is.

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -128,13 +130,18 @@ def test_columns(tmp_path):
 def test_form_is_found_for_each_file(tmp_path):
     paths = [write(tmp_path / "a.jsonl", ROW), write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})]
     assert [learnt for _, learnt in rows_of(prepare(paths, packing=False))] == ["2<|im_end|>", "b<|im_end|>"]
+    with pytest.raises(DataError, match="'instruction' is missing"):  # and is that of its first line
+        prepare(write(tmp_path / "c.jsonl", ROW, {"prompt": "a", "completion": "b"}))
 
 
 def test_bos_starts_a_plain_text_but_not_a_chat(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"})
     assert rows_of(prepare(path, tok=tokenizer(bos=True))) == [("<s>ab<|im_end|>", "b<|im_end|>")]
-    path = write(tmp_path / "a.jsonl", ROW)
-    assert not rows_of(prepare(path, tok=tokenizer(CHATML, bos=True)))[0][0].startswith("<s>")
+    chat = write(tmp_path / "a.jsonl", ROW)
+    assert not rows_of(prepare(chat, tok=tokenizer(CHATML, bos=True)))[0][0].startswith("<s>")
+    tok = tokenizer()
+    tok.bos_token = "<s>"  # has one, but does not put it there, as GPT-2's
+    assert rows_of(prepare(path, tok=tok)) == [("ab<|im_end|>", "b<|im_end|>")]
 
 
 def test_the_end_is_learnt_even_if_it_is_the_padding_token(tmp_path):
@@ -175,6 +182,9 @@ def test_a_template_that_rewrites_the_past_is_refused(tmp_path):
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
     with pytest.raises(DataError, match="writes message 1 otherwise when others follow"):
         prepare(write(tmp_path / "m.jsonl", {"messages": turns}), tok=tokenizer(template))
+    thinking = CHATML.replace("m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '…')")
+    with pytest.raises(DataError, match="writes message 1 otherwise when others follow"):  # only the answer is rewritten
+        prepare(write(tmp_path / "o.jsonl", {"messages": turns}), tok=tokenizer(thinking))
     with pytest.raises(DataError, match="template refuses it: roles must alternate"):
         prepare(
             write(tmp_path / "n.jsonl", {"messages": turns}), tok=tokenizer("{{ raise_exception('roles must alternate') }}")
@@ -215,8 +225,8 @@ def test_packing_keeps_every_sequence_once_and_is_tight(lengths, capacity):
     used = np.add.reduceat(lengths[order], packs[:-1])
     assert used.max() <= capacity and used.sum() == lengths.sum()
     assert sum(used) > capacity * (len(used) - 1) / 2  # two rows never fit into one
-    firsts = order[packs[:-1]]
-    assert (np.diff(firsts) > 0).all()
+    rows = [order[a:b].tolist() for a, b in itertools.pairwise(packs)]
+    assert rows == sorted(rows) and all(row == sorted(row) for row in rows)
 
 
 def test_rows_say_where_sequences_begin(tmp_path):
@@ -238,6 +248,12 @@ def test_collator_pads_with_a_sequence_of_its_own(tmp_path):
     assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(("input_ids", "labels", "position_ids"), (2, 10))
     assert batch["position_ids"][1].tolist() == [*range(9), 0]
     assert batch["labels"][1, 9] == -100
+    tok = tokenizer()
+    assert data.pad == tok.pad_token_id != tok.eos_token_id and batch["input_ids"][1, 9] == data.pad
+    alone = prepare(sized(tmp_path, 4, 9), 10, tok=tokenizer(pad=None), packing=False)
+    batch = alone.collator([alone[0], alone[1]])
+    assert batch["position_ids"][0].tolist() == [*range(4), *range(5)]
+    assert batch["input_ids"][0, 4:].tolist() == [tok.eos_token_id] * 5 and (batch["labels"][0, 4:] == -100).all()
 
 
 def test_same_bytes_whatever_the_batch_size(tmp_path, monkeypatch):
@@ -251,6 +267,37 @@ def test_same_bytes_whatever_the_batch_size(tmp_path, monkeypatch):
         [(f / name).read_bytes() for name in ("tokens.bin", "order.bin", "packs.bin", "manifest.json")] for f in folders
     )
     assert all(other == first for other in others)
+
+
+def test_long_lines_make_small_batches(tmp_path, monkeypatch):
+    sizes = []
+    encode = data_module._Encoder.encode
+    monkeypatch.setattr(data_module._Encoder, "encode", lambda self, texts: (sizes.append(len(texts)), encode(self, texts))[1])
+    monkeypatch.setattr(data_module, "BATCH_BYTES", 100)
+    prepare(sized(tmp_path, 4, 4, 4, 4, 4, 200, 4))
+    assert sizes == [3, 3, 1]
+
+
+SAME_BYTES = """
+import sys, unswag
+class Letters:
+    eos_token_id, bos_token_id, pad_token_id, chat_template = 0, None, None, None
+    def __call__(self, texts, **options):
+        return {"input_ids": [[ord(c) for c in t] for t in texts] if isinstance(texts, list) else []}
+unswag.prepare_data(sys.argv[1], Letters(), 60, on_error="skip", verbose=False).save(sys.argv[2])
+"""
+
+
+def test_same_bytes_whatever_the_hash_seed(tmp_path):
+    lines = [json.dumps({"prompt": f"p{i}", "completion": "x" * (i % 23)}).encode() for i in range(1, 200)]
+    path = write(tmp_path / "p.jsonl", raw=b"\n".join([*lines, b"{", b"17", b'{"a": 1}', b'{"prompt": "p"}']))
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(unswag.__file__).parents[1])}
+        subprocess.run([sys.executable, "-c", SAME_BYTES, path, tmp_path / seed], env=environment, check=True)
+    names = sorted(p.name for p in (tmp_path / "1").iterdir())
+    assert len(names) == 5 and json.loads((tmp_path / "1" / "manifest.json").read_bytes())["counts"]["dropped"]
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
 @given(
@@ -291,6 +338,8 @@ def test_bom_crlf_blank_lines_and_no_last_newline(tmp_path):
     data = prepare(write(tmp_path / "a.jsonl", raw=raw), packing=False)
     assert (data.counts.read, data.counts.kept, data.counts.blank) == (6, 3, 3)
     assert len({tuple(row["input_ids"]) for row in data}) == 1
+    with pytest.raises(DataError, match=":2:1: not JSON"):  # a byte order mark belongs to the start of the file
+        prepare(write(tmp_path / "b.jsonl", raw=line + b"\n\xef\xbb\xbf" + line))
 
 
 def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path):
@@ -307,6 +356,10 @@ def test_gzip_is_known_by_its_bytes(tmp_path):
         assert data.counts.kept == 5
     with pytest.raises(ValueError, match=r"cannot be read past line \d+"):
         prepare(write(tmp_path / "cut.gz", raw=gzip.compress(os.urandom(3000).hex().encode())[:-200]), on_error="skip")
+    harmed = bytearray(gzip.compress(raw * 5))
+    harmed[10] = 0xFF  # no such kind of block
+    with pytest.raises(ValueError, match="cannot be read past line 0"):
+        prepare(write(tmp_path / "harmed.gz", raw=bytes(harmed)), on_error="skip")
 
 
 # ---- lines that are bad -----------------------------------------------------------------------------------------------------
@@ -376,6 +429,13 @@ def test_keys_that_occur_as_values_are_no_duplicates(tmp_path):
 def test_bad_messages(messages, reason, tmp_path):
     with pytest.raises(DataError, match=reason):
         prepare(write(tmp_path / "m.jsonl", {"messages": messages}), tok=tokenizer(CHATML))
+
+
+def test_a_list_before_a_text(tmp_path):
+    turns = [{"role": "user", "content": "a"}]
+    for prompt, completion in ((turns, "b"), ("a", [{"role": "assistant", "content": "b"}])):
+        with pytest.raises(DataError, match="both be texts, or both lists"):
+            prepare(write(tmp_path / "c.jsonl", {"prompt": prompt, "completion": completion}), tok=tokenizer(CHATML))
 
 
 def test_duplicate_key_in_a_message(tmp_path):
@@ -518,6 +578,27 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         data.save(tmp_path / "out" / "saved")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr(data_module.os.path, "getsize", lambda path: 12)
+    with pytest.raises(OSError, match="shorter than what was written to it; is the disk full"):
+        prepare(sized(tmp_path, 4, 6))
+    assert not list((tmp_path / "spool").iterdir())
+
+
+def test_what_gets_its_name_is_on_the_disk_by_then(tmp_path, monkeypatch):
+    log = []
+    for name in ("fsync", "replace", "rename"):
+        call = getattr(os, name)
+        monkeypatch.setattr(data_module.os, name, lambda *a, name=name, call=call: (log.append(name), call(*a))[1])
+    data = prepare(write(tmp_path / "a.jsonl", raw=GOOD + b"\n{"), on_error="quarantine")
+    assert log == ["fsync", "replace"]
+    log.clear()
+    data.save(tmp_path / "saved")
+    assert log == ["fsync"] * 6 + ["rename", "fsync"]  # five files and their folder; then the folder around it
 
 
 def test_a_worker_opens_the_files_itself(tmp_path):

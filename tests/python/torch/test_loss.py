@@ -263,6 +263,34 @@ def test_all_labels_ignored(dtype):
 
 
 @pytest.mark.native
+def test_no_items_at_all_is_no_gradient_of_zero():
+    """Losses divided by 0 items, as in PyTorch: nobody may take that for a step."""
+    hidden, weight, _, labels = sample()
+    loss = linear_cross_entropy(hidden, weight, labels, num_items=0)
+    assert loss == math.inf and not torch.autograd.grad(loss, hidden)[0][5:].isfinite().any()
+
+
+def test_losses_are_summed_in_float64():
+    losses = torch.tensor([2.0**24, 1, 1, 1, 1])
+    assert loss_module._reduced(losses, 1.0) == 2.0**24 + 4
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_type(dtype):
+    hidden, weight, _, labels = sample(torch.float64, ignored=0)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels.to(dtype)), stock(hidden, weight, labels))
+
+
+@pytest.mark.native
+def test_float64_is_not_narrowed_by_autocast():
+    hidden, weight, _, labels = sample(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(loss, stock(hidden, weight, labels))
+
+
+@pytest.mark.native
 def test_ignored_rows_do_not_reach_the_head():
     hidden, weight, _, labels = sample()
     with torch.no_grad():
@@ -273,7 +301,7 @@ def test_ignored_rows_do_not_reach_the_head():
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("ignore_index", [-100, 7])
+@pytest.mark.parametrize("ignore_index", [-100, 7, -1])
 def test_ignore_index(ignore_index):
     hidden, weight, _, labels = sample(torch.float64)
     labels = labels.where(labels != -100, ignore_index)
@@ -300,9 +328,12 @@ def test_float16_gradients_do_not_vanish_in_the_division_by_the_rows():
 def test_dweight_of_16_bit_products_is_summed_in_float32():
     """3 (1 + 2^-7) / 8, the sum of a chunk, is no bfloat16: 341 of them rounded alike would be 0.26 % off."""
     hidden = torch.full((1023, 4), 1 + 2**-7)
-    weight = torch.zeros(8, 4, requires_grad=True)
+    weight, bias = torch.zeros(8, 4, requires_grad=True), torch.zeros(8, requires_grad=True)
     labels = torch.zeros(1023, dtype=torch.int64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="sum", chunk_rows=341)
+        (got,) = torch.autograd.grad(loss, bias)
+        torch.testing.assert_close(got, torch.tensor([-7.0] + [1.0] * 7) * (1023 / 8), rtol=1e-6, atol=0)
         loss = linear_cross_entropy(hidden, weight, labels, reduction="sum", chunk_rows=3)
     (got,) = torch.autograd.grad(loss, weight)
     want = torch.full_like(got, 1023 * (1 + 2**-7) / 8)
@@ -408,6 +439,16 @@ def test_head_that_is_called(options):
 
 
 @pytest.mark.native
+def test_gradients_of_a_16_bit_head_are_summed_in_float32():
+    """1000 chunks of one row, each with 1/2 for every class but the label's: in bfloat16 the sum would stop at 128."""
+    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.zeros(1000, 2, dtype=torch.bfloat16)
+    options = loss_module.LossOptions(reduction="sum", chunk_rows=1)
+    loss = head_cross_entropy(lambda x: x + bias, (bias,), 2, hidden, torch.zeros(1000, dtype=torch.int64), options=options)
+    assert torch.autograd.grad(loss, bias)[0].tolist() == [-500, 500]
+
+
+@pytest.mark.native
 def test_head_saves_pass_no_hooks():
     head = Adapter(torch.float32)
     hidden, _, _, labels = sample()
@@ -451,6 +492,12 @@ def test_label_out_of_range_is_named():
         ({"weight": torch.zeros(CLASSES, HIDDEN, dtype=torch.int32)}, TypeError, "weight has dtype torch.int32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels \(3,\) do not fit hidden \(37, 24\)"),
         ({"labels": torch.zeros(ROWS)}, TypeError, "labels have dtype torch.float32"),
+        ({"labels": torch.zeros(ROWS, dtype=torch.bool)}, TypeError, "labels have dtype torch.bool"),
+        (
+            {"hidden": torch.zeros(4, 9, HIDDEN), "labels": torch.zeros(9, 4, dtype=torch.int64)},
+            ValueError,
+            r"labels \(9, 4\) do not fit hidden \(4, 9, 24\)",
+        ),
         ({"bias": torch.zeros(3)}, ValueError, "bias has shape"),
         ({"class_weight": torch.zeros(3)}, ValueError, "class_weight has shape"),
         ({"reduction": "average"}, ValueError, "'average'"),

@@ -324,6 +324,59 @@ def test_chains_that_the_chunks_cannot_do(chain):
         model.loss_function(lazy, batch()["labels"], 99)
 
 
+def test_a_slice_of_stale_logits_is_as_stale():
+    model = make()
+    patch(model)
+    out = model(**batch())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.logits[:, 1:].argmax(-1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.logits.cross_entropy(batch()["labels"])
+
+
+def test_the_loss_outside_autocast_is_that_of_its_forward():
+    model = make()
+    patch(model)
+    labels = batch()["labels"]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch())
+    assert torch.equal(model.loss_function(out.logits, labels, 99), out.loss)
+
+
+def test_another_ignore_index_and_a_division_by_zero():
+    model = make()
+    logits = model(**batch()).logits
+    labels = batch()["labels"].where(batch()["labels"] != -100, 7)
+    want = model.loss_function(logits, labels, 99, ignore_index=7)
+    patch(model)
+    torch.testing.assert_close(model.loss_function(model(**batch()).logits, labels, 99, ignore_index=7), want)
+    assert (model(**batch()).logits / 0).cross_entropy(labels) is None
+
+
+def test_a_slice_of_classes_keeps_its_bias_and_its_head():
+    for family, odd in (("phi", False), ("phi", True)):
+        model = make(family)
+        with torch.no_grad():
+            model.lm_head.bias.normal_()
+        if odd:
+            nn.utils.parametrizations.weight_norm(model.lm_head)
+        logits = model(**batch()).logits[..., :50]
+        labels = batch()["labels"] % 50
+        want = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        patch(model)
+        torch.testing.assert_close(model(**batch()).logits[..., :50].cross_entropy(labels), want)
+
+
+def test_keep_logits_ends():
+    model = make()
+    patch(model)
+    with keep_logits():
+        assert type(model(**batch()).logits) is torch.Tensor
+    assert isinstance(model(**batch()).logits, LazyLogits)
+
+
 def test_stale_logits_are_an_error():
     model = make()
     patch(model)

@@ -1,0 +1,44 @@
+"""What is declared is pinned, and the wheel carries the library and nothing of its workshop."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def name_of(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def test_every_declared_package_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    for extra in ("torch", "jax", "dev"):
+        declared += project["project"]["optional-dependencies"][extra]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    pinned = {name_of(line) for line in lines}
+    assert len(pinned) == len(lines)
+    assert {name_of(requirement) for requirement in declared} <= pinned
+    assert {"jax", "jaxlib"} <= pinned
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_one_core_and_the_package_alone(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*command, f"-Cbuild-dir={tmp_path / 'build'}"], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = [name for name in file.namelist() if ".dist-info/" not in name]
+    sources = subprocess.run(["git", "ls-files", "."], cwd=ROOT / "python", capture_output=True, text=True, check=True)
+    cores = [name for name in names if "_core." in name and not name.endswith(".pyi")]
+    assert len(cores) == 1 and cores[0].startswith("unswag/_core.")
+    assert sorted(set(names) - set(cores)) == sorted(sources.stdout.split())
