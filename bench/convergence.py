@@ -2,7 +2,8 @@
 
 Stock, ours, and ours with stock's loss kept, each in its own process; then an fp64 run (bench/exact.py), up to the step where
 ours is farthest from stock, to see who is nearer to the truth there. The text is the standard library's docstrings: a quarter
-as many pieces as steps, so that each is seen four times.
+as many pieces as steps, so that each is seen four times. Each run is kept when it is done; a run that was killed starts again
+with the side it was at.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 
 from bench.exact import Exact
-from bench.smollm2 import Job, Prepared, fresh, patched, say, table, text, write
+from bench.kept import Kept
+from bench.smollm2 import Job, Prepared, commit, fresh, patched, say, table, text, write
 
 SIDES = ["stock", "stock loss", "ours"]
 GOALS = {"stock loss against stock": 1e-5, "ours against stock": 1e-4, "fall": 0.1}
@@ -34,7 +36,7 @@ def measure(side: str, steps: int, of_steps: int, tokens: int, lr: float) -> dic
         optimizer.zero_grad()
         if step % 10 == 0:
             say(f"{side}: step {step + 1} of {steps}, loss {losses[-1]:.4f}")
-    return {"losses": losses, "patched": patched(run.report)}
+    return {"losses": losses, "patched": patched(run.report), "threads": torch.get_num_threads(), "commit": commit()}
 
 
 def main() -> None:
@@ -44,11 +46,21 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-5, help="(default 2e-5)")
     args = parser.parse_args()
 
-    runs = {side: fresh(measure, side, args.steps, args.steps, args.tokens, args.lr) for side in SIDES}
+    kept = Kept("convergence")
+
+    def run(side: str, steps: int) -> dict:
+        settings = [side, steps, args.steps, args.tokens, args.lr]
+        result = kept.get(settings)
+        if result is None:
+            result = fresh(measure, *settings)
+            kept.put(settings, result)
+        return result
+
+    runs = {side: run(side, args.steps) for side in SIDES}
     stock, ours = runs["stock"]["losses"], runs["ours"]["losses"]
     farthest = max(range(args.steps), key=lambda i: abs(ours[i] - stock[i]))
     say(f"ours is farthest from stock at step {farthest + 1}; fp64 up to there")
-    runs["fp64"] = fresh(measure, "fp64", farthest + 1, args.steps, args.tokens, args.lr)
+    runs["fp64"] = run("fp64", farthest + 1)
     exact = runs["fp64"]["losses"][farthest]
 
     def apart(side: str) -> float:
