@@ -18,7 +18,7 @@ class _Storage(NamedTuple):
     bytes: int
     rows: tuple[int, int]  # shape at birth, as (rows, columns)
     of_loss: bool  # born while the loss ran
-    weight_copy: bool
+    of_weight: bool  # autocast's copy of a parameter, or the gradient of one in the making
 
 
 class LiveStorages(TorchDispatchMode):
@@ -26,7 +26,8 @@ class LiveStorages(TorchDispatchMode):
 
     Not counted: parameters, buffers, gradients of parameters, `inputs`, casts of parameters to another dtype (autocast's
     copies), and, on a line of their own, the loss's gradient buffers: of what was born while the loss ran, one storage of the
-    shape of the hidden states (as rows) and one of the shape of the head's weight.
+    shape of the hidden states (as rows) and one of the shape of the head's weight. Autograd adds the two gradients of a weight
+    that head and embedding share in place, but not under a mode such as this one: their sum, soon `.grad`, is not counted.
 
     The loss runs from the call of the head to the end of the forward, and in the backward until the hidden states have their
     gradient.
@@ -43,6 +44,7 @@ class LiveStorages(TorchDispatchMode):
         self._forward = self._loss = False
         self._loss_shapes: tuple[tuple[int, int], ...] = ()
         head = model.get_output_embeddings()
+        self._head_shape = head.weight.shape
         layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
         self._hooks = [head.register_forward_pre_hook(self._enter_loss)]
         self._hooks += [layer.register_forward_pre_hook(self._enter_layer) for layer in layers]
@@ -72,20 +74,22 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        casts_weight = func is torch.ops.aten._to_copy.default and _address(args[0]) in self._outside
+        of_weight = func is torch.ops.aten._to_copy.default and _address(args[0]) in self._outside
+        if func is torch.ops.aten.add.Tensor and not self._forward and not torch.is_grad_enabled():
+            of_weight = all(isinstance(t, torch.Tensor) and t.shape == self._head_shape for t in (out, *args[:2]))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._follow(leaf, casts_weight)
+                self._follow(leaf, of_weight)
         if not self._loss and self._at_most > self.peak:
             self.peak = max(self.peak, self.bytes)
         return out
 
-    def _follow(self, tensor: torch.Tensor, weight_copy: bool) -> None:
+    def _follow(self, tensor: torch.Tensor, of_weight: bool) -> None:
         storage, key = tensor.untyped_storage(), _address(tensor)
         known = self._followed.get(key)
         if key not in self._outside and (known is None or known.alive.expired()):
             size = storage.nbytes()
-            self._followed[key] = _Storage(StorageWeakRef(storage), size, _rows(tensor), self._loss, weight_copy)
+            self._followed[key] = _Storage(StorageWeakRef(storage), size, _rows(tensor), self._loss, of_weight)
             self._at_most += size
 
     def _look(self) -> tuple[int, int]:
@@ -94,7 +98,7 @@ class LiveStorages(TorchDispatchMode):
         buffers: dict[tuple[int, int], int] = {}  # shape -> bytes
         total = 0
         for key, s in self._followed.items():
-            if key in grads or s.weight_copy:
+            if key in grads or s.of_weight:
                 continue
             if s.of_loss and s.rows in self._loss_shapes and s.rows not in buffers:
                 buffers[s.rows] = s.bytes
