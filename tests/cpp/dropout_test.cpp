@@ -79,6 +79,19 @@ TEST(Dropout, DroppedIsPlusZeroAndKeptNanStays) {
     }
 }
 
+TEST(Dropout, TheFirstDrawIsKeptUpToItsOwnP) {
+  for (const Kernels* k : test::backends())
+    for (std::uint64_t seed : {1, 2, 3}) {
+      const double draw = draws(1, seed, 77)[0];
+      Matrix x(DType::f32, 1, 1), y(DType::f32, 1, 1);
+      x.set(0, 0, 1);
+      for (double above : {0.0, 0.5, 1.0}) {
+        k->dropout(args(x, y, (draw + above) * 0x1p-32, seed), {});
+        EXPECT_EQ(y.get(0, 0) != 0, above == 0) << k->name << " " << seed << " " << above;
+      }
+    }
+}
+
 TEST(Dropout, PZeroIsACopyOfEveryBitPattern) {
   for (DType dtype : {DType::f16, DType::bf16})
     for (const Kernels* k : test::backends()) {

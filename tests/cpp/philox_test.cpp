@@ -78,7 +78,7 @@ TEST(PhiloxFill, ThreadsDoNotChangeTheDraws) {
     k->philox_fill(one.data(), n, 7, 9, {nullptr, 1});
     k->philox_fill(three.data(), n, 7, 9, {nullptr, 3});
     EXPECT_EQ(one, three) << k->name;
-    EXPECT_EQ(one[n - 1], draw(7, 9, n - 1)) << k->name;
+    for (std::int64_t i = n - 1; i >= 0; i -= 997) ASSERT_EQ(one[i], draw(7, 9, std::uint64_t(i))) << k->name << " " << i;
   }
 }
 

@@ -275,6 +275,18 @@ TEST(RmsNormBackward, DwOverManyRowsIsAccurateAndDoesNotDependOnThreads) {
       }
 }
 
+// In double, where nothing is rounded away afterwards.
+TEST(RmsNormBackward, ThreadsDoNotChangeTheBitsOfDoubles) {
+  for (const Kernels* k : test::backends(true)) {
+    const Case c{DType::f64, DType::f64, DType::f64, true, true, 0};
+    Backward one(c, 1021, 19), three(c, 1021, 19);
+    k->rms_norm_backward(one.args(), {nullptr, 1});
+    k->rms_norm_backward(three.args(), {nullptr, 3});
+    EXPECT_EQ(one.dw.bytes(), three.dw.bytes());
+    EXPECT_EQ(one.dx.bytes(), three.dx.bytes());
+  }
+}
+
 TEST(RmsNormBackward, NoRowsGiveZeroDw) {
   for (const Kernels* k : test::backends()) {
     Backward none({DType::f32, DType::f32, DType::f32, true, true, 0}, 0, 21),
