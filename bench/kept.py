@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.smollm2 import ROOT, Job, commit, fresh, say
-
-SOURCES = ("python", "src", "include", "bindings", "cmake", "bench", ":!bench/results")
+from bench.smollm2 import ROOT, SOURCES, Job, commit, fresh, say
 
 
 class Kept:
@@ -71,7 +69,8 @@ def runs_of_sides(
             result = kept.get(settings)
             say(f"{one}, run {i + 1} of {runs(side)}{': kept from before' if result else ''}")
             if result is None:
-                result = {**fresh(measure, one, steps, environment=environment), "commit": commit()}
+                of = commit()
+                result = {**fresh(measure, one, steps, environment=environment), "commit": of}
                 kept.put(settings, result)
             results[side].append(result)
     return results

@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CACHE = ROOT / ".cache" / "smollm2"
+SOURCES = ("python", "src", "include", "bindings", "cmake", "bench", ":!bench/results")  # what a result depends on
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -226,9 +227,12 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of this source tree; "-dirty" where something is changed."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
+    """Of this source tree; "-dirty" where one of `SOURCES` is changed."""
+    git = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode:
+        return "unknown"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *SOURCES], cwd=ROOT).returncode
+    return git.stdout.strip() + ("-dirty" if changed else "")
 
 
 def write(name: str, results: dict[str, Any]) -> Path:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from bench import kept
+from bench import kept, smollm2
 from bench.kept import Kept, runs_of_sides
 from bench.smollm2 import Job
 
@@ -37,15 +37,17 @@ def test_sources_change_with_a_file(tmp_path, monkeypatch):
     for name in ("src/a", "bench/b", "bench/results/c"):
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(kept, "ROOT", tmp_path)
+    monkeypatch.setattr(smollm2, "ROOT", tmp_path)
     who = ["-c", "user.name=x", "-c", "user.email=x"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     before = kept.sources()
     (tmp_path / "bench/results/c").write_text("2")
     assert kept.sources() == before  # a result is no source
+    assert not smollm2.commit().endswith("-dirty")
     (tmp_path / "src/a").write_text("2")
     changed = kept.sources()
-    assert changed != before
+    assert changed != before and smollm2.commit().endswith("-dirty")
     subprocess.run(["git", *who, "commit", "-qam", "second"], cwd=tmp_path, check=True)
     assert kept.sources() != before
 
