@@ -8,41 +8,44 @@ namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
 template <class T, class Act>
-void forward(const GatedForward& args, Stream stream) {
-  using V = lanes_t<T>;
-  map<T>(std::array{args.gate, args.up}, std::array{args.h}, stream,
-         [](const std::array<V, 2>& in)
-             __attribute__((always_inline)) { return std::array{math::gated_forward<T>(Act{}, in[0], in[1])}; });
-}
-
-template <class T, class Act>
-void backward(const GatedBackward& args, Stream stream) {
-  using V = lanes_t<T>;
-  const std::array in{args.gate, args.up, args.dh};
-  if (args.h.data) {
-    map<T>(in, std::array{args.dgate, args.dup, args.h}, stream, [](const std::array<V, 3>& x) __attribute__((always_inline)) {
-      const math::GatedGradient<V> g = math::gated_backward<T>(Act{}, x[0], x[1], x[2]);
-      return std::array{g.dgate, g.dup, g.h};
-    });
-  } else {
-    map<T>(in, std::array{args.dgate, args.dup}, stream, [](const std::array<V, 3>& x) __attribute__((always_inline)) {
-      const math::GatedGradient<V> g = math::gated_backward<T>(Act{}, x[0], x[1], x[2]);
-      return std::array{g.dgate, g.dup};
-    });
+struct Forward : Smooth<T, Act> {
+  template <bool Plain, class V>
+  UNSWAG_INLINE static std::array<V, 1> apply(const std::array<V, 2>& in) {
+    return {math::gated_forward<T, Plain>(Act{}, in[0], in[1])};
   }
-}
+};
+template <class T, class Act, bool WithProduct>
+struct Backward : Smooth<T, Act> {
+  template <bool Plain, class V>
+  UNSWAG_INLINE static auto apply(const std::array<V, 3>& in) {
+    const math::GatedGradient<V> g = math::gated_backward<T, Plain>(Act{}, in[0], in[1], in[2]);
+    if constexpr (WithProduct) {
+      return std::array{g.dgate, g.dup, g.h};
+    } else {
+      return std::array{g.dgate, g.dup};
+    }
+  }
+};
 
 }  // namespace
 
 void gated_forward(const GatedForward& args, Stream stream) {
   visit(args.gate.dtype, [&]<class T>(math::type<T>) {
-    math::AllActivations::visit(args.act, [&]<class Act>(Act) { forward<T, Act>(args, stream); });
+    math::AllActivations::visit(
+        args.act, [&]<class Act>(Act) { map<Forward<T, Act>, T>(std::array{args.gate, args.up}, std::array{args.h}, stream); });
   });
 }
 
 void gated_backward(const GatedBackward& args, Stream stream) {
   visit(args.gate.dtype, [&]<class T>(math::type<T>) {
-    math::AllActivations::visit(args.act, [&]<class Act>(Act) { backward<T, Act>(args, stream); });
+    math::AllActivations::visit(args.act, [&]<class Act>(Act) {
+      const std::array in{args.gate, args.up, args.dh};
+      if (args.h.data) {
+        map<Backward<T, Act, true>, T>(in, std::array{args.dgate, args.dup, args.h}, stream);
+      } else {
+        map<Backward<T, Act, false>, T>(in, std::array{args.dgate, args.dup}, stream);
+      }
+    });
   });
 }
 

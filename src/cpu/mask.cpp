@@ -85,7 +85,7 @@ void forward(const MaskForward& args, Stream stream, Act act) {
   const bool value = args.y.data != nullptr;
   const bool large = args.x.rows * args.x.cols * std::int64_t(sizeof(T)) > stream_above;
   const auto span = spans(args.x.rows, args.x.cols, args.x.stride, value ? args.y.stride : args.x.stride, args.packed);
-  span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) [[gnu::always_inline]] {
+  span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) __attribute__((always_inline)) {
     const S* x = static_cast<const S*>(args.x.data) + row * args.x.stride + begin;
     S* y = value ? static_cast<S*>(args.y.data) + row * args.y.stride + begin : nullptr;
     std::uint8_t* packed = args.packed.data + row * args.packed.stride + begin / 8;
@@ -93,6 +93,8 @@ void forward(const MaskForward& args, Stream stream, Act act) {
     const bool streaming = large && value && aligned(y, 32);
     std::int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
+      prefetch(x + i);
+      if (sizeof(S) > 2) prefetch(x + i + 16);
       const I v = I::load(x + i);
       const auto passes = act.passes(v);
       const std::uint32_t bits = passes.bits();
@@ -120,13 +122,13 @@ void backward(const MaskBackward& args, Stream stream, Act act) {
   using S = typename I::scalar;
   const bool large = args.dy.rows * args.dy.cols * std::int64_t(sizeof(T)) > stream_above;
   const auto span = spans(args.dy.rows, args.dy.cols, args.dy.stride, args.dx.stride, args.packed);
-  span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) [[gnu::always_inline]] {
+  span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) __attribute__((always_inline)) {
     const S* dy = static_cast<const S*>(args.dy.data) + row * args.dy.stride + begin;
     S* dx = static_cast<S*>(args.dx.data) + row * args.dx.stride + begin;
     const std::uint8_t* packed = args.packed.data + row * args.packed.stride + begin / 8;
     const std::int64_t n = end - begin;
     const bool streaming = large && aligned(dx, 32);
-    const auto passes = [&](std::int64_t i) [[gnu::always_inline]] {
+    const auto passes = [&](std::int64_t i) __attribute__((always_inline)) {
       std::uint32_t bits;
       memcpy(&bits, packed + i / 8, 4);
       return I::mask::from_bits(bits);
@@ -134,6 +136,8 @@ void backward(const MaskBackward& args, Stream stream, Act act) {
     std::int64_t i = 0;
     if (streaming) {
       for (; i + 32 <= n; i += 32) {
+        prefetch(dy + i);
+        if (sizeof(S) > 2) prefetch(dy + i + 16);
         const I v = I::load(dy + i);
         select(passes(i), v, act.stopped(v)).stream(dx + i);
       }

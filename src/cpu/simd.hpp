@@ -42,6 +42,13 @@
 
 namespace unswag::UNSWAG_ISA_NS {
 
+// Whether kernels have loops of their own for streamed stores and for plain numbers; else there is one loop.
+#ifdef UNSWAG_ISA_PORTABLE
+constexpr bool has_fast_loops = false;
+#else
+constexpr bool has_fast_loops = true;
+#endif
+
 using mask16 = f32x16::mask;
 static_assert(f32x16::size == 16);
 
@@ -72,6 +79,21 @@ UNSWAG_INLINE void stream(T* p, V x) {
   x.stream(p);
 }
 
+// The same with the lanes in an order of the row's own, and for numbers whose NaN, if any, comes from elements of type T and
+// from arithmetic, so that what T has no bits for is 0 in it: both are cheaper for bf16.
+template <class T>
+UNSWAG_INLINE lanes_t<T> load_shuffled(const T* p) {
+  return lanes_t<T>::load(p);
+}
+template <class V, class T>
+UNSWAG_INLINE void store_shuffled(T* p, V x) {
+  x.store(p);
+}
+template <class V, class T>
+UNSWAG_INLINE void stream_shuffled(T* p, V x) {
+  x.stream(p);
+}
+
 // The first n lanes, 0 <= n <= 16; memory past them is not touched.  Lanes that are not loaded are 0.
 template <class T>
 UNSWAG_INLINE lanes_t<T> load_partial(const T* p, std::int64_t n) {
@@ -90,6 +112,11 @@ UNSWAG_INLINE void store_partial(T* p, V x, std::int64_t n) {
 template <class M>
 UNSWAG_INLINE bool all(M mask) {
   return mask.bits() == (1u << M::size) - 1;
+}
+
+template <class M>
+UNSWAG_INLINE bool all(twice_mask<M> mask) {
+  return all(mask.low & mask.high);
 }
 
 // visit(dtype, f) calls f(type<T>{}) for the types that this row serves: src/api sends f64 to the portable one.

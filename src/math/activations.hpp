@@ -43,27 +43,34 @@ UNSWAG_HD inline V clamp_tail(V x, float limit32, double limit64) {
   return min(V(sizeof(scalar_t<V>) == 8 ? scalar_t<V>(limit64) : scalar_t<V>(limit32)), abs(x));
 }
 
-// 1/2 + c0 x + x^3 P(x^2), c0 and c0 x in two parts; p = P(x^2).
+// 1/2 + c0 x + x^3 P(x^2);  p = P(square), square = x^2.  c0 and c0 x are in two parts unless they are exact.
 template <class Act, class V>
-UNSWAG_HD inline V core_slope_of(V x, V p) {
-  const V linear = x * V(Act::c0);
-  const V low(float(Act::c0 - double(float(Act::c0))));
-  return (V(0.5f) + linear) + (x * fma(x * x, p, low) + product_error(x, V(Act::c0), linear));
+UNSWAG_HD inline V core_slope_of(V x, V square, V p) {
+  if constexpr (Act::c0 == 0.5) {
+    return fma(x * square, p, fma(x, V(0.5f), V(0.5f)));
+  } else {
+    const V linear = x * V(Act::c0);
+    const V low(float(Act::c0 - double(float(Act::c0))));
+    return (V(0.5f) + linear) + fma(x, fma(square, p, low), product_error(x, V(Act::c0), linear));
+  }
 }
 
-// Of f(x) = x / (1 + t), t = e^-q(x), with w = x q'(x).   s = 1 / (1 + t):  f' = s^2 (1 + t (1 + w)) = 1 + s^2 t (w - 1 - t)
+// Of f(x) = x / (1 + t), t = e^-q(x), with w = x q'(x).   s = 1 / (1 + t) and g = 1 - s = s t:
+//     f' = s (1 + w g) = 1 + g (w s - 1)
+// where the first is near enough on the left of `border`, and in the second the roundings of what is added to 1 do not show
+// beyond 1; so it is with x - f t, the value.
 template <class T, class Act, class V>
 UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
-  const V d = V(1.f) + t, s = V(1.f) / d;
-  const V left = s * s * fma(t, V(1.f) + w, V(1.f));
+  const V d = V(1.f) + t, s = V(1.f) / d, g = s * t;
+  const V left = s * fma(w, g, V(1.f));
   if constexpr (coarse<T>) {
     return {x * s, left};
   } else {
-    const V right = fma(s * s * t, (w - V(1.f)) - t, V(1.f));
-    const V core = core_slope_of<Act>(x, Act::core_slope(x * x));
-    // x - x t s: beyond 1 what is taken off x is so small that its own roundings do not show
-    return {select(x > V(1.f), fma(-(x * t), s, x), x / d),
-            select(abs(x) < V(Act::border), core, select(x < V(0.f), left, right))};
+    const V y = x / d, square = x * x;
+    const auto beyond = x > V(1.f);
+    const V outer = select(beyond, fma(g, fma(w, s, V(-1.f)), V(1.f)), left);
+    const V core = core_slope_of<Act>(x, square, Act::core_slope(square));
+    return {select(beyond, fma(-y, t, x), y), select(square < V(Act::border * Act::border), core, outer)};
   }
 }
 
@@ -76,11 +83,15 @@ struct Silu {
   static constexpr double c0 = 0.5;
   template <class V>
   UNSWAG_HD static V core_slope(V z) {
-    return polynomial(z, -0x1.555554p-4f, 0x1.9998fap-7f, -0x1.ba00dp-10f, 0x1.bdb334p-13f, -0x1.9b691ap-16f, 0x1.0eebbep-19f);
+    return polynomial(z, -0x1.55553p-4f, 0x1.998d98p-7f, -0x1.b8b532p-10f, 0x1.ac371ap-13f, -0x1.2c0f7ap-16f);
   }
   template <class T, class V>
   UNSWAG_HD static Both<V> near(V x) {
-    return logistic_unit<T, Silu>(x, exp_normal(-x), x);
+    if constexpr (coarse<T>) {
+      return logistic_unit<T, Silu>(x, exp_short<-1>(x), x);
+    } else {
+      return logistic_unit<T, Silu>(x, exp_normal<-1>(x), x);
+    }
   }
   template <class V>
   UNSWAG_HD static Both<V> tail(V x) {
@@ -100,36 +111,30 @@ struct Gelu {
   static constexpr Activation id = Activation::gelu;
   static constexpr const char* name = "gelu";
 
-  static constexpr float border = 0.875f, plain = 9.f, far = 14.5f;
+  static constexpr float border = 0.6875f, plain = 9.f, far = 14.5f;
   static constexpr double c0 = 0.7978845608028654;  // 2 / sqrt(2 pi)
   template <class V>
   UNSWAG_HD static V core_value(V z) {
-    return polynomial(z, 0x1.988454p-2f, -0x1.10587ap-4f, 0x1.46dd92p-7f, -0x1.3857dcp-10f, 0x1.f73654p-14f, -0x1.65028ap-17f);
+    return polynomial(z, 0x1.988454p-2f, -0x1.105874p-4f, 0x1.46d93ap-7f, -0x1.3754d8p-10f, 0x1.c8c696p-14f);
   }
   template <class V>
   UNSWAG_HD static V core_slope(V z) {
-    return polynomial(z, -0x1.105838p-2f, 0x1.ea389p-5f, -0x1.3742a8p-7f, 0x1.2eacf6p-10f, -0x1.d9521cp-14f, 0x1.1252dcp-17f);
+    return polynomial(z, -0x1.105836p-2f, 0x1.ea378p-5f, -0x1.372782p-7f, 0x1.2c177cp-10f, -0x1.9cc614p-14f);
   }
 
   template <class T, class V>
   UNSWAG_HD static Both<V> near(V x) {
-    const V u = abs(x), square = u * u, half = V(-0.5f) * square;
-    V e;
-    if constexpr (sizeof(T) == 2) {
-      e = exp_normal(half);  // the square of so few digits is exact
-    } else {
-      e = exp_normal(half, V(-0.5f) * product_error(u, u, square));
-    }
-    const V r = mills(u);
-    const V v = u * r * e, left = e * fma(u, V(-0.3989422804014327), r);
-    const auto negative = x < V(0.f);
-    const Both<V> y{select(negative, -v, x - v), select(negative, left, V(1.f) - left)};
+    const V u = abs(x), square = x * x;
+    const V e = exp_short<-1>(V(0.5f) * square);
+    const V r = mills_short<T>(u);
+    const V left = e * fma(u, V(-0.3989422804014327), r);
+    const Both<V> outer{max(V(0.f), x) - u * e * r, select(x < V(0.f), left, V(1.f) - left)};
     if constexpr (coarse<T>) {
-      return y;
+      return outer;
     } else {
-      const auto core = u < V(border);
-      return {select(core, x * fma(x, core_value(square), V(0.5f)), y.value),
-              select(core, core_slope_of<Gelu>(x, core_slope(square)), y.slope)};
+      const auto core = square < V(border * border);
+      return {select(core, x * fma(x, core_value(square), V(0.5f)), outer.value),
+              select(core, core_slope_of<Gelu>(x, square, core_slope(square)), outer.slope)};
     }
   }
   template <class V>
@@ -162,6 +167,19 @@ struct Gelu {
     p = fma(w, p, V(-0x1.3d18aap-1f));
     return fma(w, p, V(0x1.842936p-1f)) * q;
   }
+  // The same for u <= plain, shorter: outside the core right to 2^-24; for bf16 to 2^-19, and R(0) = 1/2 exactly.
+  template <class T, class V>
+  UNSWAG_HD static V mills_short(V u) {
+    const V k(coarse<T> ? 4.f : 5.5f);
+    const V q = V(1.f) / (u + k);
+    if constexpr (coarse<T>) {
+      return q * polynomial(u * q, 2.f, -0x1.1885ep+2f, 0x1.4f13d4p+2f, -0x1.99c858p+1f, 0x1.35e6d4p-2f, 0x1.94174ap-1f,
+                            -0x1.639114p-2f);
+    } else {
+      return q * polynomial((u - k) * q, 0x1.8c2b8ap-1f, -0x1.5ed05ep-1f, 0x1.1238d4p-1f, -0x1.77dc58p-2f, 0x1.be8802p-3f,
+                            -0x1.c042ccp-4f, 0x1.6a45acp-5f, -0x1.120d8ep-6f);
+    }
+  }
 };
 
 // f(x) = x s(q(x)),  q(x) = sqrt(8/pi) (x + 0.044715 x^3), which is x (1 + tanh(q/2)) / 2.   With t = e^-q(u):
@@ -182,7 +200,11 @@ struct GeluTanh {
     const V c1(1.5957691216057307), c3(0.07135481627260025);
     const V square = x * x, factor = fma(square, c3, c1), q = x * factor;
     const V w = x * fma(square, V(3.f) * c3, c1);
-    return logistic_unit<T, GeluTanh>(x, exp_normal(-q, -product_error(x, factor, q)), w);
+    if constexpr (coarse<T>) {
+      return logistic_unit<T, GeluTanh>(x, exp_short<-1>(q), w);
+    } else {
+      return logistic_unit<T, GeluTanh>(x, exp_normal<-1>(q, product_error(x, factor, q)), w);
+    }
   }
   template <class V>
   UNSWAG_HD static Both<V> tail(V x) {
@@ -233,11 +255,21 @@ UNSWAG_HD inline V times_slope(V x, V dy, V tail) {
   return select(abs(slope) < V(0x1p-64f), tiny, dy * slope);
 }
 
-// y = f(x) and dx = dy f'(x).  Which branch is taken does not show in the bits of a lane.  Doubles are exact enough by their
-// tail everywhere.
-template <class T, class Act, class V>
+// Where Act::near is right.  Doubles are exact enough by their tail everywhere, and relu is right everywhere.
+template <class Act, class V>
+inline constexpr bool has_near = !std::is_same_v<Act, Relu> && !std::is_same_v<scalar_t<V>, double>;
+template <class Act, class V>
+UNSWAG_HD inline auto plain(V x) {
+  return abs(x) <= V(Act::plain);
+}
+
+// y = f(x) and dx = dy f'(x).  Plain: every lane of x is plain(x).  Which branch is taken does not show in the bits of a lane.
+template <class T, bool Plain = false, class Act, class V>
 UNSWAG_HD inline void forward_backward(Act, V x, V dy, V& y, V& dx) {
-  if constexpr (std::is_same_v<scalar_t<V>, double>) {
+  if constexpr (std::is_same_v<Act, Relu>) {
+    y = max(V(0.f), x);
+    dx = select(x <= V(0.f), V(0.f), dy);
+  } else if constexpr (!has_near<Act, V>) {
     const Both<V> tail = Act::tail(x);
     y = value_of<Act>(x, tail.value);
     dx = times_slope<Act>(x, dy, tail.slope);
@@ -245,42 +277,31 @@ UNSWAG_HD inline void forward_backward(Act, V x, V dy, V& y, V& dx) {
     const Both<V> near = Act::template near<T>(x);
     y = near.value;
     dx = dy * near.slope;
-    const auto plain = abs(x) <= V(Act::plain);
-    if (!all(plain)) [[unlikely]] {
-      const Both<V> tail = Act::tail(x);
-      y = select(plain, y, value_of<Act>(x, tail.value));
-      dx = select(plain, dx, times_slope<Act>(x, dy, tail.slope));
+    if constexpr (!Plain) {
+      const auto near_enough = plain<Act>(x);
+      if (!all(near_enough)) [[unlikely]] {
+        const Both<V> tail = Act::tail(x);
+        y = select(near_enough, y, value_of<Act>(x, tail.value));
+        dx = select(near_enough, dx, times_slope<Act>(x, dy, tail.slope));
+      }
     }
   }
 }
 
 // y = f(x)
-template <class T, class Act, class V>
+template <class T, bool Plain = false, class Act, class V>
 UNSWAG_HD inline V forward(Act act, V x) {
   V y, dx;
-  forward_backward<T>(act, x, x, y, dx);
+  forward_backward<T, Plain>(act, x, x, y, dx);
   return y;
-}
-template <class T, class V>
-UNSWAG_HD inline V forward(Relu, V x) {
-  return max(V(0.f), x);
 }
 
 // dx = dy f'(x)
-template <class T, class Act, class V>
+template <class T, bool Plain = false, class Act, class V>
 UNSWAG_HD inline V backward(Act act, V x, V dy) {
   V y, dx;
-  forward_backward<T>(act, x, dy, y, dx);
+  forward_backward<T, Plain>(act, x, dy, y, dx);
   return dx;
-}
-template <class T, class V>
-UNSWAG_HD inline V backward(Relu, V x, V dy) {
-  return select(x <= V(0.f), V(0.f), dy);
-}
-template <class T, class V>
-UNSWAG_HD inline void forward_backward(Relu act, V x, V dy, V& y, V& dx) {
-  y = forward<T>(act, x);
-  dx = backward<T>(act, x, dy);
 }
 
 // The list: kernels and tests iterate over it.  f(act) is called for the one that `id` names.

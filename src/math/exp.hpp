@@ -7,38 +7,58 @@
 
 namespace unswag::math {
 
-// e^x = e^r 2^n with n = round(x / ln 2):  r = x - n ln 2 in two steps (n ln2_high is exact).  n is returned as
-// z = 1.5 2^23 + n, for times_pow2.
-template <class V>
+// Below, Sign is 1 or -1 and stands before x: the sign of an argument costs nothing where it goes into the coefficients.
+
+// e^(Sign x) = e^(Sign r) 2^n with n = round(Sign x / ln 2):  r = x - Sign n ln 2 in two steps (n ln2_high is exact).  n is
+// returned as z = 1.5 2^23 + n, for times_pow2.
+template <int Sign = 1, class V>
 UNSWAG_HD inline V exp_reduce(V x, V& z) {
   const V magic(0x1.8p23f);
-  z = fma(x, V(1.44269504f), magic);
+  z = fma(x, V(Sign * 1.44269504f), magic);
   const V n = z - magic;
-  return fma(n, V(-1.42860677e-6f), fma(n, V(-0.693145751953125f), x));
+  return fma(n, V(Sign * -1.42860677e-6f), fma(n, V(Sign * -0.693145751953125f), x));
 }
 
-// e^r for |r| <= ln(2) / 2, by a polynomial that is off by 2^-28.3 at most.
-template <class V>
+// e^(Sign r) for |r| <= ln(2) / 2, by a polynomial that is off by 2^-28.3 at most.
+template <int Sign = 1, class V>
 UNSWAG_HD inline V exp_reduced(V r) {
-  V p = fma(r, V(0x1.6a2430p-10f), V(0x1.1239e4p-7f));
-  p = fma(r, p, V(0x1.5558f2p-5f));
+  V p = fma(r, V(Sign * 0x1.6a2430p-10f), V(0x1.1239e4p-7f));
+  p = fma(r, p, V(Sign * 0x1.5558f2p-5f));
   p = fma(r, p, V(0x1.555492p-3f));
-  p = fma(r, p, V(0x1.fffffcp-2f));
-  return V(1.f) + fma(r * r, p, r);
+  p = fma(r, p, V(Sign * 0x1.fffffcp-2f));
+  p = fma(r * r, p, r);
+  if constexpr (Sign == 1) {
+    return V(1.f) + p;
+  } else {
+    return V(1.f) - p;
+  }
 }
 
-// e^x, and e^(x + tail) for a small tail, where they are normal numbers.
-template <class V>
+// e^(Sign x), and e^(Sign (x + tail)) for a small tail, where they are normal numbers.
+template <int Sign = 1, class V>
 UNSWAG_HD inline V exp_normal(V x) {
   V z;
-  const V m = exp_reduced(exp_reduce(x, z));
+  const V m = exp_reduced<Sign>(exp_reduce<Sign>(x, z));
   return times_pow2(m, z);
 }
-template <class V>
+template <int Sign = 1, class V>
 UNSWAG_HD inline V exp_normal(V x, V tail) {
   V z;
-  const V m = exp_reduced(exp_reduce(x, z) + tail);
+  const V m = exp_reduced<Sign>(exp_reduce<Sign>(x, z) + tail);
   return times_pow2(m, z);
+}
+
+// e^(Sign x) where it is a normal number, in three steps less: off by 2^-22 at most for |x| <= 40.
+template <int Sign = 1, class V>
+UNSWAG_HD inline V exp_short(V x) {
+  const V magic(0x1.8p23f);
+  const V z = fma(x, V(Sign * 1.44269504f), magic);
+  const V r = fma(z - magic, V(Sign * -0.693147182f), x);
+  V p = fma(r, V(Sign * 0x1.0fa0d8p-7f), V(0x1.573a20p-5f));
+  p = fma(r, p, V(Sign * 0x1.555a7ep-3f));
+  p = fma(r, p, V(0x1.fffdc6p-2f));
+  p = fma(r, p, V(Sign * 0x1.fffff6p-1f));
+  return times_pow2(fma(r, p, V(1.f)), z);
 }
 
 // e^x over the whole range: right to 1 ulp, subnormal results too; 0 and inf beyond, NaN stays NaN.

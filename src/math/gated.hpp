@@ -5,9 +5,9 @@
 
 namespace unswag::math {
 
-template <class T, class Act, class V>
+template <class T, bool Plain = false, class Act, class V>
 UNSWAG_HD inline V gated_forward(Act act, V gate, V up) {
-  return forward<T>(act, gate) * up;
+  return forward<T, Plain>(act, gate) * up;
 }
 
 //   dgate = dh up f'(gate),   dup = dh f(gate),   h = f(gate) up
@@ -15,10 +15,10 @@ template <class V>
 struct GatedGradient {
   V dgate, dup, h;
 };
-template <class T, class Act, class V>
+template <class T, bool Plain = false, class Act, class V>
 UNSWAG_HD inline GatedGradient<V> gated_backward(Act act, V gate, V up, V dh) {
   V y, dgate;
-  forward_backward<T>(act, gate, dh * up, y, dgate);
+  forward_backward<T, Plain>(act, gate, dh * up, y, dgate);
   return {dgate, dh * y, y * up};
 }
 

@@ -254,18 +254,22 @@ TEST(Activations, TailsHaveTheBitsOfTheBody) {
 }
 
 TEST(Activations, StreamedThreadedAndStridedHaveTheSameBits) {
-  const std::int64_t rows = 3, cols = (std::int64_t{2} << 20) + 5;  // 24 MiB of floats: streamed
-  Matrix x(DType::f32, rows, cols, cols + 3);
-  x.fill([](std::int64_t r, std::int64_t c) { return Real((c * 7919 + r) % 20001 - 10000) / 1000; });
-  x.read_only();
-  for (const Kernels* k : backends()) {
-    Matrix y(DType::f32, rows, cols, cols + 1), one(DType::f32, 1, cols);
-    k->activation_forward({Activation::silu, x, y}, {nullptr, 2});
-    EXPECT_TRUE(y.gaps_untouched());
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const ConstRows row{x.row(r), DType::f32, 1, cols, cols};
-      k->activation_forward({Activation::silu, row, one}, {nullptr, 1});  // 8 MiB: stored
-      ASSERT_EQ(0, std::memcmp(one.row(0), y.row(r), std::size_t(4 * cols))) << k->name << " row " << r;
+  const std::int64_t rows = 3, cols = (std::int64_t{3} << 20) + 5;  // above 16 MiB: streamed
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Matrix x(dtype, rows, cols, cols + 3);
+    x.fill([](std::int64_t r, std::int64_t c) {  // some beyond Act::plain
+      return c % 9973 == 5 ? Real(c % 3 - 1) * 60 : Real((c * 7919 + r) % 20001 - 10000) / 1000;
+    });
+    x.read_only();
+    for (const Kernels* k : backends()) {
+      Matrix y(dtype, rows, cols, cols + 1), one(dtype, 1, cols);
+      k->activation_forward({Activation::silu, x, y}, {nullptr, 2});
+      EXPECT_TRUE(y.gaps_untouched());
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const ConstRows row{x.row(r), dtype, 1, cols, cols};
+        k->activation_forward({Activation::silu, row, one}, {nullptr, 1});  // stored
+        ASSERT_EQ(0, std::memcmp(one.row(0), y.row(r), std::size_t(size_of(dtype) * cols))) << k->name << " row " << r;
+      }
     }
   }
 }

@@ -99,6 +99,26 @@ TEST(Gated, RegluSelectsAndNeverMultiplies) {
   }
 }
 
+// reglu of all numbers of a 16-bit format: the product of two is exact in float, so this is one rounding, ties included.
+TEST(Gated, ProductsOf16BitNumbersAreRoundedToNearestEven) {
+  const std::int64_t n = 1 << 16;
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    Matrix gate(dtype, 1, n), up(dtype, 1, n), h(dtype, 1, n);
+    for (std::int64_t i = 0; i < n; ++i) std::memcpy(static_cast<char*>(up.row(0)) + 2 * i, &i, 2);
+    for (const Real factor : {1.0L, 1.5L, 1.25L, 1.0078125L, 3.0L, 0.0078125L, 0x1p-13L, 120.0L}) {
+      gate.fill([&](std::int64_t, std::int64_t) { return factor; });
+      for (const Kernels* k : backends()) {
+        k->gated_forward({Activation::relu, gate, up, h}, {});
+        for (std::int64_t i = 0; i < n; ++i) {
+          const Real u = up.get(0, i), want = rounded(dtype, u * factor), got = h.get(0, i);
+          ASSERT_TRUE(std::isnan(u) ? std::isnan(got) : got == want && std::signbit(got) == std::signbit(u))
+              << k->name << ' ' << name_of(dtype) << ": " << u << " times " << factor << " gives " << got;
+        }
+      }
+    }
+  }
+}
+
 TEST(Gated, TheSameBitsForAnyNumberOfThreadsAndAnyCut) {
   for (const DType dtype : float_dtypes) {
     const std::int64_t rows = 5, cols = 70001;

@@ -41,7 +41,7 @@ struct f32x8 {
   UNSWAG_INLINE void stream(f16* p) const { _mm_stream_si128((__m128i*)p, to_f16()); }
   UNSWAG_INLINE void stream(bf16* p) const { _mm_stream_si128((__m128i*)p, to_bf16()); }
 
-  UNSWAG_INLINE friend f32x8 operator-(f32x8 a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.f)); }
+  UNSWAG_INLINE friend f32x8 operator-(f32x8 a) { return -a.v; }  // may become part of an FMA
   UNSWAG_INLINE friend f32x8 operator+(f32x8 a, f32x8 b) { return _mm256_add_ps(a.v, b.v); }
   UNSWAG_INLINE friend f32x8 operator-(f32x8 a, f32x8 b) { return _mm256_sub_ps(a.v, b.v); }
   UNSWAG_INLINE friend f32x8 operator*(f32x8 a, f32x8 b) { return _mm256_mul_ps(a.v, b.v); }
@@ -89,6 +89,24 @@ struct f32x8 {
 };
 
 using f32x16 = twice<f32x8>;
+
+// The even lanes, then the odd ones.
+UNSWAG_INLINE f32x16 load_shuffled(const bf16* p) {
+  const __m256i all = _mm256_loadu_si256((const __m256i*)p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(all, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(int(0xffff0000))))};
+}
+// Without a case for NaN: its lower half is 0, so rounding cannot carry into the exponent.
+UNSWAG_INLINE __m256i shuffled_bf16(f32x16 x) {
+  const auto rounded = [](__m256 v) __attribute__((always_inline)) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  };
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded(x.low.v), 16), rounded(x.high.v), 0xaa);
+}
+UNSWAG_INLINE void store_shuffled(bf16* p, f32x16 x) { _mm256_storeu_si256((__m256i*)p, shuffled_bf16(x)); }
+UNSWAG_INLINE void stream_shuffled(bf16* p, f32x16 x) { _mm256_stream_si256((__m256i*)p, shuffled_bf16(x)); }
 
 // 32-bit or 16-bit integers, for the masks.
 template <class I>
