@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-SOURCE = r"""
-#include <immintrin.h>
-extern "C" void copy(char* to, const char* from, long bytes) {  // multiples of 64, aligned to 64
-  for (long i = 0; i < bytes; i += 64) {
-    for (long j = 0; j < 64; j += 32) {
-      _mm256_stream_si256((__m256i*)(to + i + j), _mm256_load_si256((const __m256i*)(from + i + j)));
-    }
-  }
-  _mm_sfence();
-}
-"""
+from bench.native import compiled
 
 
 class Copy:
-    """Compiled on the spot; `copy(to, from, bytes)` with as many threads as were asked for."""
+    """`copy(to, from, bytes)` with as many threads as were asked for."""
 
     def __init__(self, threads: int) -> None:
-        self._directory = tempfile.TemporaryDirectory()
-        source = Path(self._directory.name) / "copy.cpp"
-        source.write_text(SOURCE)
-        library = source.with_suffix(".so")
-        subprocess.run(["g++", "-O3", "-mavx2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-        self._copy = ctypes.CDLL(str(library)).copy
+        self._copy = compiled("copy.cpp", "-mavx2").copy
         self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
