@@ -291,11 +291,13 @@ def test_float64_is_not_narrowed_by_autocast():
 
 
 @pytest.mark.native
-def test_ignored_rows_do_not_reach_the_head():
+@pytest.mark.parametrize("ignore_index", [-100, CLASSES])
+def test_ignored_rows_do_not_reach_the_head(ignore_index):
     hidden, weight, _, labels = sample()
+    labels = labels.where(labels != -100, ignore_index)
     with torch.no_grad():
         hidden[:5] = math.nan
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss = linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index)
     loss.backward()
     assert loss.isfinite() and weight.grad.isfinite().all() and not hidden.grad[:5].any()
 

@@ -171,6 +171,9 @@ def test_a_cast_behind_a_view_is_made_again_too():
     "spoil",
     [
         lambda y: y.view(8, 16)[4:].to(torch.bfloat16),  # a part
+        lambda y: y.to(torch.bfloat16)[3:],  # a part of a cast
+        lambda y: y.as_strided((8, 16), (1, 8)).to(torch.bfloat16),  # as many elements, another order
+        lambda y: y.view(16, 8).t().to(torch.bfloat16),
         lambda y: y.transpose(-1, -2).to(torch.bfloat16),  # another order
         lambda y: y.to(torch.bfloat16).mul_(3),  # modified after the cast
         lambda y: modified_in_secret(y.to(torch.bfloat16)),
@@ -180,7 +183,8 @@ def test_a_cast_behind_a_view_is_made_again_too():
 )
 def test_a_cast_of_something_else_is_not_mistaken_for_it(spoil):
     def function(x, w):
-        z = spoil(rms_norm(x, w, 1e-6))
+        y = rms_norm(x, w, 1e-6)  # alive while z is saved, or its recipe would be gone
+        z = spoil(y)
         return (z * z).float().sum()
 
     assert_equal_with_and_without(function, X, W)
@@ -194,7 +198,8 @@ def modified_in_secret(z):
 
 def test_a_cast_after_a_change_that_autograd_does_not_see_is_not_made_again():
     def function(x, w):
-        z = modified_in_secret(rms_norm(x, w, 1e-6)).to(torch.bfloat16)
+        y = modified_in_secret(rms_norm(x, w, 1e-6))
+        z = y.to(torch.bfloat16)
         return (z * z).float().sum()
 
     assert_equal_with_and_without(function, X, W)
