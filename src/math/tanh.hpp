@@ -11,7 +11,7 @@ namespace unswag::math {
 UNSWAG_HD inline double tanh(double x) { return ::tanh(x); }
 
 // Below 0.6 an odd polynomial (relative error 2^-27), above it (1 - t) / (1 + t) with t = e^-2|x|, which there has lost
-// nothing to cancellation: 2 ulp.  tanh(-0) = -0, tanh(+-inf) = +-1.
+// nothing to cancellation: 2 ulp.  tanh(+-inf) = +-1; tanh(-0) is +0.
 template <class V>
 UNSWAG_HD inline V tanh(V x) {
   static_assert(!std::is_same_v<scalar_t<V>, double>, "lanes of double have their own");
