@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools/sanitize.sh JOBS: the C++ tests under the address + undefined-behaviour and the thread sanitizers, and the Python tests
-# that call native code with the address sanitizer preloaded.  With clang: g++ 12 takes an hour over the instrumented lanes.
+# that call native code with the address sanitizer preloaded.  With clang 14.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 jobs=$1
