@@ -102,7 +102,11 @@ UNSWAG_INLINE std::int64_t map_plain(const std::array<const T*, In>& in, const s
                                 break;
                             }
                             const std::array<lanes_t<T>, Out> y = apply_plain<F>(x);
-                            (store_shuffled(out[J] + i, y[J]), ...);
+                            if constexpr (Streaming) {
+                              (stream_shuffled(out[J] + i, y[J]), ...);
+                            } else {
+                              (store_shuffled(out[J] + i, y[J]), ...);
+                            }
                           }
                           return i;
                         };
@@ -127,9 +131,9 @@ template <class F, class T, std::size_t In, std::size_t Out>
   }
 }
 
-// n elements, whatever they are.
+// n elements, whatever they are.  Not inlined: compiled once for all that call it.
 template <bool Streaming, class F, class T, std::size_t In, std::size_t Out>
-UNSWAG_INLINE void map_span(const std::array<const T*, In>& in, const std::array<T*, Out>& out, std::int64_t n) {
+[[gnu::noinline]] void map_span(const std::array<const T*, In>& in, const std::array<T*, Out>& out, std::int64_t n) {
   for (std::int64_t i = 0;;) {
     if constexpr (has_fast_loops) i = map_plain<Streaming, F>(in, out, i, n);
     if (i == n) break;

@@ -27,7 +27,12 @@
 #error "compile src/cpu once per instruction set, with -DUNSWAG_ISA_NS=portable, x86_64, avx2 or avx512"
 #endif
 
+// A call for every operation is slow, but the portable row is the last resort, and takes minutes to compile without calls.
+#ifdef UNSWAG_ISA_PORTABLE
+#define UNSWAG_INLINE inline
+#else
 #define UNSWAG_INLINE [[gnu::always_inline]] inline
+#endif
 
 #include "cpu/simd/twice.hpp"
 #if defined(UNSWAG_ISA_PORTABLE)
