@@ -43,7 +43,13 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'unswag' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
+    try:
+        value = getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"unswag.{name} needs the module {error.name!r}, which is not installed: pip install 'unswag[torch]'",
+            name=error.name,
+        ) from error
     globals()[name] = value
     return value
 

@@ -12,11 +12,16 @@ import pytest
 import unswag
 
 
-def test_importing_unswag_imports_no_framework():
-    code = "import sys, unswag; print(sorted({'torch', 'jax', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)))"
+def printed(code: str) -> str:
+    """What `code` prints in a fresh interpreter that finds this unswag."""
     environment = os.environ | {"PYTHONPATH": str(Path(unswag.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    return run.stdout.strip()
+
+
+def test_importing_unswag_imports_no_framework():
+    code = "import sys, unswag; print(sorted({'torch', 'jax', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)))"
+    assert printed(code) == "[]"
 
 
 def test_every_public_name_exists_and_is_listed():
@@ -43,3 +48,11 @@ def test_version_is_that_of_the_build():
     from unswag import _core
 
     assert _core.version() == unswag.__version__
+
+
+@pytest.mark.parametrize("name", ["apply_unswag_surgery", "audit"])
+def test_without_torch_the_error_says_what_to_install(name):
+    code = (
+        f"import sys; sys.modules['torch'] = None\nimport unswag\ntry: unswag.{name}\nexcept ModuleNotFoundError as e: print(e)"
+    )
+    assert printed(code) == f"unswag.{name} needs the module 'torch', which is not installed: pip install 'unswag[torch]'"
