@@ -153,13 +153,13 @@ UNSWAG_INLINE void stream_span(std::array<const T*, In> in, std::array<T*, Out> 
   const auto advance = [&](std::int64_t count) __attribute__((always_inline)) {
     for (const T*& p : in) p += count;
     for (T*& p : out) p += count;
-    n -= count;
+    return n - count;
   };
   if constexpr (Out == 1) {
     for (std::int64_t head = past == 0 ? 0 : line - past < n ? line - past : n; head > 0;) {
       const std::int64_t count = head < 16 ? head : 16;
       map_step<F>(in, out, 0, count);
-      advance(count);
+      n = advance(count);
       head -= count;
     }
     if (aligned(out[0], line)) {
@@ -175,7 +175,7 @@ UNSWAG_INLINE void stream_span(std::array<const T*, In> in, std::array<T*, Out> 
       if (count > n) count = n;
       map_span<false, F>(in, blocks, count);
       for (std::size_t k = 0; k < Out; ++k) stream_copy(out[k], block[k], count);
-      advance(count);
+      n = advance(count);
     }
   }
   stream_fence();

@@ -136,7 +136,7 @@ TEST(DType, FloatsAllOverRoundAsTheFormatsSay) {
 
 // A double beside the middle of two neighbours: its float is the middle, and would be rounded a second time, to even.
 TEST(DType, ADoubleOnItsWayToSixteenBitsRoundsOnce) {
-  const double infinity = inf;
+  const auto infinity = double(inf);
   for (const DType dtype : narrow_dtypes) {
     const auto narrow = [&](double x) -> std::uint32_t {
       const float odd = math::to_odd(x);
