@@ -5,14 +5,13 @@
 One process; every buffer is allocated and touched before the clock starts, page faults during a call are counted (any row with
 some is marked); best of many; each output is read once at the end, so that nothing can be dropped. PyTorch is called with out=
 where it has one, and through torch.compile. A row's `of_copy` is the time that the copy takes for the same bytes, divided by
-the kernel's. Writes bench/results/kernels-<machine>.json.
+the kernel's. Writes bench/results/kernels-<row>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import platform
 import resource
 import sys
 import time
@@ -282,7 +281,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             rows += measure(dtype, threads, args.mib << 20, args.repeat, not args.no_compile, args.only)
     smollm2.write(
-        f"kernels-{platform.node()}" if args.backend == "" else f"kernels-{platform.node()}-{args.backend}",
+        f"kernels-{_core.current_backend()}",
         {"backend": _core.current_backend(), "mib_per_tensor": args.mib, "best_of": args.repeat, "rows": rows},
     )
 
