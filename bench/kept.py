@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -48,6 +49,17 @@ def sources() -> str:
     for module in sorted((ROOT / "python" / "unswag").glob("_core*.so")):
         state.update(module.read_bytes())
     return state.hexdigest()
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """The options that `runs_of` reads."""
+    parser.add_argument("--runs", type=int, default=3, help="fresh processes per figure; the worst counts (default 3)")
+    parser.add_argument("--stock-runs", type=int, help="the same for stock and stock with our loss (default as --runs)")
+
+
+def runs_of(args: argparse.Namespace) -> Callable[[str], int]:
+    """How many runs a side gets."""
+    return lambda side: args.runs if side == "ours" or args.stock_runs is None else args.stock_runs
 
 
 def runs_of_sides(

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import math
 
-from bench.kept import runs_of_sides
+from bench.kept import add_runs, runs_of, runs_of_sides
 from bench.smollm2 import Job, Prepared, patched, table, write
 
 ROWS = {  # name: (job, stock as written in the goals, the most that ours may keep), bytes per token
@@ -105,13 +105,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which rows (default: all)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="which sides (default: all)")
     parser.add_argument("--tokens", type=int, default=1024, help="(default 1024; the goals are for 1024)")
-    parser.add_argument("--runs", type=int, default=3, help="fresh processes per figure; the worst counts (default 3)")
-    parser.add_argument("--stock-runs", type=int, help="the same for stock and stock with our loss (default as --runs)")
+    add_runs(parser)
     parser.add_argument("--steps", type=int, default=3, help="steps per process; the last counts (default 3)")
     args = parser.parse_args()
-
-    def runs(side: str) -> int:
-        return args.runs if side == "ours" or args.stock_runs is None else args.stock_runs
+    runs = runs_of(args)
 
     results = {}
     for row in args.rows:

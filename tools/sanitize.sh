@@ -7,15 +7,8 @@ jobs=$1
 
 runtime=$(clang++-14 -print-file-name=libclang_rt.asan-x86_64.so 2>/dev/null || true)
 if ! [ -e "$runtime" ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -q </dev/null
-    apt-get install -qy --no-install-recommends clang-14 libclang-rt-14-dev </dev/null
-    runtime=$(clang++-14 -print-file-name=libclang_rt.asan-x86_64.so)
-  else
-    echo "the sanitizers need these packages first: apt-get install clang-14 libclang-rt-14-dev" >&2
-    exit 1
-  fi
+  tools/packages.sh clang-14 libclang-rt-14-dev
+  runtime=$(clang++-14 -print-file-name=libclang_rt.asan-x86_64.so)
 fi
 configure=(cmake -G Ninja -DCMAKE_CXX_COMPILER=clang++-14 --log-level=WARNING)
 

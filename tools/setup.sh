@@ -17,14 +17,7 @@ command -v g++ >/dev/null || packages+=(g++)
 [ -e /usr/include/gtest/gtest.h ] || packages+=(libgtest-dev)
 [ "$(uname -m)" != x86_64 ] || [ -e /usr/include/simde/x86/avx512.h ] || packages+=(libsimde-dev)
 if ((${#packages[@]})); then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -q </dev/null
-    apt-get install -qy --no-install-recommends "${packages[@]}" </dev/null
-  else
-    echo "UnSwag needs these packages first: apt-get install ${packages[*]}" >&2
-    exit 1
-  fi
+  tools/packages.sh "${packages[@]}"
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"

@@ -79,38 +79,20 @@ template <class V, class T>
 UNSWAG_INLINE void store(T* p, V x) {
   x.store(p);
 }
-template <class V, class T>
-UNSWAG_INLINE void stream(T* p, V x) {
-  x.stream(p);
-}
 
 // The same with the lanes in an order of the row's own, and for numbers whose NaN, if any, comes from elements of type T and
 // from arithmetic, so that what T has no bits for is 0 in it: both are cheaper for bf16.
 template <class T>
 UNSWAG_INLINE lanes_t<T> load_shuffled(const T* p) {
-  return lanes_t<T>::load(p);
+  return load(p);
 }
 template <class V, class T>
 UNSWAG_INLINE void store_shuffled(T* p, V x) {
-  x.store(p);
+  store(p, x);
 }
 template <class V, class T>
 UNSWAG_INLINE void stream_shuffled(T* p, V x) {
   x.stream(p);
-}
-
-// The first n lanes, 0 <= n <= 16; memory past them is not touched.  Lanes that are not loaded are 0.
-template <class T>
-UNSWAG_INLINE lanes_t<T> load_partial(const T* p, std::int64_t n) {
-  T all[16] = {};
-  memcpy(all, p, std::size_t(n) * sizeof(T));
-  return load(all);
-}
-template <class V, class T>
-UNSWAG_INLINE void store_partial(T* p, V x, std::int64_t n) {
-  T all[16];
-  store(all, x);
-  memcpy(p, all, std::size_t(n) * sizeof(T));
 }
 
 // Whether a mask is true in every lane.

@@ -500,9 +500,12 @@ def unpack(handle: _Kept | _Again) -> torch.Tensor:
 
 def _storage_key(t: torch.Tensor) -> int | None:
     """The address of the storage object, or None for what has no storage of its own (sparse, wrapper subclasses)."""
-    if type(t) not in (torch.Tensor, nn.Parameter, FakeTensor) or t.layout is not torch.strided:
-        return None
-    return t.untyped_storage()._cdata
+    return t.untyped_storage()._cdata if is_plain(t) and t.layout is torch.strided else None
+
+
+def is_plain(t: torch.Tensor) -> bool:
+    """Whether its elements are what its memory holds: no shard, no packed weight, no other subclass."""
+    return type(t) in (torch.Tensor, nn.Parameter, FakeTensor)
 
 
 def _is_dense(t: torch.Tensor) -> bool:

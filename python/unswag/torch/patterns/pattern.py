@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from unswag.torch import stash
 
 RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute path: Replaced}
 ABSENT = ...  # survives deepcopy and pickle as itself
@@ -132,8 +133,8 @@ def maker(forward: Callable[..., Any]) -> str:
 
 
 def is_plain(tensor: torch.Tensor | None) -> bool:
-    """Whether its elements are what its memory holds: no shard, no packed weight, no other subclass. None is."""
-    return tensor is None or type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor)
+    """As `stash.is_plain`; None is."""
+    return tensor is None or stash.is_plain(tensor)
 
 
 def no_kernel(op: str, *tensors: torch.Tensor | None) -> str | None:
