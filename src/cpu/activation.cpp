@@ -7,16 +7,16 @@ namespace {
 
 template <class T, class Act>
 struct Forward : Smooth<T, Act> {
-  template <bool Plain, class V>
-  UNSWAG_INLINE static std::array<V, 1> apply(const std::array<V, 1>& in) {
-    return {math::forward<T, Plain>(Act{}, in[0])};
+  template <class V, class... Ahead>
+  UNSWAG_INLINE static std::array<V, 1> apply(V x, Ahead... t) {
+    return {math::forward<T>(Act{}, x, t...)};
   }
 };
 template <class T, class Act>
 struct Backward : Smooth<T, Act> {
-  template <bool Plain, class V>
-  UNSWAG_INLINE static std::array<V, 1> apply(const std::array<V, 2>& in) {
-    return {math::backward<T, Plain>(Act{}, in[0], in[1])};
+  template <class V, class... Ahead>
+  UNSWAG_INLINE static std::array<V, 1> apply(V x, V dy, Ahead... t) {
+    return {math::backward<T>(Act{}, x, dy, t...)};
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstring>
+#include <tuple>
 #include <utility>
 
 #include "cpu/simd.hpp"
@@ -13,7 +14,9 @@
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
-// Outputs of more bytes than this go past the cache: they would only push out what is still needed there.
+// A single output of more bytes than this goes past the cache: it would only push out what is still needed there.  Several do
+// not: stores past the cache make the processor wait, and most where they take turns between tensors (a third slower, or half,
+// than through it on Zen 3, though they move less).
 constexpr std::int64_t stream_above = std::int64_t{16} << 20;
 
 // How rows x cols elements are cut into spans of one row each.  The borders depend on the shape only.
@@ -46,21 +49,8 @@ UNSWAG_INLINE void prefetch(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
 }
 
-// n elements past the cache.
-template <class T>
-UNSWAG_INLINE void stream_copy(T* to, const T* from, std::int64_t n) {
-  const auto past = std::int64_t(reinterpret_cast<std::uintptr_t>(to) % 64 / sizeof(T)), line = std::int64_t(64 / sizeof(T));
-  std::int64_t i = past == 0 ? 0 : line - past < n ? line - past : n;
-  if (!aligned(to + i, line)) i = n;
-  memcpy(to, from, std::size_t(i) * sizeof(T));
-  for (; i + line <= n; i += line) {
-    f32x16::load(reinterpret_cast<const float*>(from + i)).stream(reinterpret_cast<float*>(to + i));
-  }
-  memcpy(to + i, from + i, std::size_t(n - i) * sizeof(T));
-}
-
-// A kernel F maps arrays of lanes, of any number of lanes, by F::apply<Plain>(x).  Where F::has_near, Plain may be true if
-// F::plain(x[0]) is in every lane, as it is for nearly all data; the result of a lane is the same either way.
+// A kernel F maps lanes, of any number of lanes, to arrays of them by F::apply(x...).  Where F::has_near, and F::plain(x) is in
+// every lane of the first x, as it is for nearly all data, F::apply(x..., F::ahead(x)) is the same.
 template <class T, class Act>
 struct Smooth {
   static constexpr bool has_near = math::has_near<Act, lanes_t<T>>;
@@ -68,21 +58,31 @@ struct Smooth {
   UNSWAG_INLINE static auto plain(V x) {
     return math::plain<Act>(x);
   }
+  template <class V>
+  UNSWAG_INLINE static V ahead(V x) {
+    return Act::template ahead<T>(x);
+  }
 };
 
-// One register at a time: formulas need all the registers there are for one.
-template <class F, class V, std::size_t In>
-UNSWAG_INLINE auto apply_plain(const std::array<V, In>& x) {
-  if constexpr (requires { x[0].low; }) {
-    return [&]<std::size_t... K>(std::index_sequence<K...>) __attribute__((always_inline)) {
-      const auto low = apply_plain<F>(std::array{x[K].low...});
-      const auto high = apply_plain<F>(std::array{x[K].high...});
-      return [&]<std::size_t... J>(std::index_sequence<J...>) __attribute__((always_inline)) {
-        return std::array<V, sizeof...(J)>{V(low[J], high[J])...};
-      }(std::make_index_sequence<low.size()>());
-    }(std::make_index_sequence<In>());
+// F::apply(x...) one register at a time: formulas need all the registers there are for one.
+template <class F, class V, class... Vs>
+UNSWAG_INLINE auto apply_by_register(V x, Vs... further) {
+  if constexpr (requires { x.low; }) {
+    const auto low = apply_by_register<F>(x.low, further.low...), high = apply_by_register<F>(x.high, further.high...);
+    return [&]<std::size_t... J>(std::index_sequence<J...>) __attribute__((always_inline)) {
+      return std::array<V, sizeof...(J)>{V(low[J], high[J])...};
+    }(std::make_index_sequence<low.size()>());
   } else {
-    return F::template apply<true>(x);
+    return F::apply(x, further...);
+  }
+}
+
+template <class F, class V>
+UNSWAG_INLINE V ahead_by_register(V x) {
+  if constexpr (requires { x.low; }) {
+    return V(ahead_by_register<F>(x.low), ahead_by_register<F>(x.high));
+  } else {
+    return F::ahead(x);
   }
 }
 
@@ -91,26 +91,44 @@ UNSWAG_INLINE auto apply_plain(const std::array<V, In>& x) {
 template <bool Streaming, class F, class T, std::size_t In, std::size_t Out>
 UNSWAG_INLINE std::int64_t map_plain(const std::array<const T*, In>& in, const std::array<T*, Out>& out, std::int64_t begin,
                                      std::int64_t n) {
-  const auto loop = [&]<std::size_t... K, std::size_t... J>(std::index_sequence<K...>, std::index_sequence<J...>)
+  using V = lanes_t<T>;
+  const auto step = [&]<std::size_t... K, std::size_t... J>(std::int64_t i, std::index_sequence<K...>,
+                                                            std::index_sequence<J...>, auto... ahead)
                         __attribute__((always_inline)) {
-                          std::int64_t i = begin;
-                          for (; i + 16 <= n; i += 16) {
-                            (prefetch(in[K] + i), ...);
-                            const std::array<lanes_t<T>, In> x{load_shuffled(in[K] + i)...};
-                            if constexpr (F::has_near) {
-                              if (!all(F::plain(x[0]))) [[unlikely]]
-                                break;
-                            }
-                            const std::array<lanes_t<T>, Out> y = apply_plain<F>(x);
-                            if constexpr (Streaming) {
-                              (stream_shuffled(out[J] + i, y[J]), ...);
-                            } else {
-                              (store_shuffled(out[J] + i, y[J]), ...);
-                            }
+                          (prefetch(in[K] + i), ...);
+                          const std::array<V, Out> y = apply_by_register<F>(load_shuffled(in[K] + i)..., ahead...);
+                          if constexpr (Streaming) {
+                            (stream_shuffled(out[J] + i, y[J]), ...);
+                          } else {
+                            (store_shuffled(out[J] + i, y[J]), ...);
                           }
-                          return i;
                         };
-  return loop(std::make_index_sequence<In>(), std::make_index_sequence<Out>());
+  const auto ins = std::make_index_sequence<In>();
+  const auto outs = std::make_index_sequence<Out>();
+  std::int64_t i = begin;
+  if constexpr (F::has_near) {
+    constexpr std::int64_t block = 256;
+    alignas(64) float ahead[block];
+    const std::int64_t last = n - n % 16;
+    bool plain = true;
+    while (plain && i < last) {
+      const std::int64_t end = last - i < block ? last : i + block;
+      std::int64_t j = i;
+      for (; j < end; j += 16) {
+        prefetch(in[0] + j);
+        const V x = load_shuffled(in[0] + j);
+        plain = all(F::plain(x));
+        if (!plain) [[unlikely]]
+          break;
+        ahead_by_register<F>(x).store(ahead + (j - i));
+      }
+      for (std::int64_t k = i; k < j; k += 16) step(k, ins, outs, V::load(ahead + (k - i)));
+      i = j;
+    }
+  } else {
+    for (; i + 16 <= n; i += 16) step(i, ins, outs);
+  }
+  return i;
 }
 
 // The same for n <= 16 elements, whatever they are.
@@ -124,7 +142,7 @@ template <class F, class T, std::size_t In, std::size_t Out>
     memcpy(all[k], in[k] + i, std::size_t(n) * sizeof(T));
     x[k] = load_shuffled(all[k]);
   }
-  const std::array<V, Out> y = F::template apply<false>(x);
+  const std::array<V, Out> y = std::apply([](auto... v) __attribute__((always_inline)) { return F::apply(v...); }, x);
   for (std::size_t k = 0; k < Out; ++k) {
     store_shuffled(all[k], y[k]);
     memcpy(out[k] + i, all[k], std::size_t(n) * sizeof(T));
@@ -143,40 +161,23 @@ template <bool Streaming, class F, class T, std::size_t In, std::size_t Out>
   }
 }
 
-// The same past the cache, from where a line of out[0] begins.  Several outputs go by way of a block in the cache, so that they
-// are written one after the other and not in turns: tensors that begin at equal offsets within a page would get in each other's
-// way in the memory's banks (half the speed on Zen 3).
-template <class F, class T, std::size_t In, std::size_t Out>
-UNSWAG_INLINE void stream_span(std::array<const T*, In> in, std::array<T*, Out> out, std::int64_t n) {
-  constexpr std::int64_t line = 64 / sizeof(T), size = 32 * line;
+// The same past the cache, from where a line of the output begins.
+template <class F, class T, std::size_t In>
+UNSWAG_INLINE void stream_span(std::array<const T*, In> in, std::array<T*, 1> out, std::int64_t n) {
+  constexpr std::int64_t line = 64 / sizeof(T);
   const std::int64_t past = std::int64_t(reinterpret_cast<std::uintptr_t>(out[0]) % 64 / sizeof(T));
-  const auto advance = [&](std::int64_t count) __attribute__((always_inline)) {
+  for (std::int64_t head = past == 0 ? 0 : line - past < n ? line - past : n; head > 0;) {
+    const std::int64_t count = head < 16 ? head : 16;
+    map_step<F>(in, out, 0, count);
     for (const T*& p : in) p += count;
-    for (T*& p : out) p += count;
-    return n - count;
-  };
-  if constexpr (Out == 1) {
-    for (std::int64_t head = past == 0 ? 0 : line - past < n ? line - past : n; head > 0;) {
-      const std::int64_t count = head < 16 ? head : 16;
-      map_step<F>(in, out, 0, count);
-      n = advance(count);
-      head -= count;
-    }
-    if (aligned(out[0], line)) {
-      map_span<true, F>(in, out, n);
-    } else {
-      map_span<false, F>(in, out, n);
-    }
+    out[0] += count;
+    n -= count;
+    head -= count;
+  }
+  if (aligned(out[0], line)) {
+    map_span<true, F>(in, out, n);
   } else {
-    alignas(64) T block[Out][size];
-    std::array<T*, Out> blocks;
-    for (std::size_t k = 0; k < Out; ++k) blocks[k] = block[k];
-    for (std::int64_t count = size - past; n > 0; count = size) {
-      if (count > n) count = n;
-      map_span<false, F>(in, blocks, count);
-      for (std::size_t k = 0; k < Out; ++k) stream_copy(out[k], block[k], count);
-      n = advance(count);
-    }
+    map_span<false, F>(in, out, n);
   }
   stream_fence();
 }
@@ -198,7 +199,7 @@ UNSWAG_INLINE void map(const std::array<ConstRows, In>& in, const std::array<Row
                              x[k] = static_cast<const T*>(in[k].data) + row * in[k].stride + begin;
                            for (std::size_t k = 0; k < Out; ++k)
                              y[k] = static_cast<T*>(out[k].data) + row * out[k].stride + begin;
-                           if constexpr (has_fast_loops) {
+                           if constexpr (has_fast_loops && Out == 1) {
                              if (streaming) return stream_span<F>(x, y, end - begin);
                            }
                            map_span<false, F>(x, y, end - begin);

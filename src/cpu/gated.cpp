@@ -9,16 +9,16 @@ namespace {
 
 template <class T, class Act>
 struct Forward : Smooth<T, Act> {
-  template <bool Plain, class V>
-  UNSWAG_INLINE static std::array<V, 1> apply(const std::array<V, 2>& in) {
-    return {math::gated_forward<T, Plain>(Act{}, in[0], in[1])};
+  template <class V, class... Ahead>
+  UNSWAG_INLINE static std::array<V, 1> apply(V gate, V up, Ahead... t) {
+    return {math::gated_forward<T>(Act{}, gate, up, t...)};
   }
 };
 template <class T, class Act, bool WithProduct>
 struct Backward : Smooth<T, Act> {
-  template <bool Plain, class V>
-  UNSWAG_INLINE static auto apply(const std::array<V, 3>& in) {
-    const math::GatedGradient<V> g = math::gated_backward<T, Plain>(Act{}, in[0], in[1], in[2]);
+  template <class V, class... Ahead>
+  UNSWAG_INLINE static auto apply(V gate, V up, V dh, Ahead... t) {
+    const math::GatedGradient<V> g = math::gated_backward<T>(Act{}, gate, up, dh, t...);
     if constexpr (WithProduct) {
       return std::array{g.dgate, g.dup, g.h};
     } else {

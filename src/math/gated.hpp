@@ -5,9 +5,10 @@
 
 namespace unswag::math {
 
-template <class T, bool Plain = false, class Act, class V>
-UNSWAG_HD inline V gated_forward(Act act, V gate, V up) {
-  return forward<T, Plain>(act, gate) * up;
+// `t` is nothing, or Act::ahead(gate) where gate is plain.
+template <class T, class Act, class V, class... Ahead>
+UNSWAG_HD inline V gated_forward(Act act, V gate, V up, Ahead... t) {
+  return forward<T>(act, gate, t...) * up;
 }
 
 //   dgate = dh up f'(gate),   dup = dh f(gate),   h = f(gate) up
@@ -15,10 +16,10 @@ template <class V>
 struct GatedGradient {
   V dgate, dup, h;
 };
-template <class T, bool Plain = false, class Act, class V>
-UNSWAG_HD inline GatedGradient<V> gated_backward(Act act, V gate, V up, V dh) {
+template <class T, class Act, class V, class... Ahead>
+UNSWAG_HD inline GatedGradient<V> gated_backward(Act act, V gate, V up, V dh, Ahead... t) {
   V y, dgate;
-  forward_backward<T, Plain>(act, gate, dh * up, y, dgate);
+  forward_backward<T>(act, gate, t..., dh * up, y, dgate);
   return {dgate, dh * y, y * up};
 }
 
