@@ -63,7 +63,7 @@ demo: module ## fine-tune SmolLM2 with LoRA and checkpointing, stock against UnS
 demo-all: module ## the demo with full training and without checkpointing too
 	python -m examples.demo --all
 
-bench: module ## the benchmarks whose results are committed
+bench: native ## the benchmarks whose results are committed
 	python -m bench
 
 clean: ## remove what was built (not .venv)
