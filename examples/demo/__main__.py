@@ -1,8 +1,9 @@
 """Fine-tunes SmolLM2-135M-Instruct on the docstrings of this Python, stock and with UnSwag's surgery, and compares.
 
-Each run is a process of its own (examples/demo/train.py): LoRA with gradient checkpointing, fp32, Hugging Face's Trainer. With
---all also full training, and both without checkpointing. Written to demo-out/: the data as .jsonl, prepared rows, one .json per
-run, table.json, table.txt and picture.png.
+Each run is a process of its own (examples/demo/train.py): LoRA with gradient checkpointing, fp32, Hugging Face's Trainer; a few
+rows of text, several times over, so that the mean losses of the epochs can be compared. With --all also full training, and both
+without checkpointing. Written to demo-out/: the data as .jsonl, prepared rows, one .json per run, table.json, table.txt and
+picture.png.
 
     python -m examples.demo [--all]
 """
@@ -69,8 +70,9 @@ def train(run: Run, rows: Path, out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="also full training, and both without checkpointing")
-    parser.add_argument("--steps", type=int, default=30, help="of each run (default 30)")
-    parser.add_argument("--tokens", type=int, default=512, help="a step (default 512)")
+    parser.add_argument("--rows", type=int, default=8, help="of text, each of them one step (default 8)")
+    parser.add_argument("--tokens", type=int, default=512, help="of a row (default 512)")
+    parser.add_argument("--epochs", type=int, default=3, help="how often each run goes through the rows (default 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="folder for everything (default demo-out)")
     args = parser.parse_args()
 
@@ -83,8 +85,10 @@ def main() -> None:
     results = []
     for training, checkpointing in ways:
         for side in ("stock", "unswag"):
-            results.append(train(Run(side, training, checkpointing, args.steps, args.tokens), rows, out))
-    settings = {"machine": machine(), "steps": args.steps, "tokens": args.tokens, "dtype": "float32"}
+            results.append(train(Run(side, training, checkpointing, args.rows, args.tokens, args.epochs), rows, out))
+    settings = {
+        "machine": machine(), "rows": args.rows, "tokens": args.tokens, "epochs": args.epochs, "dtype": "float32",
+    }  # fmt: skip
     report.write(out, settings, results)
     print(f"table.json, table.txt and picture.png are in {out}; {(time.monotonic() - start) / 60:.1f} minutes in all")
 

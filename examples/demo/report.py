@@ -36,7 +36,7 @@ def line(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """One way of training: the figures of both sides."""
 
     def side(r: dict[str, Any]) -> dict[str, float]:
-        few = max(1, len(r["losses"]) // 6)  # a step's loss depends on its text: means over a few
+        few = len(r["losses"]) // r["epochs"]  # a step's loss depends on its text: means over all of it
         return {
             "peak_mib": r["peak_bytes"] / MIB,
             "peak_above_idle_mib": (r["peak_bytes"] - r["idle_bytes"]) / MIB,
@@ -59,9 +59,8 @@ def tables(settings: dict[str, Any], lines: list[dict[str, Any]]):
     from rich.table import Table
 
     for one in lines:
-        grid = Table(
-            title="{way}: {steps} steps of {tokens} tokens, {dtype}".format(way=one["way"], **settings), min_width=60
-        )  # fmt: skip
+        title = "{way}: {epochs} epochs of {rows} rows of {tokens} tokens, {dtype}".format(way=one["way"], **settings)
+        grid = Table(title=title, min_width=60)
         for side in ("", "stock", "unswag"):
             grid.add_column(side, justify="right" if side else "left")
         stock, ours = one["stock"], one["unswag"]
@@ -70,8 +69,8 @@ def tables(settings: dict[str, Any], lines: list[dict[str, Any]]):
             ("... above the idle model", "peak_above_idle_mib", ",.0f"),
             ("saved for backward, bytes per token", "saved_bytes_per_token", ",.0f"),
             ("seconds per step", "seconds_per_step", ".2f"),
-            ("loss, first steps", "loss_at_start", ".4f"),
-            ("loss, last steps", "loss_at_end", ".4f"),
+            ("loss, first epoch", "loss_at_start", ".4f"),
+            ("loss, last epoch", "loss_at_end", ".4f"),
         ):
             grid.add_row(words, format(stock[name], form), format(ours[name], form))
         grid.add_row("largest difference of the losses", "", f"{one['largest_loss_difference']:.1e}")

@@ -19,8 +19,9 @@ class Run:
     side: str  # stock | unswag
     training: str  # lora (r = 16 on all linears) | full
     checkpointing: bool
-    steps: int
-    tokens: int
+    rows: int
+    tokens: int  # of a row, which is a step
+    epochs: int
 
     @property
     def way(self) -> str:
@@ -93,6 +94,7 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # gradient_checkpointing_enable has a new name
     import transformers
+    from torch.utils.data import Subset
     from transformers import Trainer, TrainingArguments, set_seed
 
     from unswag import audit
@@ -119,11 +121,12 @@ def main() -> None:
     set_seed(0)  # the same rows in the same order, whatever loading drew
     ledger = audit(model.train(), **data.collator([data[0]]))
     arguments = TrainingArguments(
-        output_dir=str(result.with_suffix("")), max_steps=run.steps, per_device_train_batch_size=1, use_cpu=True,
-        learning_rate=LEARNING_RATE[run.training], warmup_steps=3, lr_scheduler_type="constant_with_warmup", logging_steps=5,
+        output_dir=str(result.with_suffix("")), num_train_epochs=run.epochs, per_device_train_batch_size=1, use_cpu=True,
+        learning_rate=LEARNING_RATE[run.training], warmup_steps=3, lr_scheduler_type="constant_with_warmup", logging_steps=4,
         save_strategy="no", report_to=[], dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = Recording(model, arguments, train_dataset=data, data_collator=data.collator)
+    few = Subset(data, range(min(run.rows, len(data))))
+    trainer = Recording(model, arguments, train_dataset=few, data_collator=data.collator)
     gc.collect()
     Memory.forget_peak()
     memory = Memory()
