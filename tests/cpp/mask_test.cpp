@@ -161,7 +161,7 @@ void every_float(std::uint32_t first, std::uint32_t step) {
   }
   // For bench/exhaustive.py.
   const char* name = act == Mask::relu ? " relu" : act == Mask::leaky_relu ? " leaky_relu" : " relu6";
-  const std::uint64_t checked = (((1 << 16) - 1 - first) / step + 1) << 16;
+  const std::uint64_t checked = (std::uint64_t{0xffff - first} / step + 1) << 16;
   for (const Kernels* k : backends())
     testing::Test::RecordProperty(k->name + std::string(name), "checked=" + std::to_string(checked) + " mismatches=0");
 }
