@@ -1,10 +1,10 @@
 """The tests over whole formats: how much was checked, what was not correctly rounded, how far the worst was off.
 
-    python -m bench.exhaustive          (half an hour on 2 idle cores)
+    python -m bench.exhaustive          (a quarter of an hour on 2 idle cores)
 
-Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats through each mask, all 2^32 pairs (x, dy) of bf16
-through the backward of silu and gelu, on every row that runs here. A wrong bit or more than 1 ulp fails the test, and nothing
-is written. Writes bench/results/exhaustive.json.
+Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats through the forward of each mask (values and
+bits), all 2^32 pairs (x, dy) of bf16 through the backward of silu and gelu, on every row that runs here. A wrong bit or more
+than 1 ulp fails the test, and nothing is written. Writes bench/results/exhaustive.json.
 """
 
 from __future__ import annotations
