@@ -1,14 +1,14 @@
 """The tests over whole formats: how much was checked, what was not correctly rounded, how far the worst was off.
 
-    python -m bench.exhaustive          (a quarter of an hour on 2 idle cores)
-
-Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats through the forward of each mask (values and
-bits), all 2^32 pairs (x, dy) of bf16 through the backward of silu and gelu, on every row that runs here. A wrong bit or more
-than 1 ulp fails the test, and nothing is written. Writes bench/results/exhaustive.json.
+It takes a quarter of an hour on 2 idle cores. Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats
+through the forward of each mask (values and bits), all 2^32 pairs (x, dy) of bf16 through the backward of silu and gelu, on
+every row that runs here. A wrong bit or more than 1 ulp fails the test, and nothing is written. Writes
+bench/results/exhaustive.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -51,6 +51,7 @@ def run(program: str, selection: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with ThreadPoolExecutor() as pool:  # each test keeps one core busy
         rows = [row for found in pool.map(run, TESTS, TESTS.values()) for row in found]
     smollm2.write("exhaustive", {"rows": rows})
