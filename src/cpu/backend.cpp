@@ -1,6 +1,10 @@
 // The row of one instruction set.
 #include "cpu/backend.hpp"
 
+#if defined(__AVX2__)
+#include <cpuid.h>
+#endif
+
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
@@ -11,7 +15,9 @@ bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 #elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax, ebx, ecx, edx;  // __builtin_cpu_supports does not know f16c in Clang before 15
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+         (ecx & bit_F16C);
 #else
   return true;
 #endif

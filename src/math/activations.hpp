@@ -330,7 +330,7 @@ struct Activations {
   }
   template <class F>
   UNSWAG_HD static void visit(Activation id, const F& f) {
-    each([&](auto act) [[gnu::always_inline]] {
+    each([&](auto act) {
       if (decltype(act)::id == id) f(act);
     });
   }
