@@ -28,7 +28,7 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-print(*project["dependencies"], *extras["torch"], *extras["dev"], sep="\n")
+print(*project["dependencies"], *extras["torch"], *extras["jax"], *extras["dev"], sep="\n")
 PYTHON
 )
 "$venv/bin/python" -m pip install --quiet --no-input -c constraints.txt "${requirements[@]}" </dev/null

@@ -1,0 +1,32 @@
+"""Functions for JAX, Flax and Equinox that keep the smallest exact form of what their backward needs.
+
+They work under jit, grad, vmap, scan, remat, shard_map and automatic sharding, on every platform of XLA.
+"""
+
+from __future__ import annotations
+
+from unswag.jax.activations import gelu, silu
+from unswag.jax.dropout import dropout
+from unswag.jax.gated import geglu, reglu, swiglu
+from unswag.jax.masks import leaky_relu, relu, relu2, relu6, unswag_relu
+from unswag.jax.norms import layer_norm, rms_norm
+from unswag.jax.policies import offload, recompute, save
+
+__all__ = [
+    "dropout",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "leaky_relu",
+    "offload",
+    "recompute",
+    "reglu",
+    "relu",
+    "relu2",
+    "relu6",
+    "rms_norm",
+    "save",
+    "silu",
+    "swiglu",
+    "unswag_relu",
+]

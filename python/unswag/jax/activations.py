@@ -1,0 +1,183 @@
+"""silu and gelu, exactly from x or, when bits are named, with the derivative as a code of so many bits.
+
+x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. 16-bit values are computed
+in float32 and rounded once. "Saved" is what is kept from forward to backward, n elements of b bytes; the output is kept too where
+the next layer needs it for a trained weight, whoever computed it. Differentiable once, in reverse mode.
+
+A code is lossy: the values are exact, the gradients are not (`unswag.codebooks`; docs/math.md gives the errors). A code of 0, for
+NaN too, means the lowest level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from unswag import codebooks
+from unswag.codebooks import Codebook
+from unswag.jax import xla
+from unswag.jax.how import How, choose, floating
+from unswag.jax.policies import CODE, INPUT
+
+__all__ = ["FUNCTIONS", "gelu", "silu", "wide"]
+
+
+def wide(x: Array) -> Array:
+    """float32 for the 16-bit types: what the formulas are computed in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# ---- formulas: docs/math.md ---------------------------------------------------------------------------------------------
+# sigmoid(-x) and not 1 - sigmoid(x): no digits are lost.
+
+
+def _silu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(x)
+
+
+def _silu_derivative(x: Array) -> Array:
+    s = jax.nn.sigmoid(x)
+    # x s(-x) is NaN for x = inf: there the derivative is 1
+    return jnp.where(jnp.isinf(x), jnp.where(x > 0, 1.0, 0.0).astype(x.dtype), s + x * s * jax.nn.sigmoid(-x))
+
+
+def _phi(x: Array) -> Array:
+    """The normal distribution."""
+    return lax.erfc(-x * np.asarray(np.sqrt(0.5), x.dtype)) / 2
+
+
+def _gelu(x: Array) -> Array:
+    return x * _phi(x)
+
+
+def _gelu_derivative(x: Array) -> Array:
+    density = jnp.exp(-x * x / 2) * np.asarray(1 / np.sqrt(2 * np.pi), x.dtype)
+    return _phi(x) + jnp.where(jnp.isinf(x), jnp.zeros_like(x), x * density)
+
+
+_TANH_SCALE, _TANH_CUBE = np.sqrt(2 / np.pi), 0.044715
+
+
+def _tanh_twice(x: Array) -> Array:
+    """2 u, where (1 + tanh u) / 2 = sigmoid(2 u)."""
+    return np.asarray(2 * _TANH_SCALE, x.dtype) * (x + np.asarray(_TANH_CUBE, x.dtype) * x * x * x)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return x * jax.nn.sigmoid(_tanh_twice(x))
+
+
+def _gelu_tanh_derivative(x: Array) -> Array:
+    twice = _tanh_twice(x)
+    s = jax.nn.sigmoid(twice)
+    slope = np.asarray(2 * _TANH_SCALE, x.dtype) * (1 + np.asarray(3 * _TANH_CUBE, x.dtype) * x * x)
+    inner = x * s * jax.nn.sigmoid(-twice) * slope
+    return s + jnp.where(jnp.isfinite(inner) | jnp.isnan(x), inner, jnp.zeros_like(x))  # 0 inf, where s is 0 or 1
+
+
+def _relu_derivative(x: Array) -> Array:
+    return (x > 0).astype(x.dtype)
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {  # value and derivative, of a wide x
+    "silu": (_silu, _silu_derivative),
+    "gelu": (_gelu, _gelu_derivative),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_derivative),
+    "relu": (jax.nn.relu, _relu_derivative),
+}
+
+
+def _value(x: Array, act: str) -> Array:
+    return FUNCTIONS[act][0](wide(x)).astype(x.dtype)
+
+
+# ---- exact --------------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _exact(x: Array, act: str) -> Array:
+    return _value(x, act)
+
+
+def _exact_forward(x: Array, act: str) -> tuple[Array, Array]:
+    x = checkpoint_name(x, INPUT)
+    return _value(x, act), x
+
+
+def _exact_backward(act: str, x: Array, dy: Array) -> tuple[Array]:
+    return ((FUNCTIONS[act][1](wide(x)) * wide(dy)).astype(x.dtype),)
+
+
+_exact.defvjp(_exact_forward, _exact_backward)
+
+
+# ---- codes --------------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _coded(x: Array, act: str, book: Codebook, how: How) -> Array:
+    return _value(x, act)
+
+
+def _coded_forward(x: Array, act: str, book: Codebook, how: How) -> tuple[Array, Array]:
+    def code(x: Array) -> Array:
+        of = wide(x) if book.of == "x" else FUNCTIONS[act][1](wide(x))
+        bounds = (np.asarray(bound, of.dtype) for bound in book.bounds)
+        return sum(((of > bound).astype(jnp.uint32) for bound in bounds), start=jnp.zeros(x.shape, jnp.uint32))
+
+    return _value(x, act), checkpoint_name(xla.pack(x, code, book.bits, how.layout), CODE)
+
+
+def _coded_backward(act: str, book: Codebook, how: How, packed: Array, dy: Array) -> tuple[Array]:
+    def use(code: Array, dy: Array) -> Array:
+        level = jnp.full(dy.shape, book.levels[0], wide(dy).dtype)
+        for i, value in enumerate(book.levels[1:], start=1):
+            level = jnp.where(code == i, np.asarray(value, level.dtype), level)
+        return (level * wide(dy)).astype(dy.dtype)
+
+    return (xla.apply(packed, dy, use, book.bits, how.layout),)
+
+
+_coded.defvjp(_coded_forward, _coded_backward)
+
+
+def _activation(
+    x: Array, function: str, act: str, bits: int | None, codebook: str | Codebook | None, layout: str | None
+) -> Array:
+    x = floating(function, "x", x)
+    if isinstance(codebook, Codebook):
+        if bits not in (None, codebook.bits):
+            raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
+        return _coded(x, act, codebook, choose(function, x, None, layout))
+    if bits is None:
+        if codebook is not None:
+            raise ValueError(f"{function}: codebook is {codebook!r} but bits is None, which keeps x exactly; name the bits too")
+        if layout is not None:
+            raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
+        return _exact(x, act)
+    return _coded(x, act, codebooks.codebook(function, bits, codebook), choose(function, x, None, layout))
+
+
+def silu(x: Array, *, bits: int | None = None, codebook: str | Codebook | None = None, layout: str | None = None) -> Array:
+    """x / (1 + e^-x), as `jax.nn.silu`. Saved: x, n b bytes (`jax.nn.silu` keeps the sigmoid too); with `bits` just a code of the
+    derivative, n bits / 8 bytes, with the gradient error of the codebook (default: the best of so many bits)."""
+    return _activation(x, "silu", "silu", bits, codebook, layout)
+
+
+def gelu(
+    x: Array,
+    approximate: bool = True,
+    *,
+    bits: int | None = None,
+    codebook: str | Codebook | None = None,
+    layout: str | None = None,
+) -> Array:
+    """x Phi(x), or its tanh form, as `jax.nn.gelu`. Saved: x, n b bytes; with `bits` just a code of the derivative (of the erf
+    form, from which the tanh form differs by 0.001), n bits / 8 bytes."""
+    return _activation(x, "gelu", "gelu_tanh" if approximate else "gelu", bits, codebook, layout)

@@ -1,0 +1,64 @@
+"""Gated units that keep (gate, up) only: act(gate) and the product are made again in the backward.
+
+gate and up have one shape and dtype: float32, bfloat16, float16 or float64; the product has the same. 16-bit values are computed in
+float32 and the product is rounded once. Saved: gate and up, 2 n b bytes, which the two matrix products before have anyway.
+ValueError for shapes, TypeError for dtypes that do not fit. Differentiable once, in reverse mode. Formulas: docs/math.md (Shazeer
+2020, GLU Variants Improve Transformer).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from unswag.jax.activations import FUNCTIONS, wide
+from unswag.jax.how import floating
+from unswag.jax.policies import INPUT
+
+__all__ = ["geglu", "reglu", "swiglu"]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated(gate: Array, up: Array, act: str) -> Array:
+    return (FUNCTIONS[act][0](wide(gate)) * wide(up)).astype(gate.dtype)
+
+
+def _gated_forward(gate: Array, up: Array, act: str) -> tuple[Array, tuple[Array, Array]]:
+    gate, up = checkpoint_name(gate, INPUT), checkpoint_name(up, INPUT)
+    return _gated(gate, up, act), (gate, up)
+
+
+def _gated_backward(act: str, kept: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
+    gate, up, d = (wide(x) for x in (*kept, dh))
+    value, derivative = FUNCTIONS[act]
+    return (d * up * derivative(gate)).astype(dh.dtype), (d * value(gate)).astype(dh.dtype)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _checked(op: str, gate: Array, up: Array, act: str) -> Array:
+    gate, up = floating(op, "gate", gate), floating(op, "up", up)
+    if gate.shape != up.shape:
+        raise ValueError(f"{op}: gate has shape {gate.shape} and up {up.shape}; pass arrays of one shape")
+    if gate.dtype != up.dtype:
+        raise TypeError(f"{op}: gate has dtype {gate.dtype} and up {up.dtype}; pass up.astype({gate.dtype})")
+    return _gated(gate, up, act)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) up."""
+    return _checked("swiglu", gate, up, "silu")
+
+
+def geglu(gate: Array, up: Array, approximate: bool = True) -> Array:
+    """gelu(gate) up; `approximate` as in `jax.nn.gelu`: the tanh form."""
+    return _checked("geglu", gate, up, "gelu_tanh" if approximate else "gelu")
+
+
+def reglu(gate: Array, up: Array) -> Array:
+    """max(gate, 0) up."""
+    return _checked("reglu", gate, up, "relu")

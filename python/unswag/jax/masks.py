@@ -1,0 +1,122 @@
+"""Activations of the ReLU family: their backward needs one bit per element.
+
+x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. Values and gradients are
+those of `jax.nn`, bit for bit, on the same platform: also for NaN (no gradient passes), ±0 and infinities. "Saved" is what is kept from
+forward to backward; the output itself is kept too where the next layer needs it for a trained weight, whoever computed it.
+
+`implementation` names the kernels, `layout` where the bits lie (docs/format.md); None is the best for the platform and the shape,
+and naming one switches every fallback off. TypeError for a dtype that is not floating, ValueError for an unknown name.
+
+The functions can be differentiated once, in reverse mode: `jax.jvp` through them is a TypeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from unswag.jax import xla
+from unswag.jax.how import How, choose, floating
+from unswag.jax.policies import INPUT, MASK
+
+__all__ = ["leaky_relu", "relu", "relu2", "relu6", "unswag_relu"]
+
+
+_PREDICATES: dict[str, Callable[[Array], Array]] = {  # the gradient passes where
+    "relu": lambda x: x > 0,
+    "relu6": lambda x: (x > 0) & (x < 6),
+    "leaky_relu": lambda x: x >= 0,
+}
+
+
+@dataclass(frozen=True)
+class Act:
+    """value(x) is that of jax.nn; the gradient is dy where the bit is set, else slope dy."""
+
+    name: str
+    slope: float = 0.0
+
+    def value(self, x: Array) -> Array:
+        function = getattr(jax.nn, self.name)
+        return function(x, self.slope) if self.name == "leaky_relu" else function(x)
+
+    def bit(self, x: Array) -> Array:
+        return _PREDICATES[self.name](x).astype(jnp.uint32)
+
+    def gradient(self, bit: Array, dy: Array) -> Array:
+        off = dy * np.asarray(self.slope, dy.dtype) if self.slope else jnp.zeros_like(dy)
+        return jnp.where(bit != 0, dy, off)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _mask(x: Array, act: Act, how: How) -> Array:
+    return act.value(x)
+
+
+def _mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
+    return act.value(x), checkpoint_name(xla.pack(x, act.bit, 1, how.layout), MASK)
+
+
+def _mask_backward(act: Act, how: How, packed: Array, dy: Array) -> tuple[Array]:
+    return (xla.apply(packed, dy, act.gradient, 1, how.layout),)
+
+
+_mask.defvjp(_mask_forward, _mask_backward)
+
+
+def relu(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
+    """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes (rows: each padded to 4 bytes; rows256: to 256 rows)."""
+    x = floating("relu", "x", x)
+    return _mask(x, Act("relu"), choose("relu", x, implementation, layout))
+
+
+unswag_relu = relu
+
+
+def relu6(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
+    """min(max(x, 0), 6), as `jax.nn.relu6`. Saved: one bit per element, n / 8 bytes."""
+    x = floating("relu6", "x", x)
+    return _mask(x, Act("relu6"), choose("relu6", x, implementation, layout))
+
+
+def leaky_relu(
+    x: Array, negative_slope: float = 0.01, *, implementation: str | None = None, layout: str | None = None
+) -> Array:
+    """x where x >= 0, else negative_slope x, as `jax.nn.leaky_relu`. Saved: one bit per element, n / 8 bytes.
+
+    negative_slope is a Python number: TypeError for an array.
+    """
+    if isinstance(negative_slope, Array):
+        raise TypeError("leaky_relu: negative_slope is an array, whose gradient would need x; pass a Python number")
+    x = floating("leaky_relu", "x", x)
+    return _mask(x, Act("leaky_relu", float(negative_slope)), choose("leaky_relu", x, implementation, layout))
+
+
+@jax.custom_vjp
+def _relu2(x: Array) -> Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+def _relu2_forward(x: Array) -> tuple[Array, Array]:
+    x = checkpoint_name(x, INPUT)
+    return _relu2(x), x
+
+
+def _relu2_backward(x: Array, dy: Array) -> tuple[Array]:
+    return (jnp.where(x > 0, dy * (x * 2), jnp.zeros_like(dy)),)
+
+
+_relu2.defvjp(_relu2_forward, _relu2_backward)
+
+
+def relu2(x: Array) -> Array:
+    """max(x, 0)^2 (So et al. 2021, Primer), as `jnp.square(jax.nn.relu(x))`. Saved: x, which the layer before has anyway; no bool
+    beside it. No bits can do: the gradient is 2 max(x, 0) dy."""
+    return _relu2(floating("relu2", "x", x))

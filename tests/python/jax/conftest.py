@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """float64 is there while the test runs."""
+    with jax.enable_x64(True):
+        yield
