@@ -1,11 +1,11 @@
 """silu and gelu, exactly from x or, when bits are named, with the derivative as a code of so many bits.
 
-x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. 16-bit values are computed
-in float32 and rounded once. "Saved" is what is kept from forward to backward, n elements of b bytes; the output is kept too where
-the next layer needs it for a trained weight, whoever computed it. Differentiable once, in reverse mode.
+x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. 16-bit values are
+computed in float32 and rounded once. "Saved" is what is kept from forward to backward, n elements of b bytes; the output is
+kept too where the next layer needs it for a trained weight, whoever computed it. Differentiable once, in reverse mode.
 
-A code is lossy: the values are exact, the gradients are not (`unswag.codebooks`; docs/math.md gives the errors). A code of 0, for
-NaN too, means the lowest level.
+A code is lossy: the values are exact, the gradients are not (`unswag.codebooks`; docs/math.md gives the errors). A code of
+0, for NaN too, means the lowest level.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _activation(
 
 
 def silu(x: Array, *, bits: int | None = None, codebook: str | Codebook | None = None, layout: str | None = None) -> Array:
-    """x / (1 + e^-x), as `jax.nn.silu`. Saved: x, n b bytes (`jax.nn.silu` keeps the sigmoid too); with `bits` just a code of the
-    derivative, n bits / 8 bytes, with the gradient error of the codebook (default: the best of so many bits)."""
+    """x / (1 + e^-x), as `jax.nn.silu`. Saved: x, n b bytes (`jax.nn.silu` keeps two arrays more); with `bits` just a code of
+    the derivative, n bits / 8 bytes, with the gradient error of the codebook (default: the best of so many bits)."""
     return _activation(x, "silu", "silu", bits, codebook, layout)
 
 

@@ -1,9 +1,9 @@
 """Gated units that keep (gate, up) only: act(gate) and the product are made again in the backward.
 
-gate and up have one shape and dtype: float32, bfloat16, float16 or float64; the product has the same. 16-bit values are computed in
-float32 and the product is rounded once. Saved: gate and up, 2 n b bytes, which the two matrix products before have anyway.
-ValueError for shapes, TypeError for dtypes that do not fit. Differentiable once, in reverse mode. Formulas: docs/math.md (Shazeer
-2020, GLU Variants Improve Transformer).
+gate and up have one shape and dtype: float32, bfloat16, float16 or float64; the product has the same. 16-bit values are
+computed in float32 and the product is rounded once. Saved: gate and up, 2 n b bytes, which the two matrix products before
+have anyway. ValueError for shapes, TypeError for dtypes that do not fit. Differentiable once, in reverse mode. Formulas:
+docs/math.md (Shazeer 2020, GLU Variants Improve Transformer).
 """
 
 from __future__ import annotations

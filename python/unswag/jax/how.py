@@ -23,7 +23,7 @@ class How(NamedTuple):
 
 def floating(op: str, name: str, x: ArrayLike) -> Array:
     """x as a jax array, or TypeError."""
-    if isinstance(x, (str, bytes)) or not isinstance(x, (Array, float)) and not hasattr(x, "dtype"):
+    if isinstance(x, (str, bytes)) or (not isinstance(x, (Array, float)) and not hasattr(x, "dtype")):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; pass a jax array, e.g. jnp.asarray({name})")
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):

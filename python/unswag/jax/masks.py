@@ -1,11 +1,13 @@
 """Activations of the ReLU family: their backward needs one bit per element.
 
-x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. Values and gradients are
-those of `jax.nn`, bit for bit, on the same platform: also for NaN (no gradient passes), ±0 and infinities. "Saved" is what is kept from
-forward to backward; the output itself is kept too where the next layer needs it for a trained weight, whoever computed it.
+x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. Values and gradients
+are those of `jax.nn`, bit for bit, on the same platform: also for NaN (no gradient passes), ±0 and infinities. "Saved" is
+what is kept from forward to backward; the output itself is kept too where the next layer needs it for a trained weight,
+whoever computed it.
 
-`implementation` names the kernels, `layout` where the bits lie (docs/format.md); None is the best for the platform and the shape,
-and naming one switches every fallback off. TypeError for a dtype that is not floating, ValueError for an unknown name.
+`implementation` names the kernels, `layout` where the bits lie (docs/format.md); None is the best for the platform and the
+shape, and naming one switches every fallback off. TypeError for a dtype that is not floating, ValueError for an unknown
+name.
 
 The functions can be differentiated once, in reverse mode: `jax.jvp` through them is a TypeError.
 """
@@ -72,7 +74,8 @@ _mask.defvjp(_mask_forward, _mask_backward)
 
 
 def relu(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
-    """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes (rows: each padded to 4 bytes; rows256: to 256 rows)."""
+    """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes; the layout rows pads each row to 4 bytes, rows256
+    the rows to a multiple of 256."""
     x = floating("relu", "x", x)
     return _mask(x, Act("relu"), choose("relu", x, implementation, layout))
 
@@ -117,6 +120,6 @@ _relu2.defvjp(_relu2_forward, _relu2_backward)
 
 
 def relu2(x: Array) -> Array:
-    """max(x, 0)^2 (So et al. 2021, Primer), as `jnp.square(jax.nn.relu(x))`. Saved: x, which the layer before has anyway; no bool
-    beside it. No bits can do: the gradient is 2 max(x, 0) dy."""
+    """max(x, 0)^2 (So et al. 2021, Primer), as `jnp.square(jax.nn.relu(x))`. Saved: x, n b bytes, and no bool beside it. No
+    bits can do: the gradient is 2 max(x, 0) dy."""
     return _relu2(floating("relu2", "x", x))

@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm that keep x and one float per row; everything else is made again from them.
 
-x is [..., cols], float32, bfloat16, float16 or float64, the weights [cols] of any floating dtype; y has the shape and dtype of x.
-16-bit values are computed in float32 and rounded once. Saved: x, which is the residual stream and usually kept anyway, and rstd,
-4 bytes per row (8 for float64). Differentiable once, in reverse mode. Formulas: docs/math.md.
+x is [..., cols], float32, bfloat16, float16 or float64, the weights [cols] of any floating dtype; y has the shape and dtype
+of x. 16-bit values are computed in float32 and rounded once. Saved: x, which is the residual stream and usually kept
+anyway, and rstd, 4 bytes per row (8 for float64). Differentiable once, in reverse mode. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-6, weight
 
 
 def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6) -> Array:
-    """(x - mean) rstd weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps) (Ba et al. 2016). The mean is made again from x."""
+    """(x - mean) rstd weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps) (Ba et al. 2016). The mean is made
+    again from x."""
     x, (weight, bias) = _checked("layer_norm", x, {"weight": weight, "bias": bias})
     return _norm(x, weight, bias, float(eps), 0.0, True)
