@@ -66,7 +66,8 @@ _TANH_SCALE, _TANH_CUBE = np.sqrt(2 / np.pi), 0.044715
 
 def _tanh_twice(x: Array) -> Array:
     """2 u, where (1 + tanh u) / 2 = sigmoid(2 u)."""
-    return np.asarray(2 * _TANH_SCALE, x.dtype) * (x + np.asarray(_TANH_CUBE, x.dtype) * x * x * x)
+    cube = x * x * x * np.asarray(_TANH_CUBE, x.dtype)
+    return (x + cube) * np.asarray(2 * _TANH_SCALE, x.dtype)
 
 
 def _gelu_tanh(x: Array) -> Array:
