@@ -111,6 +111,54 @@ def dropout(x: Array, p: float, seed: int, offset: int) -> Array:
     return np.where(keep, x.astype(np.float64) / (1 - p), 0.0).astype(x.dtype)
 
 
+# ---- format.md section 5: step codes ------------------------------------------------------------------------------------
+
+Codes = NDArray[np.uint32]
+
+
+def step_code(x: Array, bounds: tuple[float, ...]) -> Codes:
+    """The number of bounds strictly below x; bounds are rounded to float32, or not at all for a float64 x."""
+    rounded = np.asarray(bounds, np.promote_types(x.dtype, np.float32))
+    return (x[:, :, None] > rounded).sum(-1).astype(np.uint32)
+
+
+def pack_codes(code: Codes, bits: int) -> Bytes:
+    """[rows, cols] → [rows, row_bytes]: bit k of field i is bit i bits + k of the row."""
+    rows, cols = code.shape
+    bit = code[:, :, None] >> np.arange(bits, dtype=np.uint32) & 1
+    return pack(bit.reshape(rows, cols * bits).astype(bool))
+
+
+def unpack_codes(packed: Bytes, cols: int, bits: int) -> Codes:
+    bit = unpack(packed, cols * bits).reshape(len(packed), cols, bits)
+    return (bit << np.arange(bits, dtype=np.uint32)).sum(-1).astype(np.uint32)
+
+
+# ---- format.md section 6: rows in groups of 256 ------------------------------------------------------------------------
+
+
+def pack_rows256(code: Codes, bits: int) -> NDArray[np.uint32]:
+    """[rows, cols] → [8 bits ceil(rows / 256), cols]."""
+    rows, cols = code.shape
+    groups = math.ceil(rows / 256)
+    words = np.zeros((groups, bits, 8, cols), np.uint32)
+    for row in range(rows):
+        group, tile, word = row // 256, row % 256 // 8, row % 8
+        for plane in range(bits):
+            words[group, plane, word] |= (code[row] >> np.uint32(plane) & 1) << np.uint32(tile)
+    return words.reshape(groups * bits * 8, cols)
+
+
+def unpack_rows256(words: NDArray[np.uint32], rows: int, bits: int) -> Codes:
+    planes = words.reshape(math.ceil(rows / 256), bits, 8, words.shape[1])
+    code = np.zeros((rows, words.shape[1]), np.uint32)
+    for row in range(rows):
+        group, tile, word = row // 256, row % 256 // 8, row % 8
+        for plane in range(bits):
+            code[row] |= (planes[group, plane, word] >> np.uint32(tile) & 1) << np.uint32(plane)
+    return code
+
+
 # ---- bfloat16: the upper half of a float32 -----------------------------------------------------------------------------
 
 
@@ -292,6 +340,20 @@ def _dropout_vectors(rng: np.random.Generator) -> Iterator[str]:
             yield _line("y", dtype, to_bfloat16(dropped.astype(np.float32)) if dtype == "bfloat16" else dropped)
 
 
+def _code_vectors(rng: np.random.Generator) -> Iterator[str]:
+    bounds: dict[int, tuple[float, ...]] = {1: (0.0,), 2: (-1.5, 0.25, 1.5), 3: (-3.0, -1.5, -0.5, 0.0, 0.5, 1.5, 3.0)}
+    bounds[4] = tuple(k / 2 - 3.5 for k in range(15))
+    for bits in bounds:
+        for dtype in ("float32", "bfloat16"):
+            for rows, cols in ((1, 1), (3, 31), (2, 33), (259, 2)):
+                stored, value = _as(_special(rng, rows, cols), dtype)
+                code = step_code(value, bounds[bits])
+                yield f"case codes bits={bits} bounds={','.join(map(str, bounds[bits]))}"
+                yield _line("x", dtype, stored)
+                yield _line("rows", "uint8", pack_codes(code, bits))
+                yield _line("rows256", "uint32", pack_rows256(code, bits))
+
+
 def _gated_vectors(rng: np.random.Generator) -> Iterator[str]:
     for act in ("silu", "gelu", "gelu_tanh", "relu"):
         for dtype in ("float32", "bfloat16"):
@@ -341,6 +403,7 @@ def vectors() -> dict[str, str]:
         "gated": _gated_vectors(rng),
         "rms_norm": _rms_norm_vectors(rng),
         "cross_entropy": _cross_entropy_vectors(rng),
+        "codes": _code_vectors(rng),
     }
     return {f"{name}.txt": "\n".join([f"format {FORMAT_VERSION}", *lines, ""]) for name, lines in files.items()}
 

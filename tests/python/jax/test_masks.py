@@ -1,0 +1,180 @@
+"""The ReLU family: bit for bit jax.nn, one bit per element kept, under every transformation of JAX."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from values import SIXTEEN, all_sixteen, bits, kept, normal, special
+
+from unswag import jax as uj
+
+PAIRS = {
+    "relu": (uj.relu, jax.nn.relu),
+    "relu6": (uj.relu6, jax.nn.relu6),
+    "leaky_relu": (uj.leaky_relu, jax.nn.leaky_relu),
+    "relu2": (lambda x, **_: uj.relu2(x), lambda x: jnp.square(jax.nn.relu(x))),
+}
+LAYOUTS = ["rows", "rows256"]
+
+
+def value_and_pullback(function, x, dy):
+    y, pull = jax.jit(lambda x: jax.vjp(function, x))(x)
+    return y, jax.jit(lambda pull, dy: pull(dy)[0])(pull, dy)
+
+
+def assert_same_bits(ours, theirs, x, dy):
+    for a, b in zip(value_and_pullback(ours, x, dy), value_and_pullback(theirs, x, dy), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (bits(a) == bits(b)).all(), np.argwhere(bits(a) != bits(b))[:5]
+
+
+@pytest.mark.parametrize("dy", [1.0, -2.5, np.nan, np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_16_bit_value(name, dtype, layout, dy):
+    ours, theirs = PAIRS[name]
+    x = all_sixteen(dtype)
+    assert_same_bits(lambda v: ours(v, layout=layout), theirs, x, jnp.full(x.shape, dy, dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 33), (2, 300, 5), (0, 4), (4, 0), (2, 3, 4, 65)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", PAIRS)
+def test_special_values_and_shapes(x64, name, dtype, layout, shape):
+    ours, theirs = PAIRS[name]
+    x, dy = special(shape, dtype), special(shape, dtype, seed=1)
+    if name == "leaky_relu":  # jax.nn adds the two branches, which makes +0 of a -0 cotangent; ours passes it as it is
+        dy = jnp.where(dy == 0, jnp.zeros_like(dy), dy)
+    assert_same_bits(lambda v: ours(v, layout=layout), theirs, x, dy)
+
+
+def test_negative_zero_passes_leaky_relu_as_it_is():
+    x, dy = jnp.array([1.0, -1.0]), jnp.array([-0.0, -0.0])
+    dx = jax.vjp(uj.leaky_relu, x)[1](dy)[0]
+    assert np.signbit(np.asarray(dx)).all() and not np.asarray(dx).any()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, -2.0])
+def test_leaky_relu_slopes(slope):
+    x, dy = normal((5, 40), jnp.float32), normal((5, 40), jnp.float32, seed=1)
+    assert_same_bits(lambda v: uj.leaky_relu(v, slope), lambda v: jax.nn.leaky_relu(v, slope), x, dy)
+
+
+# ---- what is kept -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
+def test_one_bit_per_element_is_kept_and_nothing_else(name, dtype):
+    x = normal((512, 1024), dtype)
+    rows = kept(lambda v: PAIRS[name][0](v, layout="rows"), x)
+    rows256 = kept(lambda v: PAIRS[name][0](v, layout="rows256"), x)
+    assert rows == [("uint32", (512, 32))] and rows256 == [("uint32", (16, 1024))]
+    assert 512 * 32 * 4 == 16 * 1024 * 4 == x.size // 8
+
+
+def test_relu2_keeps_x_alone():
+    x = normal((8, 64), jnp.bfloat16)
+    assert kept(uj.relu2, x) == [("bfloat16", (8, 64))]
+    assert len(kept(PAIRS["relu2"][1], x)) > 1
+
+
+def test_the_compiled_forward_gives_out_only_the_mask():
+    x = normal((512, 1024), jnp.float32)
+    compiled = jax.jit(lambda v: jax.vjp(uj.relu, v)[1]).lower(x).compile()
+    assert compiled.memory_analysis().output_size_in_bytes == x.size // 8
+
+
+# ---- transformations ------------------------------------------------------------------------------------------------------
+
+
+def loss(relu):
+    return lambda x: (relu(x).astype(jnp.float32) ** 2).sum()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_vmap_scan_and_remat(layout):
+    x = normal((4, 300, 24), jnp.float32)
+
+    def ours(v):
+        return uj.relu(v, layout=layout)
+
+    def scanned(relu):
+        def layer(carry, w):
+            return jax.checkpoint(relu)(carry * w), None
+
+        return lambda v: (jax.lax.scan(layer, v, jnp.arange(1.0, 4.0))[0] ** 2).sum()
+
+    for make in (loss, lambda relu: lambda v: jax.vmap(loss(relu), in_axes=2)(v).sum(), scanned):
+        a, b = (jax.jit(jax.grad(make(relu)))(x) for relu in (ours, jax.nn.relu))
+        assert (bits(a) == bits(b)).all()
+
+
+def test_scan_over_layers_stacks_one_mask_per_layer():
+    x, w = normal((8, 64), jnp.float32), normal((5, 64), jnp.float32)
+    f = lambda v: jax.lax.scan(lambda c, u: (uj.relu(c + u), None), v, w)[0]  # noqa: E731
+    assert kept(f, x) == [("uint32", (5, 8, 2))]
+
+
+def test_forward_mode_is_an_error_of_jax():
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(uj.relu, (jnp.ones(4),), (jnp.ones(4),))
+
+
+COLLECTIVES = re.compile(r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)")
+
+
+@pytest.mark.parametrize(("layout", "spec"), [
+    ("rows", P("x")), ("rows", P(None, "x")), ("rows", P(None, None, "x")),
+    ("rows256", P("x")), ("rows256", P(None, "x")), ("rows256", P(None, None, "x")),
+])  # fmt: skip
+def test_automatic_sharding_adds_no_communication(layout, spec):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, spec)
+    x, dy = (jax.device_put(normal((4, 1024, 128), jnp.float32, seed), sharding) for seed in (0, 1))
+
+    def step(x, dy):
+        y, pull = jax.vjp(lambda v: uj.relu(v, layout=layout), x)
+        return y, pull(dy)[0]
+
+    compiled = jax.jit(step, in_shardings=(sharding, sharding), out_shardings=(sharding, sharding)).lower(x, dy).compile()
+    assert not COLLECTIVES.findall(compiled.as_text())
+    for a, b in zip(compiled(x, dy), (jax.nn.relu(x), jnp.where(x > 0, dy, 0)), strict=True):
+        assert (bits(a) == bits(b)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_shard_map(layout):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = normal((4, 300, 64), jnp.float32)
+    ours = jax.shard_map(lambda v: uj.relu(v, layout=layout), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    assert (bits(jax.jit(jax.grad(loss(ours)))(x)) == bits(jax.grad(loss(jax.nn.relu))(x))).all()
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda: uj.relu(jnp.arange(3)), TypeError, ["relu: x has dtype int32", "x.astype(jnp.float32)"]),
+    (lambda: uj.relu6("x"), TypeError, ["relu6: x is a str", "jnp.asarray(x)"]),
+    (lambda: uj.relu(jnp.ones(3), implementation="cuda"), ValueError, ["relu: implementation is 'cuda'", "'xla'"]),
+    (lambda: uj.relu(jnp.ones(3), layout="cols"), ValueError, ["relu: layout is 'cols'", "'rows' or 'rows256'"]),
+    (lambda: uj.leaky_relu(jnp.ones(3), jnp.ones(())), TypeError, ["negative_slope is an array", "Python number"]),
+])  # fmt: skip
+def test_errors_name_argument_value_and_remedy(call, error, words):
+    with pytest.raises(error) as raised:
+        call()
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_numpy_arrays_and_numbers_are_taken():
+    assert uj.relu(np.array([-1.0, 2.0], np.float32)).tolist() == [0.0, 2.0]
+    assert uj.relu(-3.0) == 0
