@@ -32,7 +32,7 @@ def pack(bit: Bools) -> Bytes:
     rows, cols = bit.shape
     padded = np.zeros((rows, 8 * row_bytes(cols, 1)), np.uint8)
     padded[:, :cols] = bit
-    bytes_of_eight = padded.reshape(rows, -1, 8) << np.arange(8, dtype=np.uint8)
+    bytes_of_eight = padded.reshape(rows, row_bytes(cols, 1), 8) << np.arange(8, dtype=np.uint8)
     return bytes_of_eight.sum(-1).astype(np.uint8)
 
 
