@@ -11,7 +11,7 @@ import sys
 
 from bench.smollm2 import ROOT, say
 
-ALL = ("memory", "process_memory", "step_time", "gradients", "convergence", "kernels", "rounding", "exhaustive")
+ALL = ("memory", "process_memory", "step_time", "gradients", "convergence", "kernels", "rounding", "exhaustive", "jax_speed")
 
 
 def main() -> None:

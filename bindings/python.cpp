@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "unswag/unswag.hpp"
+#include "xla.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -23,10 +24,10 @@ using Size = std::int64_t;
 
 // The position of a name is its code, here and in the enums of unswag.hpp.
 constexpr std::array<std::string_view, 4> kDTypes{"float32", "float16", "bfloat16", "float64"};
-constexpr std::array<std::string_view, 3> kMasks{"relu", "leaky_relu", "relu6"};
+constexpr std::array<std::string_view, 6> kMasks{"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
 constexpr std::array<std::string_view, 4> kActivations{"silu", "gelu", "gelu_tanh", "relu"};
 static_assert(static_cast<int>(unswag::DType::f64) == 3);
-static_assert(static_cast<int>(unswag::Mask::relu6) == 2);
+static_assert(static_cast<int>(unswag::Mask::jax_relu6) == 5);
 static_assert(static_cast<int>(unswag::Activation::relu) == 3);
 
 template <std::size_t n>
@@ -257,6 +258,12 @@ NB_MODULE(_core, m) {
   m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "threads"_a);
   m.def("dropout", &dropout, "p"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "threads"_a);
+
+  m.def("xla_targets", [] {
+    nb::dict out;
+    for (const XlaTarget& target : xla_targets) out[target.name] = nb::capsule(target.handler);
+    return out;
+  });
 
   m.def("backend_names", [] {
     nb::list out;

@@ -18,18 +18,23 @@ namespace unswag {
 //   relu        y = x > 0 ? x : 0 (NaN stays NaN, relu(-0) = -0 as torch)       bit = not (x <= 0)      NaN: gradient passes
 //   leaky_relu  y = x > 0 ? x : slope x                                         bit = x > 0             NaN: slope dy
 //   relu6       y = min(max(x, 0), 6)                                           bit = not (x <= 0 or x >= 6)
-enum class Mask : std::uint8_t { relu, leaky_relu, relu6 };
+// and as JAX has them:
+//   jax_relu        y = max(x, 0) (NaN stays NaN, relu(-0) = +0)                bit = x > 0             NaN: no gradient
+//   jax_leaky_relu  y = x >= 0 ? x : slope x                                    bit = x >= 0            NaN: slope dy
+//   jax_relu6       y = min(max(x, 0), 6)                                       bit = x > 0 and x < 6   NaN: no gradient
+enum class Mask : std::uint8_t { relu, leaky_relu, relu6, jax_relu, jax_leaky_relu, jax_relu6 };
 
 struct MaskForward {
   Mask act = Mask::relu;
-  double slope = 0;  // leaky_relu only
+  double slope = 0;    // leaky_relu, jax_leaky_relu only
+  bool flush = false;  // jax_... only: subnormals of float, bfloat16 and double are zeros, as XLA has them on the CPU
   ConstRows x{};
   Rows y{};         // same shape and dtype; data == nullptr: only the mask
   Packed packed{};  // packed_row_bytes(cols, 1) bytes per row; bits past cols are zero
 };
 Status mask_forward(const MaskForward& args, Stream stream = {});
 
-//   dx = bit ? dy : 0 (leaky_relu: bit ? dy : slope dy); selected, never multiplied: 0-bits give +0 for any dy
+//   dx = bit ? dy : 0 (leaky_relu, jax_leaky_relu: bit ? dy : slope dy); selected, never multiplied: 0-bits give +0 for any dy
 struct MaskBackward {
   Mask act = Mask::relu;
   double slope = 0;

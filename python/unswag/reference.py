@@ -56,15 +56,33 @@ def not_le_zero_or_ge_six(x: Array) -> Bools:
     return ~((x <= 0) | (x >= 6))
 
 
-PREDICATES = {"relu": not_le_zero, "leaky_relu": gt_zero, "relu6": not_le_zero_or_ge_six}
+def ge_zero(x: Array) -> Bools:
+    return x >= 0
+
+
+def gt_zero_and_lt_six(x: Array) -> Bools:
+    return (x > 0) & (x < 6)
+
+
+PREDICATES = {
+    "relu": not_le_zero,
+    "leaky_relu": gt_zero,
+    "relu6": not_le_zero_or_ge_six,
+    "jax_relu": gt_zero,
+    "jax_leaky_relu": ge_zero,
+    "jax_relu6": gt_zero_and_lt_six,
+}
+_LEAKY = ("leaky_relu", "jax_leaky_relu")
 
 
 def mask_value(x: Array, act: str, slope: float = 0.0) -> Array:
     if act == "relu":
         return np.where(x < 0, x.dtype.type(0), x)
-    if act == "leaky_relu":
+    if act in _LEAKY:
         with np.errstate(invalid="ignore"):  # 0 inf
-            return np.where(x > 0, x, (x.astype(np.float64) * slope).astype(x.dtype))
+            return np.where(PREDICATES[act](x), x, (x.astype(np.float64) * slope).astype(x.dtype))
+    if act.startswith("jax"):  # -0 becomes +0
+        return np.where(x <= 0, x.dtype.type(0), np.where(x > 6, x.dtype.type(6), x) if act == "jax_relu6" else x)
     return np.where(x < 0, x.dtype.type(0), np.where(x > 6, x.dtype.type(6), x))
 
 
@@ -73,7 +91,7 @@ def mask_forward(x: Array, act: str, slope: float = 0.0) -> tuple[Array, Bytes]:
 
 
 def mask_backward(dy: Array, packed: Bytes, act: str, slope: float = 0.0) -> Array:
-    off = (dy.astype(np.float64) * slope).astype(dy.dtype) if act == "leaky_relu" else dy.dtype.type(0)
+    off = (dy.astype(np.float64) * slope).astype(dy.dtype) if act in _LEAKY else dy.dtype.type(0)
     return np.where(unpack(packed, dy.shape[1]), dy, off)
 
 
@@ -313,9 +331,9 @@ def _as(x: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.generic], Array]
     return rounded, rounded
 
 
-def _mask_vectors(rng: np.random.Generator) -> Iterator[str]:
-    for act in PREDICATES:
-        slope = 0.25 if act == "leaky_relu" else 0.0  # a power of two: slope x is exact
+def _mask_vectors(rng: np.random.Generator, acts: list[str]) -> Iterator[str]:
+    for act in acts:
+        slope = 0.25 if act in _LEAKY else 0.0  # a power of two: slope x is exact
         for dtype in ("float32", "float16", "bfloat16", "float64"):
             for rows, cols in ((1, 1), (3, 7), (2, 8), (2, 31), (2, 32), (3, 33), (2, 100)):
                 stored, value = _as(_special(rng, rows, cols), dtype)
@@ -397,13 +415,14 @@ def vectors() -> dict[str, str]:
     """File name → text of every golden file."""
     rng = np.random.default_rng(20240229)
     files = {
-        "mask": _mask_vectors(rng),
+        "mask": _mask_vectors(rng, ["relu", "leaky_relu", "relu6"]),
         "philox": _philox_vectors(),
         "dropout": _dropout_vectors(rng),
         "gated": _gated_vectors(rng),
         "rms_norm": _rms_norm_vectors(rng),
         "cross_entropy": _cross_entropy_vectors(rng),
         "codes": _code_vectors(rng),
+        "jax_mask": _mask_vectors(rng, ["jax_relu", "jax_leaky_relu", "jax_relu6"]),
     }
     return {f"{name}.txt": "\n".join([f"format {FORMAT_VERSION}", *lines, ""]) for name, lines in files.items()}
 

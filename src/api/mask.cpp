@@ -4,7 +4,7 @@ namespace unswag {
 
 Status mask_forward(const MaskForward& args, Stream stream) {
   Check check("mask_forward", stream);
-  check.known("act", args.act, Mask::relu6)
+  check.known("act", args.act, Mask::jax_relu6)
       .finite("slope", args.slope)
       .input("x", args.x)
       .output("packed", args.packed, args.x);
@@ -14,7 +14,7 @@ Status mask_forward(const MaskForward& args, Stream stream) {
 
 Status mask_backward(const MaskBackward& args, Stream stream) {
   Check check("mask_backward", stream);
-  check.known("act", args.act, Mask::relu6)
+  check.known("act", args.act, Mask::jax_relu6)
       .finite("slope", args.slope)
       .input("dy", args.dy)
       .input("packed", args.packed, args.dy)

@@ -26,28 +26,16 @@ struct ints32<8> {
 template <class T>
 using ints32_t = typename ints32<sizeof(T)>::type;
 
-// What a kernel sees of an activation: the mask, the value, and what a 0-bit does to a gradient.  `all` are 32 elements.
+// What a 0-bit does to a gradient.
 template <class T>
-struct Relu {
+struct Nothing {
   using I = ints32_t<T>;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero<T>(x); }
-  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu_bits<T>(x); }
   UNSWAG_INLINE I stopped(I) const { return I(0); }
 };
 template <class T>
-struct Relu6 {
+struct Times {
   using I = ints32_t<T>;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero_or_ge_six<T>(x); }
-  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu6_bits<T>(x); }
-  UNSWAG_INLINE I stopped(I) const { return I(0); }
-};
-template <class T>
-struct LeakyRelu {
-  using I = ints32_t<T>;
-  using V = lanes_t<T>;
-  V slope;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero<T>(x); }
-  UNSWAG_INLINE I value(I x, typename I::mask passes) const { return select(passes, x, stopped(x)); }
+  lanes_t<T> slope;
   UNSWAG_INLINE I stopped(I x) const {  // slope x
     T all[32];
     x.store(reinterpret_cast<typename I::scalar*>(all));
@@ -55,6 +43,51 @@ struct LeakyRelu {
     store(all + 16, slope * load(all + 16));
     return I::load(reinterpret_cast<const typename I::scalar*>(all));
   }
+};
+
+// What the forward sees of an activation: the mask and the value.
+template <class T>
+struct Relu {
+  using I = ints32_t<T>;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero<T>(x); }
+  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu_bits<T>(x); }
+};
+template <class T>
+struct Relu6 {
+  using I = ints32_t<T>;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero_or_ge_six<T>(x); }
+  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu6_bits<T>(x); }
+};
+template <class T>
+struct LeakyRelu {
+  using I = ints32_t<T>;
+  Times<T> slope;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero<T>(x); }
+  UNSWAG_INLINE I value(I x, typename I::mask passes) const { return select(passes, x, slope.stopped(x)); }
+};
+
+// The same of JAX's; numbers up to `zero` count as 0.
+template <class T>
+struct JaxRelu {
+  using I = ints32_t<T>;
+  typename I::scalar zero;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero<T>(x, zero); }
+  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::jax_relu_bits<T>(x, zero); }
+};
+template <class T>
+struct JaxRelu6 {
+  using I = ints32_t<T>;
+  typename I::scalar zero;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero_and_lt_six<T>(x, zero); }
+  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::jax_relu6_bits<T>(x, zero); }
+};
+template <class T>
+struct JaxLeakyRelu {
+  using I = ints32_t<T>;
+  typename I::scalar zero;
+  Times<T> slope;
+  UNSWAG_INLINE typename I::mask passes(I x) const { return math::ge_zero<T>(x, zero); }
+  UNSWAG_INLINE I value(I x, typename I::mask passes) const { return select(passes, x, slope.stopped(x)); }
 };
 
 template <class I>
@@ -116,8 +149,8 @@ void forward(const MaskForward& args, Stream stream, Act act) {
   });
 }
 
-template <class T, class Act>
-void backward(const MaskBackward& args, Stream stream, Act act) {
+template <class T, class Off>
+void backward(const MaskBackward& args, Stream stream, Off off) {
   using I = ints32_t<T>;
   using S = typename I::scalar;
   const bool large = args.dy.rows * args.dy.cols * std::int64_t(sizeof(T)) > stream_above;
@@ -139,41 +172,51 @@ void backward(const MaskBackward& args, Stream stream, Act act) {
         prefetch(dy + i);
         if (sizeof(S) > 2) prefetch(dy + i + 16);
         const I v = I::load(dy + i);
-        select(passes(i), v, act.stopped(v)).stream(dx + i);
+        select(passes(i), v, off.stopped(v)).stream(dx + i);
       }
       stream_fence();
     }
     for (; i + 32 <= n; i += 32) {
       const I v = I::load(dy + i);
-      select(passes(i), v, act.stopped(v)).store(dx + i);
+      select(passes(i), v, off.stopped(v)).store(dx + i);
     }
     if (i < n) {
       const I v = load_some<I>(dy + i, n - i);
-      store_some(dx + i, select(passes(i), v, act.stopped(v)), n - i);
+      store_some(dx + i, select(passes(i), v, off.stopped(v)), n - i);
     }
   });
 }
 
 // f(act) with the act that is asked for.
 template <class T, class F>
-UNSWAG_INLINE void visit_mask(Mask act, double slope, const F& f) {
+UNSWAG_INLINE void visit_mask(Mask act, double slope, bool flush, const F& f) {
+  using Scalar = typename lanes_t<T>::scalar;
+  const typename math::Format<T>::bits zero = flush ? math::Format<T>::flushed : 0;
   switch (act) {
     case Mask::relu: return f(Relu<T>{});
     case Mask::relu6: return f(Relu6<T>{});
-    case Mask::leaky_relu: return f(LeakyRelu<T>{typename lanes_t<T>::scalar(slope)});
+    case Mask::leaky_relu: return f(LeakyRelu<T>{{Scalar(slope)}});
+    case Mask::jax_relu: return f(JaxRelu<T>{zero});
+    case Mask::jax_relu6: return f(JaxRelu6<T>{zero});
+    case Mask::jax_leaky_relu: return f(JaxLeakyRelu<T>{zero, {Scalar(slope)}});
   }
 }
 
 }  // namespace
 
 void mask_forward(const MaskForward& args, Stream stream) {
-  visit(args.x.dtype,
-        [&]<class T>(math::type<T>) { visit_mask<T>(args.act, args.slope, [&](auto act) { forward<T>(args, stream, act); }); });
+  visit(args.x.dtype, [&]<class T>(math::type<T>) {
+    visit_mask<T>(args.act, args.slope, args.flush, [&](auto act) { forward<T>(args, stream, act); });
+  });
 }
 
 void mask_backward(const MaskBackward& args, Stream stream) {
   visit(args.dy.dtype, [&]<class T>(math::type<T>) {
-    visit_mask<T>(args.act, args.slope, [&](auto act) { backward<T>(args, stream, act); });
+    if (args.act == Mask::leaky_relu || args.act == Mask::jax_leaky_relu) {
+      backward<T>(args, stream, Times<T>{typename lanes_t<T>::scalar(args.slope)});
+    } else {
+      backward<T>(args, stream, Nothing<T>{});
+    }
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <charconv>
 #include <condition_variable>
 #include <cstdlib>
@@ -27,6 +28,7 @@ struct Job {
   void* context;
   std::int64_t chunks = (n - 1) / grain + 1;
   std::atomic<std::int64_t> next{0};
+  std::fenv_t environment{};  // the caller's, when others help
 
   // Guarded by the pool's mutex.
   int wanted = 0;  // helpers that may still join
@@ -36,6 +38,15 @@ struct Job {
   void work() {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
       run(context, i * grain, i == chunks - 1 ? n : (i + 1) * grain);
+  }
+
+  // The same in the caller's floating-point environment: who flushes subnormals wants them flushed everywhere.
+  void help() {
+    std::fenv_t own;
+    std::fegetenv(&own);
+    std::fesetenv(&environment);
+    work();
+    std::fesetenv(&own);
   }
 };
 
@@ -88,7 +99,7 @@ class Pool {
       --job->wanted;
       ++job->active;
       lock.unlock();
-      job->work();
+      job->help();
       lock.lock();
       if (--job->active == 0) left_.notify_all();
     }
@@ -156,9 +167,10 @@ void run_chunks(std::int64_t n, std::int64_t grain, int threads, void (*run)(voi
   if (threads <= 0) threads = default_threads();
   threads = static_cast<int>(std::min<std::int64_t>(threads, job.chunks));
   if (threads == 1) return job.work();
+  std::fegetenv(&job.environment);
   if (GompParallel parallel = gomp_parallel()) {
     if (forked()) return job.work();
-    parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+    parallel([](void* data) { static_cast<Job*>(data)->help(); }, &job, static_cast<unsigned>(threads), 0);
   } else if (Pool* pool = own_pool()) {
     pool->run(job, threads - 1);
   } else {

@@ -14,28 +14,29 @@
 
 namespace unswag::math {
 
-// A floating type seen as an integer: positive numbers are in order, negative ones (sign bit set) in reverse order.
+// A floating type seen as an integer: positive numbers are in order, negative ones (sign bit set) in reverse order.  flushed
+// is the largest that is a zero where subnormals are; half has none: its subnormals are normal floats.
 template <class T>
 struct Format;
 template <>
 struct Format<float> {
   using bits = std::int32_t;
-  static constexpr bits negative_infinity = bits(0xff800000), six = 0x40c00000;
+  static constexpr bits negative_infinity = bits(0xff800000), six = 0x40c00000, flushed = 0x007fffff;
 };
 template <>
 struct Format<f16> {
   using bits = std::int16_t;
-  static constexpr bits negative_infinity = bits(0xfc00), six = 0x4600;
+  static constexpr bits negative_infinity = bits(0xfc00), six = 0x4600, flushed = 0;
 };
 template <>
 struct Format<bf16> {
   using bits = std::int16_t;
-  static constexpr bits negative_infinity = bits(0xff80), six = 0x40c0;
+  static constexpr bits negative_infinity = bits(0xff80), six = 0x40c0, flushed = 0x007f;
 };
 template <>
 struct Format<double> {
   using bits = std::int64_t;
-  static constexpr bits negative_infinity = bits(0xfff0000000000000), six = 0x4018000000000000;
+  static constexpr bits negative_infinity = bits(0xfff0000000000000), six = 0x4018000000000000, flushed = 0x000fffffffffffff;
 };
 
 template <class T>
@@ -47,10 +48,21 @@ template <class T, class I>
 UNSWAG_HD inline auto not_le_zero(I x) {
   return (x > I(Format<T>::negative_infinity)) & (x != I(0));
 }
-// x > 0: NaN is not.
+// x > 0: NaN is not.  Here and below, `zero` is the largest number that counts as 0: 0 or Format<T>::flushed.
 template <class T, class I>
-UNSWAG_HD inline auto gt_zero(I x) {
-  return (x > I(0)) & (x <= I(infinity_bits<T>));
+UNSWAG_HD inline auto gt_zero(I x, typename Format<T>::bits zero = 0) {
+  return (x > I(zero)) & (x <= I(infinity_bits<T>));
+}
+// x >= 0: -0 is, NaN is not.
+template <class T, class I>
+UNSWAG_HD inline auto ge_zero(I x, typename Format<T>::bits zero = 0) {
+  const typename Format<T>::bits first_below = std::numeric_limits<typename Format<T>::bits>::min() + zero + 1;
+  return ((x >= I(0)) & (x <= I(infinity_bits<T>))) | (x < I(first_below));
+}
+// x > 0 and x < 6: NaN is not.
+template <class T, class I>
+UNSWAG_HD inline auto gt_zero_and_lt_six(I x, typename Format<T>::bits zero = 0) {
+  return (x > I(zero)) & (x < I(Format<T>::six));
 }
 // not (x <= 0 or x >= 6): strictly between, or NaN.
 template <class T, class I>
@@ -68,6 +80,17 @@ UNSWAG_HD inline I relu_bits(I x) {
 template <class T, class I>
 UNSWAG_HD inline I relu6_bits(I x) {
   const I y = relu_bits<T>(x);
+  return select((y >= I(Format<T>::six)) & (y <= I(infinity_bits<T>)), I(Format<T>::six), y);
+}
+
+// JAX's relu and relu6: -0 becomes +0.
+template <class T, class I>
+UNSWAG_HD inline I jax_relu_bits(I x, typename Format<T>::bits zero = 0) {
+  return select((x > I(zero)) | ((x > I(Format<T>::negative_infinity)) & (x < I(0))), x, I(0));
+}
+template <class T, class I>
+UNSWAG_HD inline I jax_relu6_bits(I x, typename Format<T>::bits zero = 0) {
+  const I y = jax_relu_bits<T>(x, zero);
   return select((y >= I(Format<T>::six)) & (y <= I(infinity_bits<T>)), I(Format<T>::six), y);
 }
 

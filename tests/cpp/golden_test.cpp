@@ -116,7 +116,11 @@ unswag::Activation activation(const std::string& name) {
                           : unswag::Activation::gelu_tanh;
 }
 unswag::Mask mask(const std::string& name) {
-  return name == "relu" ? unswag::Mask::relu : name == "relu6" ? unswag::Mask::relu6 : unswag::Mask::leaky_relu;
+  const std::map<std::string, unswag::Mask> masks{
+      {"relu", unswag::Mask::relu},         {"leaky_relu", unswag::Mask::leaky_relu},
+      {"relu6", unswag::Mask::relu6},       {"jax_relu", unswag::Mask::jax_relu},
+      {"jax_relu6", unswag::Mask::jax_relu6}, {"jax_leaky_relu", unswag::Mask::jax_leaky_relu}};
+  return masks.at(name);
 }
 
 class Golden : public testing::TestWithParam<std::string> {
@@ -131,19 +135,21 @@ class Golden : public testing::TestWithParam<std::string> {
 };
 
 TEST_P(Golden, MaskBytesAreEqual) {
-  for (const Case& c : read("mask.txt")) {
-    const Tensor& x = c.tensor.at("x");
-    const Tensor& expected = c.tensor.at("packed");
-    Tensor y = like(x);
-    Tensor packed = like(expected);
-    const std::int64_t stride = expected.cols;
-    ASSERT_EQ(stride, unswag::packed_row_bytes(x.cols, 1));
-    ok(unswag::mask_forward({.act = mask(c.key.at("act")),
-                             .slope = c.number("slope"),
-                             .x = x.in(),
-                             .y = y.out(),
-                             .packed = {packed.bytes.data(), stride}}));
-    EXPECT_EQ(packed.bytes, expected.bytes) << c.key.at("act") << " " << x.dtype << " " << x.rows << " x " << x.cols;
+  for (const char* file : {"mask.txt", "jax_mask.txt"}) {
+    for (const Case& c : read(file)) {
+      const Tensor& x = c.tensor.at("x");
+      const Tensor& expected = c.tensor.at("packed");
+      Tensor y = like(x);
+      Tensor packed = like(expected);
+      const std::int64_t stride = expected.cols;
+      ASSERT_EQ(stride, unswag::packed_row_bytes(x.cols, 1));
+      ok(unswag::mask_forward({.act = mask(c.key.at("act")),
+                               .slope = c.number("slope"),
+                               .x = x.in(),
+                               .y = y.out(),
+                               .packed = {packed.bytes.data(), stride}}));
+      EXPECT_EQ(packed.bytes, expected.bytes) << c.key.at("act") << " " << x.dtype << " " << x.rows << " x " << x.cols;
+    }
   }
 }
 

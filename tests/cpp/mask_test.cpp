@@ -16,7 +16,10 @@
 namespace unswag::test {
 namespace {
 
-constexpr Mask masks[] = {Mask::relu, Mask::leaky_relu, Mask::relu6};
+constexpr Mask jax_masks[] = {Mask::jax_relu, Mask::jax_leaky_relu, Mask::jax_relu6};
+constexpr Mask masks[] = {Mask::relu, Mask::leaky_relu, Mask::relu6, Mask::jax_relu, Mask::jax_leaky_relu, Mask::jax_relu6};
+constexpr const char* names[] = {"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
+bool leaky(Mask act) { return act == Mask::leaky_relu || act == Mask::jax_leaky_relu; }
 constexpr double slope = 0.01;
 
 bool passes(Mask act, long double x) {
@@ -24,6 +27,9 @@ bool passes(Mask act, long double x) {
     case Mask::relu: return !(x <= 0);
     case Mask::leaky_relu: return x > 0;
     case Mask::relu6: return !(x <= 0 || x >= 6);
+    case Mask::jax_relu: return x > 0;
+    case Mask::jax_leaky_relu: return x >= 0;
+    case Mask::jax_relu6: return x > 0 && x < 6;
   }
   return false;
 }
@@ -37,11 +43,14 @@ long double value(DType dtype, Mask act, long double x) {
     case Mask::relu: return x < 0 ? 0 : x;
     case Mask::leaky_relu: return x > 0 ? x : times_slope(dtype, x);
     case Mask::relu6: return x < 0 ? 0 : x > 6 ? 6 : x;
+    case Mask::jax_relu: return x <= 0 ? 0 : x;  // +0 of -0
+    case Mask::jax_leaky_relu: return x >= 0 ? x : times_slope(dtype, x);
+    case Mask::jax_relu6: return x <= 0 ? 0 : x > 6 ? 6 : x;
   }
   return 0;
 }
 long double gradient(DType dtype, Mask act, long double dy, bool bit) {
-  return bit ? dy : act == Mask::leaky_relu ? times_slope(dtype, dy) : 0;
+  return bit ? dy : leaky(act) ? times_slope(dtype, dy) : 0;
 }
 bool same(long double a, long double b) { return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b); }
 
@@ -63,8 +72,8 @@ void check(const Kernels& k, Mask act, const Matrix& x, const Matrix& dy, std::i
   const std::int64_t rows = x.rows(), cols = x.cols();
   Matrix y(x.dtype(), rows, cols, stride), dx(x.dtype(), rows, cols, stride);
   PackedRows packed(rows, cols, gap), alone(rows, cols, gap);
-  k.mask_forward({act, slope, x, y, packed}, {});
-  k.mask_forward({act, slope, x, {}, alone}, {});
+  k.mask_forward({act, slope, false, x, y, packed}, {});
+  k.mask_forward({act, slope, false, x, {}, alone}, {});
   k.mask_backward({act, slope, dy, packed, dx}, {});
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t c = 0; c < cols; ++c) {
@@ -131,8 +140,17 @@ TEST(Mask, Every16BitValue) {
 template <Mask act>
 bool float_passes(float x) {
   if constexpr (act == Mask::relu) return !(x <= 0);
-  if constexpr (act == Mask::leaky_relu) return x > 0;
+  if constexpr (act == Mask::leaky_relu || act == Mask::jax_relu) return x > 0;
+  if constexpr (act == Mask::jax_leaky_relu) return x >= 0;
+  if constexpr (act == Mask::jax_relu6) return x > 0 && x < 6;
   return !(x <= 0 || x >= 6);
+}
+// The value where the mask is 0.
+template <Mask act>
+float float_stopped(float x) {
+  if constexpr (act == Mask::leaky_relu || act == Mask::jax_leaky_relu) return x * float(slope);
+  if constexpr (act == Mask::jax_relu || act == Mask::jax_relu6) return x <= 0 ? 0 : x >= 6 ? 6 : x;
+  return !(x < 0) ? (x >= 6 ? 6 : x) : 0;
 }
 template <Mask act>
 void every_float(std::uint32_t first, std::uint32_t step) {
@@ -146,12 +164,11 @@ void every_float(std::uint32_t first, std::uint32_t step) {
       std::memcpy(&x[low], &bits, 4);
     }
     for (const Kernels* k : backends()) {
-      k->mask_forward({act, slope, in, out, {packed.data(), 1 << 13}}, {});
+      k->mask_forward({act, slope, false, in, out, {packed.data(), 1 << 13}}, {});
       std::uint32_t wrong = 0;
       for (std::uint32_t low = 0; low < 1 << 16; ++low) {
         const bool bit = packed[low / 8] >> (low % 8) & 1;
-        const float kept = act == Mask::leaky_relu ? x[low] * float(slope) : !(x[low] < 0) ? (x[low] >= 6 ? 6 : x[low]) : 0;
-        const float expected = float_passes<act>(x[low]) ? x[low] : kept;
+        const float expected = float_passes<act>(x[low]) ? x[low] : float_stopped<act>(x[low]);
         wrong += bit != float_passes<act>(x[low]);
         wrong += std::bit_cast<std::uint32_t>(y[low]) != std::bit_cast<std::uint32_t>(expected) &&
                  !(std::isnan(expected) && std::isnan(y[low]));
@@ -160,16 +177,18 @@ void every_float(std::uint32_t first, std::uint32_t step) {
     }
   }
   // For bench/exhaustive.py.
-  const char* name = act == Mask::relu ? " relu" : act == Mask::leaky_relu ? " leaky_relu" : " relu6";
   const std::uint64_t checked = (std::uint64_t{0xffff - first} / step + 1) << 16;
   for (const Kernels* k : backends())
-    testing::Test::RecordProperty(k->name + std::string(name), "checked=" + std::to_string(checked) + " mismatches=0");
+    testing::Test::RecordProperty(k->name + std::string(" ") + names[int(act)], "checked=" + std::to_string(checked) + " mismatches=0");
 }
 // A step of 1 visits all 2^32 floats.  61 visits 2^26 of them, and all exponents, both signs.
 TEST(Mask, OneFloatIn61) {
   every_float<Mask::relu>(0, 61);
   every_float<Mask::leaky_relu>(17, 61);
   every_float<Mask::relu6>(23, 61);
+  every_float<Mask::jax_relu>(29, 61);
+  every_float<Mask::jax_leaky_relu>(37, 61);
+  every_float<Mask::jax_relu6>(41, 61);
 }
 TEST(Mask, FloatsAtTheBoundaries) {
   for (const std::uint32_t upper : {0x0000, 0x8000, 0x40bf, 0x40c0, 0x7f7f, 0x7f80, 0x7fff, 0xff80, 0xffff, 0xff7f}) {
@@ -181,6 +200,9 @@ TEST(MaskExhaustive, EveryFloat) {
   every_float<Mask::relu>(0, 1);
   every_float<Mask::leaky_relu>(0, 1);
   every_float<Mask::relu6>(0, 1);
+  every_float<Mask::jax_relu>(0, 1);
+  every_float<Mask::jax_leaky_relu>(0, 1);
+  every_float<Mask::jax_relu6>(0, 1);
 }
 
 TEST(Mask, PackedBytesAreTheSameInEveryRow) {
@@ -189,7 +211,7 @@ TEST(Mask, PackedBytesAreTheSameInEveryRow) {
   std::vector<std::vector<char>> bytes;
   for (const Kernels* k : backends()) {
     PackedRows packed(5, 1000, 4);
-    k->mask_forward({Mask::relu, 0, x, {}, packed}, {});
+    k->mask_forward({Mask::relu, 0, false, x, {}, packed}, {});
     bytes.emplace_back(packed.memory.data(), packed.memory.data() + packed.memory.size());
   }
   for (const auto& b : bytes) ASSERT_EQ(b, bytes[0]);
@@ -197,7 +219,7 @@ TEST(Mask, PackedBytesAreTheSameInEveryRow) {
   const float y[] = {1, -1, 0, 2, -0.f, NAN, -3, 4, 5};
   std::uint8_t packed[4];
   for (const Kernels* k : backends()) {
-    k->mask_forward({Mask::relu, 0, {y, DType::f32, 1, 9, 9}, {}, {packed, 4}}, {});
+    k->mask_forward({Mask::relu, 0, false, {y, DType::f32, 1, 9, 9}, {}, {packed, 4}}, {});
     ASSERT_EQ(packed[0], 0b10101001);
     ASSERT_EQ(packed[1], 1);
     ASSERT_EQ(packed[2] | packed[3], 0);
@@ -212,16 +234,40 @@ TEST(Mask, SubnormalsHaveTheSameMaskWhenTheyAreFlushed) {
   for (const Kernels* k : backends()) {
     for (const Mask act : masks) {
       PackedRows plain(1, 4096), flushed(1, 4096);
-      k->mask_forward({act, slope, x, y, plain}, {});
+      k->mask_forward({act, slope, false, x, y, plain}, {});
       const unsigned before = _mm_getcsr();
       _mm_setcsr(before | 0x8040);  // FTZ, DAZ
-      k->mask_forward({act, slope, x, y, flushed}, {});
+      k->mask_forward({act, slope, false, x, y, flushed}, {});
       _mm_setcsr(before);
       ASSERT_EQ(0, std::memcmp(plain.row(0), flushed.row(0), 512)) << k->name;
     }
   }
 }
 #endif
+
+// Flushed, a subnormal has the mask and the value of the zero of its sign; where the mask is 1, the value is the number itself.
+// Half is computed in float, where its subnormals are normal.
+TEST(Mask, FlushedSubnormalsAreZerosToJax) {
+  for (const DType dtype : all_dtypes) {
+    const long double least = std::ldexp(1.0L, format(dtype).min_exponent), step = ulp(dtype, 0);
+    const long double edges[] = {step, 3 * step, least - step, least, least + step, 1, 5.98L, 6, std::nanl("")};
+    Matrix x(dtype, 1, 2 * 32), y(dtype, 1, 2 * 32);
+    x.fill([&](std::int64_t, std::int64_t c) { return (c < 32 ? 1 : -1) * edges[c % 9]; });
+    for (const Kernels* k : backends(dtype == DType::f64)) {
+      for (const Mask act : jax_masks) {
+        PackedRows packed(1, 64);
+        k->mask_forward({act, slope, true, x, y, packed}, {});
+        for (std::int64_t c = 0; c < 64; ++c) {
+          const long double v = x.get(0, c);
+          const bool zero = dtype != DType::f16 && std::fabs(v) < least;
+          ASSERT_EQ(packed.bit(0, c), passes(act, zero ? 0 * v : v)) << k->name << " " << names[int(act)] << " of " << v;
+          ASSERT_PRED2(same, y.get(0, c), zero && passes(act, 0) ? v : value(dtype, act, zero ? 0 * v : v))
+              << k->name << " " << names[int(act)] << " of " << v;
+        }
+      }
+    }
+  }
+}
 
 TEST(Mask, MisalignedAndLargeEnoughToStream) {
   const std::int64_t n = (std::int64_t{16} << 20) + 77;  // bytes; streamed when the dtype is wider than a byte
@@ -232,7 +278,7 @@ TEST(Mask, MisalignedAndLargeEnoughToStream) {
       auto* out = reinterpret_cast<std::uint16_t*>(y.data()) + offset;
       for (std::int64_t i = 0; i < n; ++i) in[i] = std::uint16_t(i * 40503u >> 3);
       PackedRows packed(1, n);
-      k->mask_forward({Mask::relu, 0, {in, DType::bf16, 1, n, n}, {out, DType::bf16, 1, n, n}, packed}, {});
+      k->mask_forward({Mask::relu, 0, false, {in, DType::bf16, 1, n, n}, {out, DType::bf16, 1, n, n}, packed}, {});
       std::int64_t wrong = 0;
       for (std::int64_t i = 0; i < n; ++i) {
         const bool negative = in[i] > 0x8000 && in[i] <= 0xff80;
@@ -253,9 +299,9 @@ TEST(Mask, TheSameBitsForAnyNumberOfThreads) {
   x.fill_normal(5);
   for (const Kernels* k : backends()) {
     PackedRows packed(3, 100003), packed_again(3, 100003);
-    k->mask_forward({Mask::leaky_relu, slope, x, y, packed}, {nullptr, 1});
+    k->mask_forward({Mask::leaky_relu, slope, false, x, y, packed}, {nullptr, 1});
     for (const int threads : {2, 3, 8}) {
-      k->mask_forward({Mask::leaky_relu, slope, x, again, packed_again}, {nullptr, threads});
+      k->mask_forward({Mask::leaky_relu, slope, false, x, again, packed_again}, {nullptr, threads});
       ASSERT_EQ(y.bytes(), again.bytes());
       ASSERT_EQ(0, std::memcmp(packed.row(0), packed_again.row(0), packed.memory.size()));
     }
@@ -272,7 +318,7 @@ TEST(Mask, BeyondTwoToThe31) {
   auto* out = reinterpret_cast<std::uint16_t*>(dx.data());
   for (const std::int64_t i : probes) in[i] = std::uint16_t(0x3f80 + i % 5);
   auto* bits = reinterpret_cast<std::uint8_t*>(packed.data());
-  k.mask_forward({Mask::relu, 0, {in, DType::bf16, 1, n, n}, {}, {bits, std::int64_t(packed.size())}}, {});
+  k.mask_forward({Mask::relu, 0, false, {in, DType::bf16, 1, n, n}, {}, {bits, std::int64_t(packed.size())}}, {});
   std::int64_t set = 0;
   for (std::size_t i = 0; i < packed.size(); ++i) set += __builtin_popcount(bits[i]);
   ASSERT_EQ(set, 6);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -114,6 +115,22 @@ TEST(Threads, AsManyWorkAsAskedFor) {
   EXPECT_EQ(helpers(2), 2);
   EXPECT_EQ(helpers(5), 5);
   EXPECT_EQ(helpers(3), 3);
+}
+
+TEST(Threads, HelpersRoundAsTheCaller) {
+  const int before = std::fegetround();
+  for (const int mode : {FE_UPWARD, FE_TONEAREST}) {
+    std::fesetround(mode);
+    std::atomic<int> others{0}, arrived{0};
+    parallel_for(3, 1, 3, [&](std::int64_t, std::int64_t) {
+      ++arrived;
+      for (int i = 0; i < 2000 && arrived < 3; ++i) usleep(100);
+      others += std::fegetround() != mode;
+    });
+    std::fesetround(before);
+    EXPECT_EQ(arrived, 3);
+    EXPECT_EQ(others, 0);
+  }
 }
 
 TEST(Threads, NestedCallsFinish) {

@@ -42,7 +42,7 @@ def test_worked_examples_of_the_format_page():
     x = np.array([[-1, -0.0, 0, 0.5, NAN, 7, -INF, INF, 2]], np.float32)
     text = (ROOT / "docs" / "format.md").read_text()
     found = dict(re.findall(r"`(\w+)`: [01 ]+ → bytes ([0-9a-f ]+)", text))
-    assert set(found) == {"not_le_zero", "gt_zero", "not_le_zero_or_ge_six"}
+    assert set(found) == {"not_le_zero", "gt_zero", "not_le_zero_or_ge_six", "ge_zero", "gt_zero_and_lt_six"}
     for name, written in found.items():
         assert reference.pack(getattr(reference, name)(x)).tobytes() == bytes.fromhex(written), name
     assert [reference.row_bytes(cols, 1) for cols in (0, 7, 32, 33)] == [0, 4, 4, 8]

@@ -3,6 +3,7 @@
 x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. 16-bit values are
 computed in float32 and rounded once. "Saved" is what is kept from forward to backward, n elements of b bytes; the output is
 kept too where the next layer needs it for a trained weight, whoever computed it. Differentiable once, in reverse mode.
+`implementation` names the kernels; 'ffi', the C++ kernels on the CPU, has no codes, and rounds in another place than XLA.
 
 A code is lossy: the values are exact, the gradients are not (`unswag.codebooks`; docs/math.md gives the errors). A code of
 0, for NaN too, means the lowest level.
@@ -22,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from unswag import codebooks
 from unswag.codebooks import Codebook
 from unswag.jax import xla
-from unswag.jax.how import How, choose, floating
+from unswag.jax.how import How, choose, floating, implement
 from unswag.jax.policies import CODE, INPUT
 
 __all__ = ["FUNCTIONS", "gelu", "silu", "wide"]
@@ -101,18 +102,21 @@ def _value(x: Array, act: str) -> Array:
 # ---- exact --------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _exact(x: Array, act: str) -> Array:
-    return _value(x, act)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _exact(x: Array, act: str, how: How) -> Array:
+    return implement(how, "activation_forward", partial(_value, act=act), x, act=act)
 
 
-def _exact_forward(x: Array, act: str) -> tuple[Array, Array]:
+def _exact_forward(x: Array, act: str, how: How) -> tuple[Array, Array]:
     x = checkpoint_name(x, INPUT)
-    return _value(x, act), x
+    return _exact(x, act, how), x
 
 
-def _exact_backward(act: str, x: Array, dy: Array) -> tuple[Array]:
-    return ((FUNCTIONS[act][1](wide(x)) * wide(dy)).astype(x.dtype),)
+def _exact_backward(act: str, how: How, x: Array, dy: Array) -> tuple[Array]:
+    def plain(x: Array, dy: Array) -> Array:
+        return (FUNCTIONS[act][1](wide(x)) * wide(dy)).astype(x.dtype)
+
+    return (implement(how, "activation_backward", plain, x, dy, act=act),)
 
 
 _exact.defvjp(_exact_forward, _exact_backward)
@@ -149,26 +153,42 @@ _coded.defvjp(_coded_forward, _coded_backward)
 
 
 def _activation(
-    x: Array, function: str, act: str, bits: int | None, codebook: str | Codebook | None, layout: str | None
+    x: Array,
+    function: str,
+    act: str,
+    bits: int | None,
+    codebook: str | Codebook | None,
+    implementation: str | None,
+    layout: str | None,
 ) -> Array:
     x = floating(function, "x", x)
-    if isinstance(codebook, Codebook):
-        if bits not in (None, codebook.bits):
-            raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
-        return _coded(x, act, codebook, choose(function, x, None, layout))
-    if bits is None:
+    how = choose(function, x, implementation, layout)
+    if bits is None and not isinstance(codebook, Codebook):
         if codebook is not None:
             raise ValueError(f"{function}: codebook is {codebook!r} but bits is None, which keeps x exactly; name the bits too")
         if layout is not None:
             raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
-        return _exact(x, act)
-    return _coded(x, act, codebooks.codebook(function, bits, codebook), choose(function, x, None, layout))
+        return _exact(x, act, how)
+    if implementation == "ffi":
+        raise ValueError(f"{function}: implementation 'ffi' has no codes; leave it out, or leave out bits and codebook")
+    if isinstance(codebook, Codebook):
+        if bits not in (None, codebook.bits):
+            raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
+        return _coded(x, act, codebook, how)
+    return _coded(x, act, codebooks.codebook(function, bits, codebook), how)
 
 
-def silu(x: Array, *, bits: int | None = None, codebook: str | Codebook | None = None, layout: str | None = None) -> Array:
+def silu(
+    x: Array,
+    *,
+    bits: int | None = None,
+    codebook: str | Codebook | None = None,
+    implementation: str | None = None,
+    layout: str | None = None,
+) -> Array:
     """x / (1 + e^-x), as `jax.nn.silu`. Saved: x, n b bytes (`jax.nn.silu` keeps two arrays more); with `bits` just a code of
     the derivative, n bits / 8 bytes, with the gradient error of the codebook (default: the best of so many bits)."""
-    return _activation(x, "silu", "silu", bits, codebook, layout)
+    return _activation(x, "silu", "silu", bits, codebook, implementation, layout)
 
 
 def gelu(
@@ -177,8 +197,9 @@ def gelu(
     *,
     bits: int | None = None,
     codebook: str | Codebook | None = None,
+    implementation: str | None = None,
     layout: str | None = None,
 ) -> Array:
     """x Phi(x), or its tanh form, as `jax.nn.gelu`. Saved: x, n b bytes; with `bits` just a code of the derivative (of the erf
     form, from which the tanh form differs by 0.001), n bits / 8 bytes."""
-    return _activation(x, "gelu", "gelu_tanh" if approximate else "gelu", bits, codebook, layout)
+    return _activation(x, "gelu", "gelu_tanh" if approximate else "gelu", bits, codebook, implementation, layout)

@@ -4,6 +4,8 @@ gate and up have one shape and dtype: float32, bfloat16, float16 or float64; the
 computed in float32 and the product is rounded once. Saved: gate and up, 2 n b bytes, which the two matrix products before
 have anyway. ValueError for shapes, TypeError for dtypes that do not fit. Differentiable once, in reverse mode. Formulas:
 docs/math.md (Shazeer 2020, GLU Variants Improve Transformer).
+
+`implementation` names the kernels; 'ffi', the C++ kernels on the CPU, rounds in another place than XLA. reglu has XLA's alone.
 """
 
 from __future__ import annotations
@@ -15,50 +17,56 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax.activations import FUNCTIONS, wide
-from unswag.jax.how import floating
+from unswag.jax.how import How, choose, floating, implement
 from unswag.jax.policies import INPUT
 
 __all__ = ["geglu", "reglu", "swiglu"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gated(gate: Array, up: Array, act: str) -> Array:
-    return (FUNCTIONS[act][0](wide(gate)) * wide(up)).astype(gate.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gated(gate: Array, up: Array, act: str, how: How) -> Array:
+    def plain(gate: Array, up: Array) -> Array:
+        return (FUNCTIONS[act][0](wide(gate)) * wide(up)).astype(gate.dtype)
+
+    return implement(how, "gated_forward", plain, gate, up, act=act)
 
 
-def _gated_forward(gate: Array, up: Array, act: str) -> tuple[Array, tuple[Array, Array]]:
+def _gated_forward(gate: Array, up: Array, act: str, how: How) -> tuple[Array, tuple[Array, Array]]:
     gate, up = checkpoint_name(gate, INPUT), checkpoint_name(up, INPUT)
-    return _gated(gate, up, act), (gate, up)
+    return _gated(gate, up, act, how), (gate, up)
 
 
-def _gated_backward(act: str, kept: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
-    gate, up, d = (wide(x) for x in (*kept, dh))
-    value, derivative = FUNCTIONS[act]
-    return (d * up * derivative(gate)).astype(dh.dtype), (d * value(gate)).astype(dh.dtype)
+def _gated_backward(act: str, how: How, kept: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
+    def plain(*arguments: Array) -> tuple[Array, Array]:
+        gate, up, d = map(wide, arguments)
+        value, derivative = FUNCTIONS[act]
+        return (d * up * derivative(gate)).astype(dh.dtype), (d * value(gate)).astype(dh.dtype)
+
+    return implement(how, "gated_backward", plain, *kept, dh, act=act)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
 
 
-def _checked(op: str, gate: Array, up: Array, act: str) -> Array:
+def _checked(op: str, gate: Array, up: Array, act: str, implementation: str | None) -> Array:
     gate, up = floating(op, "gate", gate), floating(op, "up", up)
     if gate.shape != up.shape:
         raise ValueError(f"{op}: gate has shape {gate.shape} and up {up.shape}; pass arrays of one shape")
     if gate.dtype != up.dtype:
         raise TypeError(f"{op}: gate has dtype {gate.dtype} and up {up.dtype}; pass up.astype({gate.dtype})")
-    return _gated(gate, up, act)
+    return _gated(gate, up, act, choose(op, gate, implementation, None))
 
 
-def swiglu(gate: Array, up: Array) -> Array:
+def swiglu(gate: Array, up: Array, *, implementation: str | None = None) -> Array:
     """silu(gate) up."""
-    return _checked("swiglu", gate, up, "silu")
+    return _checked("swiglu", gate, up, "silu", implementation)
 
 
-def geglu(gate: Array, up: Array, approximate: bool = True) -> Array:
+def geglu(gate: Array, up: Array, approximate: bool = True, *, implementation: str | None = None) -> Array:
     """gelu(gate) up; `approximate` as in `jax.nn.gelu`: the tanh form."""
-    return _checked("geglu", gate, up, "gelu_tanh" if approximate else "gelu")
+    return _checked("geglu", gate, up, "gelu_tanh" if approximate else "gelu", implementation)
 
 
 def reglu(gate: Array, up: Array) -> Array:
     """max(gate, 0) up."""
-    return _checked("reglu", gate, up, "relu")
+    return _checked("reglu", gate, up, "relu", "xla")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from unswag.jax import xla
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "ffi")
 
 
 class How(NamedTuple):
-    """Settled before differentiation; hashable."""
+    """Settled before differentiation; hashable. implementation None: ffi on the CPU, xla elsewhere, once that is known."""
 
-    implementation: str
+    implementation: str | None
     layout: str
 
 
@@ -37,14 +39,32 @@ def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
-def choose(op: str, x: Array, implementation: str | None, layout: str | None) -> How:
+def choose(op: str, x: Array, implementation: str | None, layout: str | None, native: bool = False) -> How:
     """`None` is the best for the platform that is the default when the call is traced, and for the shape.
 
     layout: rows256 on a TPU for at least 256 rows, else rows. The choice changes where bits lie, never a result.
+    native: whether ffi is the best on the CPU.
     """
-    implementation = one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS)) or "xla"
-    layout = one_of(op, "layout", layout, (None, *xla.LAYOUTS))
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    one_of(op, "layout", layout, (None, *xla.LAYOUTS))
+    if implementation == "ffi" and layout == "rows256":
+        raise ValueError(f"{op}: layout is 'rows256', which implementation 'ffi' does not have; choose 'rows', or 'xla'")
+    platform = jax.default_backend()
     if layout is None:
-        tall = x.ndim >= 2 and x.shape[-2] >= xla.GROUP
-        layout = "rows256" if tall and jax.default_backend() == "tpu" else "rows"
+        tall = x.ndim >= 2 and x.shape[-2] >= xla.GROUP and implementation != "ffi"
+        layout = "rows256" if tall and platform == "tpu" else "rows"
+    if implementation is None and not (native and layout == "rows" and platform == "cpu"):
+        implementation = "xla"
     return How(implementation, layout)
+
+
+def implement(how: How, native: str, plain: Callable[..., Any], *arguments: Array, **attributes: Any) -> Any:
+    """The function of `unswag.jax.ffi` called `native` where ffi is chosen, else plain(*arguments)."""
+    if how.implementation == "xla":
+        return plain(*arguments)
+    from unswag.jax import ffi  # not before it is used: it loads the C++ core
+
+    function = partial(getattr(ffi, native), **attributes)
+    if how.implementation == "ffi":
+        return function(*arguments)
+    return lax.platform_dependent(*arguments, cpu=function, default=plain)

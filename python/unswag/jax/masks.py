@@ -25,7 +25,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
-from unswag.jax.how import How, choose, floating
+from unswag.jax.how import How, choose, floating, implement
 from unswag.jax.policies import INPUT, MASK
 
 __all__ = ["leaky_relu", "relu", "relu2", "relu6", "unswag_relu"]
@@ -63,11 +63,18 @@ def _mask(x: Array, act: Act, how: How) -> Array:
 
 
 def _mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
-    return act.value(x), checkpoint_name(xla.pack(x, act.bit, 1, how.layout), MASK)
+    def plain(x: Array) -> tuple[Array, Array]:
+        return act.value(x), xla.pack(x, act.bit, 1, how.layout)
+
+    y, packed = implement(how, "mask_forward", plain, x, act=act.name, slope=act.slope)
+    return y, checkpoint_name(packed, MASK)
 
 
 def _mask_backward(act: Act, how: How, packed: Array, dy: Array) -> tuple[Array]:
-    return (xla.apply(packed, dy, act.gradient, 1, how.layout),)
+    def plain(packed: Array, dy: Array) -> Array:
+        return xla.apply(packed, dy, act.gradient, 1, how.layout)
+
+    return (implement(how, "mask_backward", plain, packed, dy, act=act.name, slope=act.slope),)
 
 
 _mask.defvjp(_mask_forward, _mask_backward)

@@ -277,7 +277,7 @@ def test_bits_do_not_depend_on_threads(op):
 def test_mask_bytes_are_the_format(backend):
     x = torch.randn(5, 77)
     x[0, :4] = torch.tensor([float("nan"), -0.0, float("inf"), 6.0])
-    for act in ops.MASKS:
+    for act in ops.MASKS:  # JAX's too
         y, packed = ops.mask_forward(x, act, 0.5)
         value, expected = reference.mask_forward(x.numpy(), act, 0.5)
         assert (packed.numpy() == expected).all()
@@ -407,6 +407,7 @@ def test_core_refuses_codes_and_backends_that_do_not_exist():
 
 def test_lists_of_the_core():
     assert set(ops.DTYPES) == set(DTYPES)
-    assert list(ops.MASKS) == ["relu", "leaky_relu", "relu6"] and set(ops.MASKS) == set(reference.PREDICATES)
+    assert list(ops.MASKS) == ["relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"]
+    assert set(ops.MASKS) == set(reference.PREDICATES)
     assert list(ops.ACTIVATIONS) == ["silu", "gelu", "gelu_tanh", "relu"]
     assert _core.default_threads() >= 1 and _core.version()[0].isdigit()

@@ -1,0 +1,183 @@
+"""The C++ core under jit on the CPU: one XLA custom call each, with the packed bytes of the layout rows.
+
+A call maps rows to rows: its operands and results are [*batch, last], with one batch and any last dimensions. So vmap is one
+dimension more, and XLA partitions the batch by itself: no array is gathered. Rows whose length is a multiple of 32 are handed
+over word by word, [..., cols / 32, 32], and may be cut between words.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.interpreters import batching, mlir
+
+from unswag import _core
+from unswag.jax.xla import WORD
+
+try:
+    from jax import ffi
+except ImportError:  # before jax 0.5
+    from jax.extend import ffi  # type: ignore[no-redef,attr-defined]
+
+__all__ = [
+    "PARTITIONS",
+    "activation_backward",
+    "activation_forward",
+    "gated_backward",
+    "gated_forward",
+    "mask_backward",
+    "mask_forward",
+]
+
+PARTITIONS = hasattr(ffi, "register_ffi_target_as_batch_partitionable")  # else automatic sharding gathers first
+
+for _name, _capsule in _core.xla_targets().items():
+    ffi.register_ffi_target(_name, _capsule, platform="cpu")
+    if PARTITIONS:
+        ffi.register_ffi_target_as_batch_partitionable(_name)
+
+
+# ---- the primitive -------------------------------------------------------------------------------------------------------
+# Not ffi_call, whose attributes, the number of batch dimensions among them, vmap leaves as they are.
+
+_call_p = Primitive("unswag_ffi")
+_call_p.multiple_results = True
+
+
+def _call(target: str, operands: tuple[Array, ...], results: tuple[tuple[int, Any], ...], **attributes: Any) -> list[Array]:
+    """results: last dimension and dtype of each."""
+    named = tuple((name, np.dtype(dtype).name) for name, dtype in results)
+    return _call_p.bind(*operands, target=target, results=named, attributes=tuple(sorted(attributes.items())))
+
+
+@partial(jax.jit, static_argnames=("target", "results", "attributes"))
+def _alone(*operands: Array, **parameters: Any) -> list[Array]:
+    return _call_p.bind(*operands, **parameters)
+
+
+@_call_p.def_impl
+def _impl(*operands: Array, **parameters: Any) -> list[Array]:
+    return _alone(*operands, **parameters)
+
+
+@_call_p.def_abstract_eval
+def _types(*operands: Any, target: str, results: Any, attributes: Any) -> list[Any]:
+    x = operands[-1]
+    return [x.update(shape=(*x.shape[:-1], last), dtype=jnp.dtype(name), weak_type=False) for last, name in results]
+
+
+def _batched(operands: Any, axes: Any, **parameters: Any) -> tuple[list[Array], list[int]]:
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    moved = (
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    )
+    results = _call_p.bind(*moved, **parameters)
+    return results, [0] * len(results)
+
+
+def _sharding_rule(avals_in: Any, avals_out: Any) -> str:
+    """Every batch dimension may be cut, the last of each operand and result may not."""
+    batch = len(avals_in[0].shape) - 1
+    factors = [chr(ord("i") + i) if i < 18 else f"z_{i - 17}" for i in range(batch + len(avals_in) + len(avals_out))]
+    sizes = dict(zip(factors, avals_in[0].shape[:-1], strict=False))
+    last = iter(factors[batch:])
+
+    def mapping(aval: Any) -> str:
+        name = next(last)
+        sizes[name] = aval.shape[-1]
+        return "[" + ", ".join([*factors[:batch], name]) + "]"
+
+    operands, results = (", ".join(map(mapping, avals)) for avals in (avals_in, avals_out))
+    listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    whole = ", ".join(factors[batch:])
+    return f"#sdy.op_sharding_rule<({operands})->({results}) {{{listed}}} need_replication={{{whole}}}>"
+
+
+def _lower(context: Any, *operands: Any, target: str, results: Any, attributes: Any) -> Any:
+    extra = {}
+    if PARTITIONS:
+        batch = len(context.avals_in[0].shape) - 1
+        extra["mhlo.frontend_attributes"] = mlir.ir_attribute({"num_batch_dims": str(batch)})
+        if jax.config.jax_use_shardy_partitioner:
+            extra["sdy.sharding_rule"] = ir.Attribute.parse(_sharding_rule(context.avals_in, context.avals_out))
+    return ffi.ffi_lowering(target, extra_attributes=extra)(context, *operands, **dict(attributes))
+
+
+def _refuse(context: Any, *operands: Any, target: str, **parameters: Any) -> Any:
+    platforms = ", ".join(context.module_context.platforms)
+    raise NotImplementedError(f"implementation 'ffi' is for the CPU, but this is compiled for {platforms}; pass None or 'xla'")
+
+
+batching.primitive_batchers[_call_p] = _batched
+mlir.register_lowering(_call_p, _refuse)
+mlir.register_lowering(_call_p, _lower, platform="cpu")
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------------
+
+
+def _words(x: Array) -> tuple[Array, tuple[int, ...]]:
+    """x with its rows cut into words where they are whole words, and the shape of its packed form."""
+    *leading, cols = x.shape if x.ndim >= 2 else (1, x.size)
+    words = -(-cols // WORD)
+    whole = cols % WORD == 0
+    return x.reshape(*leading, words, WORD) if whole else x.reshape(*leading, cols), (*leading, words)
+
+
+def _mask(act: str, slope: float, dtype: Any) -> dict[str, Any]:
+    rounded = float(np.asarray(slope).astype(dtype))  # as jax.nn has it
+    return {"act": np.int64(_core.masks.index(f"jax_{act}")), "slope": np.float64(rounded)}
+
+
+def mask_forward(x: Array, act: str, slope: float) -> tuple[Array, Array]:
+    """The activation of x and its mask, as `xla.pack` writes it in the layout rows."""
+    view, packed_shape = _words(x)
+    last = 1 if view.ndim > len(packed_shape) else packed_shape[-1]
+    y, packed = _call(
+        "unswag_mask_forward_v1", (view,), ((view.shape[-1], x.dtype), (last, np.uint32)), **_mask(act, slope, x.dtype)
+    )
+    return y.reshape(x.shape), packed.reshape(packed_shape)
+
+
+def mask_backward(packed: Array, dy: Array, act: str, slope: float) -> Array:
+    view, packed_shape = _words(dy)
+    if view.ndim > len(packed_shape):
+        packed = packed[..., None]
+    (dx,) = _call("unswag_mask_backward_v1", (packed, view), ((view.shape[-1], dy.dtype),), **_mask(act, slope, dy.dtype))
+    return dx.reshape(dy.shape)
+
+
+# ---- elementwise -----------------------------------------------------------------------------------------------------------
+# Every dimension is one of the batch.
+
+
+def _elementwise(target: str, act: str, count: int, *operands: Array) -> list[Array]:
+    x = operands[0]
+    results = ((1, x.dtype),) * count
+    code = np.int64(_core.activations.index(act))
+    return [y[..., 0] for y in _call(target, tuple(v[..., None] for v in operands), results, act=code)]
+
+
+def activation_forward(x: Array, act: str) -> Array:
+    return _elementwise("unswag_activation_forward_v1", act, 1, x)[0]
+
+
+def activation_backward(x: Array, dy: Array, act: str) -> Array:
+    return _elementwise("unswag_activation_backward_v1", act, 1, x, dy)[0]
+
+
+def gated_forward(gate: Array, up: Array, act: str) -> Array:
+    return _elementwise("unswag_gated_forward_v1", act, 1, gate, up)[0]
+
+
+def gated_backward(gate: Array, up: Array, dh: Array, act: str) -> tuple[Array, Array]:
+    dgate, dup = _elementwise("unswag_gated_backward_v1", act, 2, gate, up, dh)
+    return dgate, dup
