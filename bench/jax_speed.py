@@ -25,7 +25,12 @@ from typing import Any
 
 from bench.smollm2 import say, table, write
 
-HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28), "MALLOC_ARENA_MAX": "1"}
+HEAP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+    "MALLOC_ARENA_MAX": "1",
+}
 FUNCTIONS = {"relu": 1, "silu": 1, "gelu": 1, "swiglu": 2}  # number of arguments
 SIDES = ["jax.nn", "xla", "ffi"]
 

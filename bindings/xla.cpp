@@ -111,8 +111,8 @@ ffi::Error activation_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, 
 }
 
 ffi::Error gated_forward(ffi::ThreadPool pool, AnyBuffer gate, AnyBuffer up, Output h, std::int64_t act) {
-  return done(unswag::gated_forward({.act = code<unswag::Activation>(act), .gate = in(gate), .up = in(up), .h = out(h)},
-                                    stream(pool)));
+  return done(
+      unswag::gated_forward({.act = code<unswag::Activation>(act), .gate = in(gate), .up = in(up), .h = out(h)}, stream(pool)));
 }
 
 ffi::Error gated_backward(ffi::ThreadPool pool, AnyBuffer gate, AnyBuffer up, AnyBuffer dh, Output dgate, Output dup,

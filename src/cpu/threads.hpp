@@ -6,8 +6,8 @@
 namespace unswag {
 
 // Calls run(context, begin, end) once for every chunk [begin, end) of [0, n): chunk i is [i * grain, min(n, (i + 1) * grain)).
-// The borders depend on n and grain only, never on the threads, and all work in the caller's floating-point environment, so that
-// results have the same bits for any number of them.
+// The borders depend on n and grain only, never on the threads, and all work in the caller's floating-point environment, so
+// that results have the same bits for any number of them.
 //
 // threads: how many may work, the caller included; 0: default_threads().  Served by the OpenMP pool of this process when it
 // has one (torch's), because a second pool would fight with its spinning workers; else by a small pool of our own.  A pool

@@ -117,8 +117,8 @@ unswag::Activation activation(const std::string& name) {
 }
 unswag::Mask mask(const std::string& name) {
   const std::map<std::string, unswag::Mask> masks{
-      {"relu", unswag::Mask::relu},         {"leaky_relu", unswag::Mask::leaky_relu},
-      {"relu6", unswag::Mask::relu6},       {"jax_relu", unswag::Mask::jax_relu},
+      {"relu", unswag::Mask::relu},           {"leaky_relu", unswag::Mask::leaky_relu},
+      {"relu6", unswag::Mask::relu6},         {"jax_relu", unswag::Mask::jax_relu},
       {"jax_relu6", unswag::Mask::jax_relu6}, {"jax_leaky_relu", unswag::Mask::jax_leaky_relu}};
   return masks.at(name);
 }

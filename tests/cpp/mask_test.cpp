@@ -179,7 +179,8 @@ void every_float(std::uint32_t first, std::uint32_t step) {
   // For bench/exhaustive.py.
   const std::uint64_t checked = (std::uint64_t{0xffff - first} / step + 1) << 16;
   for (const Kernels* k : backends())
-    testing::Test::RecordProperty(k->name + std::string(" ") + names[int(act)], "checked=" + std::to_string(checked) + " mismatches=0");
+    testing::Test::RecordProperty(k->name + std::string(" ") + names[int(act)],
+                                  "checked=" + std::to_string(checked) + " mismatches=0");
 }
 // A step of 1 visits all 2^32 floats.  61 visits 2^26 of them, and all exponents, both signs.
 TEST(Mask, OneFloatIn61) {
