@@ -12,16 +12,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unswag.data import prepare_data
-    from unswag.ledger import Ledger
+    from unswag.jax import unswag_relu
+    from unswag.ledger import Ledger, audit
     from unswag.policy import Policy
-    from unswag.torch.audit import audit
     from unswag.torch.surgery import SurgeryReport, apply_unswag_surgery, remove_unswag_surgery
 
 _HOME = {
     "apply_unswag_surgery": "unswag.torch.surgery",
     "remove_unswag_surgery": "unswag.torch.surgery",
     "SurgeryReport": "unswag.torch.surgery",
-    "audit": "unswag.torch.audit",
+    "unswag_relu": "unswag.jax",
+    "audit": "unswag.ledger",
     "prepare_data": "unswag.data",
     "Ledger": "unswag.ledger",
     "Policy": "unswag.policy",
@@ -36,6 +37,7 @@ __all__ = [
     "audit",
     "prepare_data",
     "remove_unswag_surgery",
+    "unswag_relu",
 ]
 
 
@@ -46,8 +48,9 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:
+        extra = "jax" if home.startswith("unswag.jax") else "torch"
         raise ModuleNotFoundError(
-            f"unswag.{name} needs the module {error.name!r}, which is not installed: pip install 'unswag[torch]'",
+            f"unswag.{name} needs the module {error.name!r}, which is not installed: pip install 'unswag[{extra}]'",
             name=error.name,
         ) from error
     globals()[name] = value

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 class Row:
     """One tensor saved for backward.
 
-    module  dotted name of the module that ran when it was saved ("" for the model itself)
+    module  dotted name of the module that ran when it was saved ("" for the model itself); in JAX the function, or the path
+            of an argument
     role    mlp, residual, attention, checkpoint, logits, …
     shape   of the saved tensor;  dtype  its name without the framework: "bfloat16"
     bits    kept per element: 16.0 for a bfloat16 kept as it is, 0.0 when it is made again or shared with another row
     tier    where it is: "device", or how it costs nothing: "recipe" (made again), "shared" (same storage as another row)
     bytes   kept for this row; a storage is counted once, at its full size, however many tensors see it
+    name    in JAX: of the residual (`unswag_mask`), or of the operation that made it;  source  in JAX: file and line
     """
 
     module: str
@@ -32,6 +35,23 @@ class Row:
     bits: float
     tier: str
     bytes: int
+    name: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class CompilerMemory:
+    """Bytes that a compiler set apart for one program: its own figures, nothing was run.
+
+    arguments, outputs, temporaries; aliased  bytes of outputs that lie in (donated) arguments
+    peak  the most that is alive at any moment, the arguments too; None where the compiler does not say
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    peak: int | None
 
 
 @dataclass
@@ -43,6 +63,7 @@ class Ledger:
     peak          the highest that `alive` was at any moment of forward and backward outside the loss, if counted
     loss_buffers  bytes of the loss's own gradient buffers, not in `total` and not in `alive`
     weight_copies bytes of autocast's copies of weights, not in `total` and not in `alive`
+    compiler      what the compiler set apart for the program that was given beside, if one was
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -51,6 +72,7 @@ class Ledger:
     peak: int | None = None
     loss_buffers: int = 0
     weight_copies: int = 0
+    compiler: CompilerMemory | None = None
 
     @property
     def total(self) -> int:
@@ -64,9 +86,9 @@ class Ledger:
 
     def groups(self) -> list[Group]:
         """The rows added up over layers and tensors alike (`model.layers.*.mlp`), largest first."""
-        groups: dict[tuple[str, str], Group] = {}
+        groups: dict[tuple[str, str, str, str], Group] = {}
         for row in self.rows:
-            key = (_pattern(row.module), row.role)
+            key = (_pattern(row.module), row.role, row.name, row.source)
             group = groups.setdefault(key, Group(*key))
             group.kept += row.tier not in FREE_TIERS
             group.free += row.tier in FREE_TIERS
@@ -78,21 +100,28 @@ class Ledger:
         from rich.table import Table
 
         table = Table(title="Saved for backward", title_justify="left")
-        table.add_column("module")
-        table.add_column("role")
+        words = ["module", "role", *(word for word in ("name", "source") if any(getattr(row, word) for row in self.rows))]
+        for column in words:
+            table.add_column(column)
         for column in ("kept", "made again or shared", "bytes", "bytes/token", "share"):
             table.add_column(column, justify="right")
         for group in self.groups():
-            table.add_row(group.module, group.role, f"{group.kept:,}", f"{group.free:,}", *self._figures(group.bytes))
+            place = [getattr(group, word) for word in words]
+            table.add_row(*place, f"{group.kept:,}", f"{group.free:,}", *self._figures(group.bytes))
         table.add_section()
-        table.add_row("total", "", "", "", *self._figures(self.total))
+        empty = [""] * (len(words) + 1)
+        table.add_row("total", *empty, *self._figures(self.total))
         if self.alive is not None:
-            table.add_row("counted independently", "", "", "", *self._figures(self.alive))
+            table.add_row("counted independently", *empty, *self._figures(self.alive))
         if self.peak is not None:
-            table.add_row("highest, forward and backward", "", "", "", *self._figures(self.peak))
+            table.add_row("highest, forward and backward", *empty, *self._figures(self.peak))
         for name, extra in (("not in it: loss buffers", self.loss_buffers), ("not in it: weight copies", self.weight_copies)):
             if extra:
-                table.add_row(name, "", "", "", *self._figures(extra)[:2], "")
+                table.add_row(name, *empty, *self._figures(extra)[:2], "")
+        for name, nbytes in asdict(self.compiler).items() if self.compiler is not None else ():
+            table.add_row(
+                f"the compiler: {name}", *empty, *(("unknown", "") if nbytes is None else self._figures(nbytes)[:2]), ""
+            )
         return table
 
     def _figures(self, nbytes: int) -> tuple[str, str, str]:
@@ -114,7 +143,8 @@ class Ledger:
         bars: dict[str, dict[str, int]] = {}
         for group in self.groups():
             name = group.module or "(model)"
-            bars.setdefault(name, {})[group.role] = group.bytes
+            parts = bars.setdefault(name, {})
+            parts[group.role] = parts.get(group.role, 0) + group.bytes
         names = [name for name, roles in bars.items() if sum(roles.values())]
         shown, rest = names[:MOST_BARS], names[MOST_BARS:]
         if rest:
@@ -154,10 +184,12 @@ class Ledger:
 
 @dataclass
 class Group:
-    """Rows of like modules and one role: how many tensors are kept, how many cost nothing, and the bytes."""
+    """Rows of like modules, one role, name and source: how many tensors are kept, how many cost nothing, and the bytes."""
 
     module: str
     role: str
+    name: str = ""
+    source: str = ""
     kept: int = 0
     free: int = 0
     bytes: int = 0
@@ -198,3 +230,28 @@ def _unit(nbytes: float) -> tuple[int, str]:
     return next(
         ((1 << shift, unit) for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if nbytes >= 1 << shift), (1, "bytes")
     )
+
+
+def audit(model: Any, /, *args: Any, **kwargs: Any) -> Ledger:
+    """What a model keeps for its backward pass: `unswag.torch.audit(model, **batch)` for a torch.nn.Module, else
+    `unswag.jax.audit(function, *args, **kwargs)` for a function. Imports only the framework in question.
+
+    TypeError for what is neither; ModuleNotFoundError for a function without JAX.
+    """
+    torch = sys.modules.get("torch")  # whoever has a module of torch has imported it
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from unswag.torch.audit import audit as of_module
+
+        if args:
+            raise TypeError("audit: a torch module takes its batch by name, e.g. input_ids=..., labels=...")
+        return of_module(model, **kwargs)
+    if not callable(model):
+        raise TypeError(f"audit: got a {type(model).__name__}; pass a torch.nn.Module, or a function of JAX and its arguments")
+    try:
+        from unswag.jax.ledger import audit as of_function
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"unswag.audit of a function needs the module {error.name!r}, which is not installed: pip install 'unswag[jax]'",
+            name=error.name,
+        ) from error
+    return of_function(model, *args, **kwargs)

@@ -40,7 +40,7 @@ def test_json_has_rows_and_sums():
     assert found["total"] == ledger().total and found["tokens"] == 8 and found["alive"] == 4700
     assert found["rows"][0] == {
         "module": "model.layers.0.mlp", "role": "mlp", "shape": [8, 16], "dtype": "bfloat16",
-        "bits": 16.0, "tier": "device", "bytes": 256,
+        "bits": 16.0, "tier": "device", "bytes": 256, "name": "", "source": "",
     }  # fmt: skip
     assert json.loads(Ledger().to_json())["bytes_per_token"] is None
 

@@ -40,8 +40,33 @@ def test_audit_is_the_function_even_after_its_module_was_imported():
     import unswag.torch
     import unswag.torch.audit as module
 
-    assert callable(unswag.torch.audit) and unswag.torch.audit is unswag.audit
-    assert callable(module) or module.audit is unswag.audit
+    assert callable(unswag.torch.audit) and callable(unswag.audit)
+    assert callable(module) or module.audit is unswag.torch.audit
+
+
+def test_audit_asks_the_framework_of_what_it_is_given(monkeypatch):
+    torch = pytest.importorskip("torch")
+    import unswag.torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    assert unswag.audit(model, input=torch.ones(3, 4)).total == unswag.torch.audit(model, input=torch.ones(3, 4)).total == 96
+    with pytest.raises(TypeError, match="takes its batch by name"):
+        unswag.audit(model, torch.ones(3, 4))
+
+
+def test_audit_imports_only_the_framework_that_is_used():
+    pytest.importorskip("jax")
+    code = (
+        "import sys, jax, unswag; unswag.audit(unswag.unswag_relu, jax.ShapeDtypeStruct((8, 64), 'float32')); "
+        "print('torch' in sys.modules)"
+    )
+    assert printed(code) == "False"
+    pytest.importorskip("torch")
+    code = (
+        "import sys, torch, unswag; unswag.audit(torch.nn.Linear(4, 8), input=torch.ones(3, 4)); "
+        "print([name for name in sys.modules if name.startswith('unswag.jax')])"
+    )
+    assert printed(code) == "[]"
 
 
 def test_version_is_that_of_the_build():
@@ -50,9 +75,21 @@ def test_version_is_that_of_the_build():
     assert _core.version() == unswag.__version__
 
 
-@pytest.mark.parametrize("name", ["apply_unswag_surgery", "audit"])
-def test_without_torch_the_error_says_what_to_install(name):
-    code = (
-        f"import sys; sys.modules['torch'] = None\nimport unswag\ntry: unswag.{name}\nexcept ModuleNotFoundError as e: print(e)"
+def missing(framework: str, statement: str) -> str:
+    """What the error says when `framework` is not installed."""
+    return printed(
+        f"import sys; sys.modules[{framework!r}] = None\nimport unswag\n"
+        f"try: {statement}\nexcept ModuleNotFoundError as e: print(e)"
     )
-    assert printed(code) == f"unswag.{name} needs the module 'torch', which is not installed: pip install 'unswag[torch]'"
+
+
+@pytest.mark.parametrize("name", ["apply_unswag_surgery", "SurgeryReport"])
+def test_without_torch_the_error_says_what_to_install(name):
+    words = f"unswag.{name} needs the module 'torch', which is not installed: pip install 'unswag[torch]'"
+    assert missing("torch", f"unswag.{name}") == words
+
+
+def test_without_jax_the_error_says_what_to_install():
+    words = "needs the module 'jax', which is not installed: pip install 'unswag[jax]'"
+    assert missing("jax", "unswag.unswag_relu") == f"unswag.unswag_relu {words}"
+    assert missing("jax", "unswag.audit(len, 3)") == f"unswag.audit of a function {words}"

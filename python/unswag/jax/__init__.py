@@ -8,11 +8,14 @@ from __future__ import annotations
 from unswag.jax.activations import gelu, silu
 from unswag.jax.dropout import dropout
 from unswag.jax.gated import geglu, reglu, swiglu
+from unswag.jax.ledger import audit, compiler_memory
 from unswag.jax.masks import leaky_relu, relu, relu2, relu6, unswag_relu
 from unswag.jax.norms import layer_norm, rms_norm
 from unswag.jax.policies import offload, recompute, save
 
 __all__ = [
+    "audit",
+    "compiler_memory",
     "dropout",
     "geglu",
     "gelu",
