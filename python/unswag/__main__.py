@@ -1,0 +1,5 @@
+"""python -m unswag: the command `unswag`."""
+
+from unswag.cli import main
+
+main()

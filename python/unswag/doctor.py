@@ -1,0 +1,155 @@
+"""What this machine has and what UnSwag will use on it, as plain data. Framework-neutral.
+
+Versions are read from package metadata. Of the frameworks, jax is imported if it is installed, because only it knows its
+platform, and torch if an NVIDIA device is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import unswag
+from unswag.protocols import ACTIVATIONS, protocol
+
+__all__ = ["examine"]
+
+PACKAGES = ("numpy", "torch", "transformers", "peft", "jax", "jaxlib", "libtpu", "flax", "equinox")
+INSTRUCTION_SETS = (
+    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16",
+    "neon", "asimd", "asimdhp", "bf16", "sve", "sve2",
+)  # fmt: skip
+TPU_GENERATIONS = {  # what jax calls its devices
+    "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v4 lite": "v4i", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
+    "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "v7x",
+}  # fmt: skip
+
+
+def examine() -> dict[str, Any]:
+    """Everything that was found, ready for JSON. Raises nothing: what could not be found out is in "notes"."""
+    notes: list[str] = []
+
+    def attempt(what: str, probe: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return probe()
+        except Exception as error:
+            notes.append(f"{what}: {type(error).__name__}: {error}")
+            return otherwise
+
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    found: dict[str, Any] = {
+        "unswag": unswag.__version__,
+        "cpu": attempt("processor", _cpu, {"model": "unknown", "cores": os.cpu_count(), "instruction_sets": []}),
+        "memory": attempt("memory", _memory, {}),
+        "kernels": attempt("kernels", _kernels, {}),
+        "versions": versions,
+        "cuda": [],
+        "tpu": [],
+        "uses": {},
+    }
+    if _nvidia():
+        if versions["torch"]:
+            found["cuda"] = attempt("CUDA", _cuda, [])
+        else:
+            notes.append("an NVIDIA device is there, but torch, which names it, is not installed: pip install 'unswag[torch]'")
+    if versions["torch"]:
+        row = found["kernels"].get("chosen", "none")
+        found["uses"]["torch"] = {"accelerator": "cpu", "implementation": f"native, {row}", "layout": "rows"}
+    accelerators = ["cpu"]
+    if versions["jax"]:
+        use, found["tpu"] = attempt("JAX", _jax, (None, []))
+        if use:
+            found["uses"]["jax"] = use
+            accelerators = list(dict.fromkeys([*(["cpu"] if versions["torch"] else []), use["accelerator"]]))
+    found["protocols"] = [
+        {"activation": activation, "accelerator": accelerator} | asdict(protocol(activation, accelerator))
+        for accelerator in accelerators
+        for activation in ACTIVATIONS
+    ]
+    return found | {"notes": notes}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    lines = _fields(Path("/proc/cpuinfo")) if sys.platform == "linux" else {}
+    flags = (lines.get("flags") or lines.get("Features") or "").split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = lines.get("model name") or platform.processor() or platform.machine()
+    return {"model": model, "cores": cores, "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags]}
+
+
+def _memory() -> dict[str, int]:
+    """Bytes."""
+    if sys.platform == "linux":
+        lines = _fields(Path("/proc/meminfo"))
+        return {
+            name: int(lines[field].split()[0]) * 1024 for name, field in (("total", "MemTotal"), ("available", "MemAvailable"))
+        }
+    return {"total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """`name: value` of a file in /proc, the first of each name."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return found
+
+
+def _kernels() -> dict[str, Any]:
+    from unswag import _core
+
+    rows = [row for row in _core.backend_names() if _core.backend_runs_here(row)]
+    if (named := os.environ.get("UNSWAG_BACKEND")) and named not in rows:
+        raise ValueError(
+            f"UNSWAG_BACKEND is {named!r}, so that every call is an error; choose among {', '.join(rows)}, or unset it"
+        )
+    return {
+        "rows": list(_core.backend_names()),
+        "run_here": rows,
+        "chosen": _core.current_backend(),
+        "threads": _core.default_threads(),
+    }
+
+
+def _nvidia() -> bool:
+    """Whether the driver of an NVIDIA device is there (the last one: under WSL)."""
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def _cuda() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        architecture = f"sm_{properties.major}{properties.minor}"
+        found.append({"name": properties.name, "architecture": architecture, "memory": properties.total_memory})
+    return found
+
+
+def _jax() -> tuple[dict[str, str], list[dict[str, str]]]:
+    """What the JAX front end uses for large arrays, and the TPUs."""
+    import jax
+
+    from unswag.jax import how
+
+    backend = jax.default_backend()
+    accelerator = {"gpu": "cuda", "tpu": "tpu"}.get(backend, "cpu")
+    use = how.choose("relu", jax.ShapeDtypeStruct((4096, 4096), "float32"), None, None)  # type: ignore[arg-type]
+    kinds = [device.device_kind for device in jax.devices()] if backend == "tpu" else []
+    tpus = [{"name": kind, "architecture": TPU_GENERATIONS.get(kind, "unknown generation")} for kind in kinds]
+    return {"accelerator": accelerator, "implementation": use.implementation, "layout": use.layout}, tpus
