@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from values import bits, kept, normal
 
+import unswag
+import unswag.jax as ours
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -57,6 +60,31 @@ def test_the_snippets_of_the_docs_run(framework):
         assert np.isfinite(np.asarray(names["value"])) and names["gradients"] is not None
 
 
+def test_the_table_of_the_readme_is_what_the_audit_prints():
+    def block(act):
+        return lambda gate, up, down, x: x + act(x @ gate, x @ up) @ down
+
+    def single(act):
+        return block(lambda gate, up: act(up))
+
+    pairs = {
+        "relu": (single(jax.nn.relu), single(ours.relu)),
+        "silu": (single(jax.nn.silu), single(ours.silu)),
+        "gelu": (single(jax.nn.gelu), single(ours.gelu)),
+        "swiglu": (block(lambda gate, up: jax.nn.silu(gate) * up), block(ours.swiglu)),
+        "geglu": (block(lambda gate, up: jax.nn.gelu(gate) * up), block(ours.geglu)),
+    }
+    shapes = [(512, 14336), (512, 14336), (14336, 512), (4, 512)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    text = (ROOT / "README.md").read_text()
+    for name, functions in pairs.items():
+        frozen, trained = (
+            [unswag.audit(f, *arrays, argnums=nums, tokens=4) for f in functions] for nums in ((0, 1, 3), (0, 1, 2, 3))
+        )
+        plain, less, plain_too, less_too = (f"{ledger.bytes_per_token:,.0f}" for ledger in (*frozen, *trained))
+        assert f"| `{name}` | {plain} | **{less}** | {plain_too} | **{less_too}** |" in text, name
+
+
 def checked(out: Path, found: dict, steps: int) -> None:
     assert found["steps"] == found["equal_losses"] == steps and found["equal_parameters"]
     stock, ours = found["losses"]["jax.nn.relu"], found["losses"]["unswag_relu"]
@@ -95,6 +123,4 @@ def test_the_digits(tmp_path):
 
 
 def test_the_relu_of_the_top_level_is_that_of_the_front_end():
-    import unswag.jax
-
-    assert unswag.unswag_relu is unswag.jax.unswag_relu is unswag.jax.relu
+    assert unswag.unswag_relu is ours.unswag_relu is ours.relu
