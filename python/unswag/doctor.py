@@ -152,4 +152,4 @@ def _jax() -> tuple[dict[str, str], list[dict[str, str]]]:
     use = how.choose("relu", jax.ShapeDtypeStruct((4096, 4096), "float32"), None, None)  # type: ignore[arg-type]
     kinds = [device.device_kind for device in jax.devices()] if backend == "tpu" else []
     tpus = [{"name": kind, "architecture": TPU_GENERATIONS.get(kind, "unknown generation")} for kind in kinds]
-    return {"accelerator": accelerator, "implementation": use.implementation, "layout": use.layout}, tpus
+    return {"accelerator": accelerator, "implementation": use.implementation or "ffi", "layout": use.layout}, tpus
