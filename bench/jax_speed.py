@@ -8,7 +8,8 @@ mlp    value and all gradients of x W1, the function, W2 (gated: x W1, x W2, the
 
 The sides take turns, each round in another order; best of the rounds, and the median of the ratios within a round. The results
 of a call are waited for and dropped before the next one. glibc is told to keep freed memory, so that no side pays for fresh
-pages; page faults of each best call are counted and written down. Writes bench/results/jax-cpu.json.
+pages; page faults of each best call are counted and written down. Busy seconds, of all threads together, say something on a
+machine that others use too. Writes bench/results/jax-cpu.json.
 """
 
 from __future__ import annotations
@@ -88,16 +89,16 @@ def mlp(function: Callable[..., Any], xs: list[Any], weights: list[Any]) -> Call
     return partial(jax.jit(jax.value_and_grad(loss, (0, 1))), xs[0], weights)
 
 
-def timed(call: Call) -> tuple[float, int]:
-    """Seconds and page faults."""
+def timed(call: Call) -> tuple[float, float, int]:
+    """Seconds, seconds of all threads together, and page faults."""
     import jax
 
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     results = jax.block_until_ready(call())
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     del results
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return seconds, busy, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
 
 def compare(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def compare(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
     first = names[0]
     return {
         "seconds": {name: best[name][0] for name in names},
-        "page_faults": {name: best[name][1] for name in names},
+        "busy_seconds": {name: min(run[name][1] for run in runs) for name in names},
+        "page_faults": {name: best[name][2] for name in names},
         "ratio": {name: best[name][0] / best[first][0] for name in names[1:]},
         "median_of_paired_ratios": {
             name: statistics.median(run[name][0] / run[first][0] for run in runs) for name in names[1:]
@@ -155,9 +157,11 @@ def main() -> None:
                 rows.append({"kind": kind, "function": name, "dtype": dtype, "shape": shape, **result})
                 shown = (f"{1e3 * result['seconds'][side]:.1f} ({result['page_faults'][side]})" for side in SIDES)
                 ratios = (f"{result['ratio'][side]:.3f} ({result['median_of_paired_ratios'][side]:.3f})" for side in SIDES[1:])
-                lines.append((kind, name, dtype, *shown, *ratios))
+                busy = " : ".join(f"{1e3 * result['busy_seconds'][side]:.0f}" for side in SIDES)
+                lines.append((kind, name, dtype, *shown, *ratios, busy))
                 say(*lines[-1])
-    header = ("kind", "function", "dtype", *(f"{side}, ms (faults)" for side in SIDES), "xla / jax.nn (pairs)", "ffi / jax.nn")
+    times = (f"{side}, ms (faults)" for side in SIDES)
+    header = ("kind", "function", "dtype", *times, "xla / jax.nn (pairs)", "ffi / jax.nn", "busy ms")
     table(f"training steps on the CPU, best of {args.rounds}, jax {jax.__version__}", header, lines)
     if not args.dry:
         about = {"jax": jax.__version__, "rounds": args.rounds, "threads": os.cpu_count(), "mlp": [tokens, width, hidden]}

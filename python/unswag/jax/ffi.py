@@ -2,7 +2,8 @@
 
 A call maps rows to rows: its operands and results are [*batch, last], with one batch and any last dimensions. So vmap is one
 dimension more, and XLA partitions the batch by itself: no array is gathered. Rows whose length is a multiple of 32 are handed
-over word by word, [..., cols / 32, 32], and may be cut between words.
+over word by word, [..., cols / 32, 32], and may be cut between words. A jax that cannot be told so (PARTITIONS is False, jax
+0.4.38) gathers first under automatic sharding, and its shard_map asks for check_rep=False.
 """
 
 from __future__ import annotations
