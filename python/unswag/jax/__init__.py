@@ -5,6 +5,7 @@ They work under jit, grad, vmap, scan, remat, shard_map and automatic sharding, 
 
 from __future__ import annotations
 
+from unswag.jax import blocks
 from unswag.jax.activations import gelu, silu
 from unswag.jax.dropout import dropout
 from unswag.jax.gated import geglu, reglu, swiglu
@@ -15,6 +16,7 @@ from unswag.jax.policies import offload, recompute, save
 
 __all__ = [
     "audit",
+    "blocks",
     "compiler_memory",
     "dropout",
     "geglu",

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from unswag.jax.how import floating
+from unswag.jax.varying import alike
 
 __all__ = ["dropout"]
 
@@ -35,6 +36,14 @@ def _dropout_backward(rate: float, key: Array, dy: Array) -> tuple[Array, None]:
 _dropout.defvjp(_dropout_forward, _dropout_backward)
 
 
+def _checked(key: Array) -> Array:
+    if not isinstance(key, Array):
+        raise TypeError(f"dropout: key is a {type(key).__name__}; pass one from jax.random.key")
+    if key.ndim != (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1):  # uint32 as from jax.random.PRNGKey
+        raise ValueError(f"dropout: key has shape {key.shape}; pass one key, e.g. key[0]")
+    return key
+
+
 def dropout(x: Array, rate: float, key: Array, *, deterministic: bool = False) -> Array:
     """x / (1 - rate) with probability 1 - rate, else 0 (Srivastava et al. 2014); x itself when `deterministic`.
 
@@ -43,6 +52,8 @@ def dropout(x: Array, rate: float, key: Array, *, deterministic: bool = False) -
     Saved: the key. The draws are those of `jax.random.bernoulli(key, 1 - rate, x.shape)`, in which every sharding agrees.
     """
     x = floating("dropout", "x", x)
+    if isinstance(rate, Array):
+        raise TypeError("dropout: rate is an array; pass a Python number")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate is {rate!r}; choose 0 <= rate < 1")
-    return x if deterministic or rate == 0 else _dropout(x, key, float(rate))
+    return x if deterministic or rate == 0 else _dropout(*alike(x, _checked(key)), float(rate))

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from unswag.jax.activations import FUNCTIONS, wide
 from unswag.jax.how import How, choose, floating, implement
 from unswag.jax.policies import INPUT
+from unswag.jax.varying import alike
 
 __all__ = ["geglu", "reglu", "swiglu"]
 
@@ -54,7 +55,7 @@ def _checked(op: str, gate: Array, up: Array, act: str, implementation: str | No
         raise ValueError(f"{op}: gate has shape {gate.shape} and up {up.shape}; pass arrays of one shape")
     if gate.dtype != up.dtype:
         raise TypeError(f"{op}: gate has dtype {gate.dtype} and up {up.dtype}; pass up.astype({gate.dtype})")
-    return _gated(gate, up, act, choose(op, gate, implementation, None))
+    return _gated(*alike(gate, up), act, choose(op, gate, implementation, None))
 
 
 def swiglu(gate: Array, up: Array, *, implementation: str | None = None) -> Array:

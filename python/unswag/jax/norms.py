@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from unswag.jax.activations import wide
 from unswag.jax.how import floating
 from unswag.jax.policies import INPUT, STAT
+from unswag.jax.varying import alike
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -79,6 +80,7 @@ def _checked(op: str, x: Array, vectors: dict[str, Array | None]) -> tuple[Array
             if vector.shape != x.shape[-1:]:
                 raise ValueError(f"{op}: {name} has shape {vector.shape}; pass {x.shape[-1:]}, the last dimension of x")
         checked.append(vector)
+    x, *checked = alike(x, *checked)
     return x, checked
 
 

@@ -4,8 +4,8 @@ Every residual carries its name through `jax.ad_checkpoint.checkpoint_name`:
 
     unswag_mask   one-bit masks of the ReLU family
     unswag_code   derivative codes of silu and gelu
-    unswag_input  inputs that a backward reads (x, gate, up)
-    unswag_stat   one number per row: rstd, lse
+    unswag_input  inputs that a backward reads (x, z, gate, up)
+    unswag_stat   a number or two per row: rstd; largest logit and sum of exponentials
 
     jax.checkpoint(block, policy=unswag.jax.save("unswag_mask", "unswag_stat"))
 """
@@ -50,5 +50,10 @@ def offload(*names: str, source: str = "device", destination: str = "pinned_host
 
 
 def recompute(*names: str) -> Callable[..., Any]:
-    """Policy: residuals of these names (all of ours without one) are made again, everything else is saved."""
-    return jax.checkpoint_policies.save_anything_except_these_names(*_checked("recompute", names))
+    """Policy: residuals of these names (all of ours without one) are made again, our others are saved, and so is nothing else.
+
+    `jax.checkpoint_policies.save_anything_except_these_names` would not do: what has a name was a value without one before,
+    and that is saved instead.
+    """
+    again = _checked("recompute", names)
+    return jax.checkpoint_policies.save_only_these_names(*(name for name in NAMES if name not in again))

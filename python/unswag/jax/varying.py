@@ -1,0 +1,29 @@
+"""Inside shard_map: the arguments of one function brought to vary over the same mesh axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+__all__ = ["alike"]
+
+
+def _axes(x: Array) -> frozenset[Any]:
+    kind = jax.typeof(x) if hasattr(jax, "typeof") else None  # before JAX 0.6 arrays had no such type
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
+
+
+def _cast(x: Array, axes: tuple[Any, ...]) -> Array:
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
+
+
+def alike(*arrays: Array | None) -> tuple[Any, ...]:
+    """The arrays, each cast to vary over every mesh axis that one of them varies over.
+
+    A custom_vjp may not hand back a cotangent that varies where its argument (a weight that every device has) does not. The
+    transpose of the cast is the sum over devices that this cotangent needs.
+    """
+    axes = frozenset[Any]().union(*(_axes(x) for x in arrays if x is not None))
+    return tuple(x if x is None or not (more := axes - _axes(x)) else _cast(x, tuple(sorted(more))) for x in arrays)
