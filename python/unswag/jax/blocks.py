@@ -2,16 +2,17 @@
 nor kept unless `keep` says so. This, and not the mask alone, is what makes long contexts fit.
 
 x and hidden are [..., tokens, H], with any leading dimensions; a chunk is `chunk` tokens of every sequence, the last one may be
-shorter. Weights and biases have the dtype of x: float32, bfloat16, float16 or float64. Products are those of the plain spelling
-in that dtype, weight gradients are summed over the chunks in float32 (float64) and rounded once. Differentiable once, in reverse
-mode. ValueError for shapes, values and names, TypeError for dtypes that do not fit.
+shorter. Weights and biases have the dtype of x: float32, bfloat16, float16 or float64. Products are those of the plain
+spelling in that dtype; weight gradients are summed over the chunks in float32 (float64) and rounded once. Differentiable once,
+in reverse mode. ValueError for shapes, values and names, TypeError for dtypes that do not fit. Formulas: docs/math.md.
 
-"Saved" is what is kept from forward to backward for tokens of b bytes per element, beside the weights. Under jit a gradient that
-nobody asks for (a frozen weight) costs nothing, neither its product nor what would be kept for it.
+"Saved" is what is kept from forward to backward for tokens of b bytes per element, beside the weights. Under jit a gradient
+that nobody asks for (of a frozen weight) costs nothing, neither its product nor what would be kept for it.
 
-Leading dimensions may be sharded. Where XLA shards them by itself, each trained weight's gradient is summed over the devices, in
-the loop or after it, as the compiler decides; inside shard_map once, at the end. Sharded tokens would be gathered chunk by chunk:
-use shard_map there, where each device goes through its own.
+Leading dimensions need no vmap, which would sum each example's weight gradients apart. They may be sharded: under automatic
+sharding the gradients of trained weights are summed over the devices, in the loop or after it, as the compiler decides, and
+inside shard_map once. Sharded tokens would be gathered chunk by chunk: shard those with shard_map, where each device goes
+through its own.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _norm_backward(eps: float, offset: float, centre: bool, kept: tuple[Any, ...
     g = d if weight is None else d * (offset + weight.astype(d.dtype))
     dx = g - xhat * _mean(g * xhat)
     if centre:
-        dx = dx - _mean(g)
+        dx = dx - _mean(dx)  # and not mean(g): the mean of xhat is not quite 0
     return (rstd * dx).astype(x.dtype), _over_rows(d * xhat, weight), _over_rows(d, bias)
 
 

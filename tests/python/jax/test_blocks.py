@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from sharding import collectives, four_devices
+from programs import QUICK, collectives, compiled, forward_backward, four_devices, traced
 from values import kept, normal
 
 import unswag.jax
 from unswag.jax.blocks import gated_mlp, linear_cross_entropy, mlp
 
 H, FF, OUT = 6, 40, 5  # 40 bits do not fill two words
-QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile; the passes over the program are the same
 SHAPES = [((), 7, 3), ((2, 3), 6, 2), ((2,), 4, 9)]  # leading dimensions, tokens, chunk
 
 PLAIN_ACTS = {
@@ -60,17 +59,6 @@ def arrays(leading=(), tokens=7, dtype=jnp.float32, gated=False, biases=False, s
     return [normal((*leading, tokens, hidden), dtype, 0), *weights]
 
 
-def value_and_gradients(function, args, dy):
-    """y and the cotangent of every argument, jitted."""
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def run(dy, *args):
-        y, pull = jax.vjp(function, *args)
-        return (y, *pull(dy))
-
-    return run(dy, *args)
-
-
 def cotangent(function, args, seed=9):
     y = jax.eval_shape(function, *args)
     return normal(y.shape, y.dtype, seed)
@@ -96,15 +84,6 @@ def assert_as_good_as(ours, plain, truth):
         assert worst(a, t) <= 1.25 * worst(b, t), f"output {i}: ours {worst(a, t):.3e}, plain {worst(b, t):.3e}"
 
 
-def traced(function, *args):
-    """The program that the compiler is given, without what nobody asked for."""
-    return jax.jit(function).lower(*args).as_text()
-
-
-def compiled(function, *args):
-    return jax.jit(function, compiler_options=QUICK).lower(*args).compile().as_text()
-
-
 def products(function, *args):
     """Matrix products in the program; those of a loop count once."""
     return traced(function, *args).count("stablehlo.dot_general")
@@ -119,8 +98,8 @@ def test_mlp_is_the_plain_spelling(x64, act, keep):
         args = arrays(leading, tokens, jnp.float64, biases=chunk != 2)
         plain = partial(plain_mlp, act=act)
         dy = cotangent(plain, args)
-        ours = value_and_gradients(partial(our_mlp, act=act, keep=keep, chunk=chunk), args, dy)
-        assert_equal(ours, value_and_gradients(plain, args, dy), 1e-12)
+        ours = forward_backward(partial(our_mlp, act=act, keep=keep, chunk=chunk), args, dy)
+        assert_equal(ours, forward_backward(plain, args, dy), 1e-12)
 
 
 @pytest.mark.parametrize(("act", "keep"), GATED_CASES)
@@ -129,8 +108,8 @@ def test_gated_mlp_is_the_plain_spelling(x64, act, keep):
         args = arrays(leading, tokens, jnp.float64, gated=True)
         plain = partial(plain_gated, act=act)
         dy = cotangent(plain, args)
-        ours = value_and_gradients(partial(gated_mlp, act=act, keep=keep, chunk=chunk), args, dy)
-        assert_equal(ours, value_and_gradients(plain, args, dy), 1e-12)
+        ours = forward_backward(partial(gated_mlp, act=act, keep=keep, chunk=chunk), args, dy)
+        assert_equal(ours, forward_backward(plain, args, dy), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +118,9 @@ def test_gated_mlp_is_the_plain_spelling(x64, act, keep):
 def test_mlp_is_as_exact_as_the_plain_spelling(x64, dtype, keep):
     args = arrays((2,), 96, dtype, biases=True, sizes=(64, 160, 48))
     dy = cotangent(plain_mlp, args)
-    truth = value_and_gradients(plain_mlp, as_float64(args), as_float64([dy])[0])
-    ours = value_and_gradients(partial(our_mlp, keep=keep, chunk=40), args, dy)
-    assert_as_good_as(ours, value_and_gradients(plain_mlp, args, dy), truth)
+    truth = forward_backward(plain_mlp, as_float64(args), as_float64([dy])[0])
+    ours = forward_backward(partial(our_mlp, keep=keep, chunk=40), args, dy)
+    assert_as_good_as(ours, forward_backward(plain_mlp, args, dy), truth)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +135,9 @@ def test_gated_mlp_is_as_exact_as_the_plain_spelling(x64, dtype, act, keep):
     args = arrays((2,), 96, dtype, gated=True, sizes=(64, 160, 48))
     plain = partial(plain_gated, act=act)
     dy = cotangent(plain, args)
-    truth = value_and_gradients(plain, as_float64(args), as_float64([dy])[0])
-    ours = value_and_gradients(partial(gated_mlp, act=act, keep=keep, chunk=40), args, dy)
-    assert_as_good_as(ours, value_and_gradients(plain, args, dy), truth)
+    truth = forward_backward(plain, as_float64(args), as_float64([dy])[0])
+    ours = forward_backward(partial(gated_mlp, act=act, keep=keep, chunk=40), args, dy)
+    assert_as_good_as(ours, forward_backward(plain, args, dy), truth)
 
 
 def test_weight_gradients_are_summed_in_float32():
@@ -171,7 +150,7 @@ def test_weight_gradients_are_summed_in_float32():
 def test_rows256_is_the_same_function():
     args = arrays((2,), 600)
     run = [
-        value_and_gradients(partial(mlp, keep="mask", chunk=256, layout=layout), args, jnp.ones((2, 600, OUT)))
+        forward_backward(partial(mlp, keep="mask", chunk=256, layout=layout), args, jnp.ones((2, 600, OUT)))
         for layout in ("rows", "rows256")
     ]
     for a, b in zip(*run, strict=True):
@@ -187,8 +166,8 @@ def test_awkward_rows_stay_by_themselves(keep):
         ((x, up, down), jnp.ones((8, OUT))),
         ((x.at[1, 0].set(1.0), up, down), jnp.ones((8, OUT)).at[2].set(np.nan)),
     ]:
-        ours = value_and_gradients(partial(mlp, keep=keep, chunk=3), args, dy)
-        plain = value_and_gradients(plain_mlp, args, dy)
+        ours = forward_backward(partial(mlp, keep=keep, chunk=3), args, dy)
+        plain = forward_backward(plain_mlp, args, dy)
         for a, b in zip(ours[:2], plain[:2], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
         assert np.isfinite(np.asarray(ours[1])[[0, 7]]).all()
@@ -198,7 +177,7 @@ def test_awkward_rows_stay_by_themselves(keep):
 def test_no_tokens(shape):
     _, up, down = arrays()
     for keep in ("mask", "pre_activation") if shape[0] else ("mask",):
-        y, dx, dup, ddown = value_and_gradients(
+        y, dx, dup, ddown = forward_backward(
             partial(mlp, keep=keep, chunk=3), [jnp.zeros(shape), up, down], jnp.zeros((*shape[:-1], OUT))
         )
         assert y.shape == (*shape[:-1], OUT) and dx.shape == shape
@@ -316,17 +295,17 @@ def test_vmap(gated):
     args = arrays((3,), gated=gated)
     axes = (0, *[None] * (len(args) - 1))
     dy = cotangent(plain, args)
-    ours = value_and_gradients(jax.vmap(partial(block, chunk=3), axes), args, dy)
-    assert_equal(ours, value_and_gradients(plain, args, dy), 1e-5)
+    ours = forward_backward(jax.vmap(partial(block, chunk=3), axes), args, dy)
+    assert_equal(ours, forward_backward(plain, args, dy), 1e-5)
     stacked = [args[0], *(jnp.stack([w, -w, 2 * w]) for w in args[1:])]
-    ours = value_and_gradients(jax.vmap(partial(block, chunk=3)), stacked, dy)
-    assert_equal(ours, value_and_gradients(jax.vmap(plain), stacked, dy), 1e-5)
+    ours = forward_backward(jax.vmap(partial(block, chunk=3)), stacked, dy)
+    assert_equal(ours, forward_backward(jax.vmap(plain), stacked, dy), 1e-5)
 
 
 def test_scan_over_layers_with_remat():
     x, stacked = layer_arrays()
     dy = cotangent(lambda x: x, [x])
-    plain = value_and_gradients(partial(layers, plain_mlp), [x, stacked], dy)
+    plain = forward_backward(partial(layers, plain_mlp), [x, stacked], dy)
     policies = {
         "mask": unswag.jax.save("unswag_mask"),
         "pre_activation": unswag.jax.recompute("unswag_stat"),
@@ -334,7 +313,7 @@ def test_scan_over_layers_with_remat():
     }
     for keep, policy in policies.items():
         block = partial(mlp, keep=keep, chunk=3)
-        ours = value_and_gradients(partial(layers, jax.checkpoint(block, policy=policy)), [x, stacked], dy)
+        ours = forward_backward(partial(layers, jax.checkpoint(block, policy=policy)), [x, stacked], dy)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -349,7 +328,7 @@ def test_shard_map(gated, check):
     specs = (P("data"), *[P()] * (len(args) - 1))
     over = jax.shard_map(partial(block, chunk=3), mesh=four_devices(), in_specs=specs, out_specs=P("data"), check_vma=check)
     dy = cotangent(plain, args)
-    assert_equal(value_and_gradients(over, args, dy), value_and_gradients(plain, args, dy), 1e-5)
+    assert_equal(forward_backward(over, args, dy), forward_backward(plain, args, dy), 1e-5)
 
 
 def test_shard_map_over_tokens():
@@ -357,8 +336,8 @@ def test_shard_map_over_tokens():
     args = arrays((), 24)
     over = jax.shard_map(partial(mlp, chunk=4), mesh=four_devices(), in_specs=(P("data"), P(), P()), out_specs=P("data"))
     dy = cotangent(plain_mlp, args)
-    plain = value_and_gradients(plain_mlp, args, dy)
-    assert_equal(value_and_gradients(over, args, dy), plain, 1e-5)
+    plain = forward_backward(plain_mlp, args, dy)
+    assert_equal(forward_backward(over, args, dy), plain, 1e-5)
     np.testing.assert_allclose(over(*args), plain[0], rtol=1e-4, atol=1e-5)
 
 
@@ -372,12 +351,12 @@ def test_sharded_sequences_need_no_communication(keep):
         y, pull = jax.vjp(partial(mlp, keep=keep, chunk=3), x, *weights)
         return y, *(g for i, g in enumerate(pull(y)) if i in of)
 
-    frozen = jax.jit(partial(gradients, of=[0]), compiler_options=QUICK).lower(x, *weights).compile()
-    assert not collectives(frozen.as_text())
+    frozen = compiled(partial(gradients, of=[0]), x, *weights)
+    assert not collectives(frozen)
     assert frozen.output_shardings[0].is_equivalent_to(sharded, 3)
-    trained = jax.jit(partial(gradients, of=[0, 1, 2]), compiler_options=QUICK).lower(x, *weights).compile()
-    assert set(collectives(trained.as_text())) == {"all-reduce"}
-    plain = value_and_gradients(plain_mlp, [x, *weights], plain_mlp(x, *weights))
+    trained = compiled(partial(gradients, of=[0, 1, 2]), x, *weights)
+    assert set(collectives(trained)) == {"all-reduce"}
+    plain = forward_backward(plain_mlp, [x, *weights], plain_mlp(x, *weights))
     assert_equal(trained(x, *weights), plain, 1e-5)
 
 
@@ -535,18 +514,16 @@ def test_no_label_counts(reduction, value):
 
 def test_a_label_out_of_range_is_loud():
     hidden, weight, labels = loss_arrays(ignored=False)
-    for wrong, jit in ((-1, False), (CLASSES, True)):
-        bad = labels.at[2].set(wrong)
+    for wrong in (-1, CLASSES):
         with pytest.raises(ValueError, match=rf"labels\[2\] is {wrong}; pass labels in \[0, 37\), or -100 \(ignore_index\)"):
-            linear_cross_entropy(hidden, weight, bad)
-        if not jit:
-            continue
-        loss = jax.jit(partial(linear_cross_entropy, reduction="none", chunk=3))
-        losses, pull = jax.vjp(lambda h, w: loss(h, w, bad), hidden, weight)
-        dhidden, dweight = pull(jnp.ones(7))
-        np.testing.assert_array_equal(np.isnan(losses), np.arange(7) == 2)
-        np.testing.assert_array_equal(np.isnan(dhidden).all(-1), np.arange(7) == 2)
-        assert np.isnan(dweight).all()
+            linear_cross_entropy(hidden, weight, labels.at[2].set(wrong))
+    bad = labels.at[2].set(CLASSES)
+    # an argument of the program and not a constant of it
+    loss = lambda h, w, label: linear_cross_entropy(h, w, label.astype(int), reduction="none", chunk=3)  # noqa: E731
+    losses, dhidden, dweight, _ = forward_backward(loss, [hidden, weight, bad.astype(float)], jnp.ones(7))
+    for found in (losses, dhidden.sum(-1)):
+        np.testing.assert_array_equal(np.isnan(found), np.arange(7) == 2)
+    assert np.isnan(dweight).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16])

