@@ -105,14 +105,15 @@ def test_where_and_what():
 def test_lines_inside_jit_are_those_of_the_caller_of_a_library_function():
     @jax.jit
     def twice(x):
-        a = jax.nn.relu(x)  # first
-        return jax.nn.relu(a - 1)  # second
+        a = jax.nn.silu(x)  # first
+        return jax.nn.silu(a)  # second
 
     def loss(x):
-        return jnp.sum(twice(x)) + jnp.sum(jax.nn.relu(-x))  # third
+        return jnp.sum(twice(x)) + jnp.sum(jax.nn.silu(2 * x))  # third
 
-    sources = {row.source for row in audit(loss, X).rows}
-    assert sources == {line_of(twice, "# first"), line_of(twice, "# second"), line_of(loss, "# third")}
+    rows = [row for row in audit(loss, X).rows if row.tier == "device"]
+    assert {row.source for row in rows} == {line_of(twice, "# first"), line_of(twice, "# second"), line_of(loss, "# third")}
+    assert {row.name for row in rows} <= {"silu", "mul"}
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: jax.checkpoint(f, policy=uj.save("unswag_mask"))])
@@ -171,7 +172,7 @@ def test_arguments_that_are_no_arrays_are_given_as_they_are():
 
 def test_auxiliary_output_and_tokens():
     def loss(x):
-        return jnp.sum(uj.relu(x)), {"count": jnp.sum(x > 0)}
+        return jnp.sum(uj.relu(x)), {"seen": jnp.sum(jnp.exp(x))}  # whose gradient would need exp(x)
 
     ledger = audit(loss, X, has_aux=True, tokens=8)
     assert ledger.total == 64 and ledger.bytes_per_token == 8
