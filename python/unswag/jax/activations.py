@@ -163,19 +163,21 @@ def _activation(
 ) -> Array:
     x = floating(function, "x", x)
     how = choose(function, x, implementation, layout)
-    if bits is None and not isinstance(codebook, Codebook):
-        if codebook is not None:
-            raise ValueError(f"{function}: codebook is {codebook!r} but bits is None, which keeps x exactly; name the bits too")
-        if layout is not None:
-            raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
-        return _exact(x, act, how)
-    if implementation == "ffi":
-        raise ValueError(f"{function}: implementation 'ffi' has no codes; leave it out, or leave out bits and codebook")
     if isinstance(codebook, Codebook):
         if bits not in (None, codebook.bits):
             raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
-        return _coded(x, act, codebook, how)
-    return _coded(x, act, codebooks.codebook(function, bits, codebook), how)
+        book = codebook
+    elif bits is not None:
+        book = codebooks.codebook(function, bits, codebook)
+    elif codebook is not None:
+        raise ValueError(f"{function}: codebook is {codebook!r} but bits is None, which keeps x exactly; name the bits too")
+    elif layout is not None:
+        raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
+    else:
+        return _exact(x, act, how)
+    if implementation == "ffi":
+        raise ValueError(f"{function}: implementation 'ffi' has no codes; leave it out, or leave out bits and codebook")
+    return _coded(x, act, book, how)
 
 
 def silu(

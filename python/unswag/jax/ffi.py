@@ -107,7 +107,7 @@ def _lower(context: Any, *operands: Any, target: str, results: Any, attributes: 
     if PARTITIONS:
         batch = len(context.avals_in[0].shape) - 1
         extra["mhlo.frontend_attributes"] = mlir.ir_attribute({"num_batch_dims": str(batch)})
-        if jax.config.jax_use_shardy_partitioner:
+        if getattr(jax.config, "jax_use_shardy_partitioner", True):
             extra["sdy.sharding_rule"] = ir.Attribute.parse(_sharding_rule(context.avals_in, context.avals_out))
     return ffi.ffi_lowering(target, extra_attributes=extra)(context, *operands, **dict(attributes))
 
