@@ -106,7 +106,6 @@ def _picture(path: Path, sides: list[Side], kept: dict[str, dict[str, Ledger]], 
         memory.bar_label(bars, fmt="{:,.0f}")
     memory.set_xticks([j + 0.2 for j in range(len(kept))], list(kept))
     memory.set(title=f"kept for backward, bytes per {unit}", ylim=(0, memory.get_ylim()[1] * 1.12))
-    memory.legend(loc="lower right")
     for axes in (loss, memory):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -232,7 +232,7 @@ def _place(eqn: JaxprEqn, libraries: tuple[str, ...]) -> tuple[str, str, str]:
     and UnSwag that it called, for the role."""
     traceback = eqn.source_info.traceback
     codes, offsets = traceback.raw_frames() if traceback is not None else ([], [])
-    inside = []
+    inside: list[str] = []
     standard = sysconfig.get_path("stdlib") + "/"
     for code, offset in zip(codes, offsets, strict=True):
         is_standard = code.co_filename.startswith(standard) and "-packages/" not in code.co_filename
