@@ -361,6 +361,8 @@ _LOGITS = (
     1 << 27
 )  # of a chunk, 512 MiB in float32: below, dweight, read and written once per chunk, costs more than the products
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def _number(name: str, value: Any, low: float, high: float, remedy: str) -> float:
     if isinstance(value, Array):
@@ -431,8 +433,8 @@ def linear_cross_entropy(
     how = _Loss(
         ignore_index,
         _number("label_smoothing", label_smoothing, 0, 1, "choose 0 <= label_smoothing <= 1"),
-        _number("softcap", softcap, 0, np.finfo(np.float32).max, "choose a positive cap, or 0 for none"),
-        _number("logit_scale", logit_scale, *np.finfo(np.float32).max * np.array([-1, 1]), "choose a finite number"),
+        _number("softcap", softcap, 0, _LARGEST, "choose a positive cap, or 0 for none"),
+        _number("logit_scale", logit_scale, -_LARGEST, _LARGEST, "choose a finite number"),
         max(1, _LOGITS // (classes * max(1, int(np.prod(leading))))) if chunk is None else _chunk(op, chunk),
     )
     one_of(op, "reduction", reduction, ("mean", "sum", "none"))

@@ -11,12 +11,15 @@ __all__ = ["alike"]
 
 
 def _axes(x: Array) -> frozenset[Any]:
-    kind = jax.typeof(x) if hasattr(jax, "typeof") else None  # before JAX 0.6 arrays had no such type
-    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
+    kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None  # before JAX 0.6 arrays had no such type
+    axes: frozenset[Any] = getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
+    return axes
 
 
 def _cast(x: Array, axes: tuple[Any, ...]) -> Array:
-    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # type: ignore[attr-defined]  # before JAX 0.8
 
 
 def alike(*arrays: Array | None) -> tuple[Any, ...]:
