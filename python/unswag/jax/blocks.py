@@ -357,9 +357,8 @@ def _losses_backward(how: _Loss, residuals: tuple[Any, ...], dlosses: Array) -> 
 
 _losses.defvjp(_losses_forward, _losses_backward)
 
-_LOGITS = (
-    1 << 27
-)  # of a chunk, 512 MiB in float32: below, dweight, read and written once per chunk, costs more than the products
+# Of a chunk, 512 MiB in float32: below, dweight, read and written once per chunk, costs more than the products.
+_LOGITS = 1 << 27
 
 _LARGEST = float(np.finfo(np.float32).max)
 

@@ -12,7 +12,7 @@ __all__ = ["alike"]
 
 def _axes(x: Array) -> frozenset[Any]:
     kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None  # before JAX 0.6 arrays had no such type
-    axes: frozenset[Any] = getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
+    axes: Any = getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
     return axes
 
 
