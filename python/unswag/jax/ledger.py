@@ -70,7 +70,8 @@ def audit(
             return function(*args, **kwargs)
 
         weights = [leaf for leaf, is_weight in zip(given, trained, strict=True) if is_weight]
-        return jax.tree.leaves(jax.vjp(differentiated, *weights, has_aux=has_aux)[1])
+        pulled: Any = jax.vjp(differentiated, *weights, has_aux=True) if has_aux else jax.vjp(differentiated, *weights)
+        return jax.tree.leaves(pulled[1])
 
     names = _parameters(function, len(args))
     labels = [_label(names, path) for path in paths]
@@ -231,10 +232,10 @@ def _place(eqn: JaxprEqn, libraries: tuple[str, ...]) -> tuple[str, str, str]:
     """(function, file:line), the innermost outside of the libraries, empty if there is none; and the functions of Flax, Equinox
     and UnSwag that it called, for the role."""
     traceback = eqn.source_info.traceback
-    codes, offsets = traceback.raw_frames() if traceback is not None else ([], [])
+    frames: tuple[list[Any], list[int]] = traceback.raw_frames() if traceback is not None else ([], [])
     inside: list[str] = []
     standard = sysconfig.get_path("stdlib") + "/"
-    for code, offset in zip(codes, offsets, strict=True):
+    for code, offset in zip(*frames, strict=True):
         is_standard = code.co_filename.startswith(standard) and "-packages/" not in code.co_filename
         if not is_standard and not code.co_filename.startswith((*libraries, "<frozen")):
             line = list(code.co_positions())[offset // 2][0]  # two bytes an instruction
