@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench clean
+.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench tpu-check clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -65,6 +65,9 @@ demo-all: module ## the demo with full training and without checkpointing too
 
 bench: native ## the benchmarks whose results are committed
 	python -m bench
+
+tpu-check: setup ## what the TPU compiler says, without a TPU: fetches the proprietary libtpu into build/ (optional; an hour)
+	python -m bench.tpu_aot --fetch
 
 clean: ## remove what was built (not .venv)
 	rm -rf build python/unswag/_core*.so

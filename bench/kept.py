@@ -17,11 +17,12 @@ from bench.smollm2 import ROOT, SOURCES, Job, commit, fresh, say
 
 
 class Kept:
-    """One file per result; it counts for the sources it was made from (committed or not) and the settings it was made with."""
+    """One file per result; it counts for what it was made from and the settings it was made with. It was made `of` the sources
+    (committed or not), unless that is named more narrowly."""
 
-    def __init__(self, bench: str, folder: Path = ROOT / ".cache" / "bench"):
+    def __init__(self, bench: str, folder: Path = ROOT / ".cache" / "bench", *, of: str | None = None):
         self._folder = folder / bench
-        self._sources = sources()
+        self._sources = sources() if of is None else of
 
     def _path(self, settings: object) -> Path:
         key = json.dumps([self._sources, settings], sort_keys=True, default=dataclasses.asdict)

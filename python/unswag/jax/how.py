@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from unswag.jax import xla
 
-IMPLEMENTATIONS = ("xla", "ffi")
+IMPLEMENTATIONS = ("xla", "ffi")  # of every function; the masks have "pallas" too
 
 
 class How(NamedTuple):
@@ -39,16 +39,22 @@ def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
-def choose(op: str, x: Array, implementation: str | None, layout: str | None, native: bool = False) -> How:
+def choose(
+    op: str, x: Array, implementation: str | None, layout: str | None, native: bool = False, pallas: bool = False
+) -> How:
     """`None` is the best for the platform that is the default when the call is traced, and for the shape.
 
-    layout: rows256 on a TPU for at least 256 rows, else rows. The choice changes where bits lie, never a result.
-    native: whether ffi is the best on the CPU.
+    layout: rows256 for pallas and, on a TPU, for at least 256 rows, else rows. It changes where bits lie, never a result.
+    native: whether ffi is the best on the CPU;  pallas: whether there are such kernels.
     """
-    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS, *(["pallas"] if pallas else [])))
     one_of(op, "layout", layout, (None, *xla.LAYOUTS))
     if implementation == "ffi" and layout == "rows256":
         raise ValueError(f"{op}: layout is 'rows256', which implementation 'ffi' does not have; choose 'rows', or 'xla'")
+    if implementation == "pallas":
+        if layout == "rows":
+            raise ValueError(f"{op}: layout is 'rows', which implementation 'pallas' does not have; choose 'rows256', or 'xla'")
+        layout = "rows256"
     platform = jax.default_backend()
     if layout is None:
         tall = x.ndim >= 2 and x.shape[-2] >= xla.GROUP and implementation != "ffi"
@@ -60,7 +66,7 @@ def choose(op: str, x: Array, implementation: str | None, layout: str | None, na
 
 def implement(how: How, native: str, plain: Callable[..., Any], *arguments: Array, **attributes: Any) -> Any:
     """The function of `unswag.jax.ffi` called `native` where ffi is chosen, else plain(*arguments)."""
-    if how.implementation == "xla":
+    if how.implementation in ("xla", "pallas"):
         return plain(*arguments)
     from unswag.jax import ffi  # not before it is used: it loads the C++ core
 

@@ -62,9 +62,25 @@ def _mask(x: Array, act: Act, how: How) -> Array:
     return act.value(x)
 
 
+def _pack(x: Array, act: Act, how: How) -> Array:
+    if how.implementation == "pallas":
+        from unswag.jax import pallas  # half a second to import
+
+        return pallas.pack(act.name, x, act.bit)
+    return xla.pack(x, act.bit, 1, how.layout)
+
+
+def _apply(packed: Array, dy: Array, act: Act, how: How) -> Array:
+    if how.implementation == "pallas":
+        from unswag.jax import pallas
+
+        return pallas.apply(act.name, packed, dy, act.gradient)
+    return xla.apply(packed, dy, act.gradient, 1, how.layout)
+
+
 def _mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
     def plain(x: Array) -> tuple[Array, Array]:
-        return act.value(x), xla.pack(x, act.bit, 1, how.layout)
+        return act.value(x), _pack(x, act, how)
 
     y, packed = implement(how, "mask_forward", plain, x, act=act.name, slope=act.slope)
     return y, checkpoint_name(packed, MASK)
@@ -72,7 +88,7 @@ def _mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
 
 def _mask_backward(act: Act, how: How, packed: Array, dy: Array) -> tuple[Array]:
     def plain(packed: Array, dy: Array) -> Array:
-        return xla.apply(packed, dy, act.gradient, 1, how.layout)
+        return _apply(packed, dy, act, how)
 
     return (implement(how, "mask_backward", plain, packed, dy, act=act.name, slope=act.slope),)
 
@@ -84,7 +100,7 @@ def relu(x: Array, *, implementation: str | None = None, layout: str | None = No
     """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes; the layout rows pads each row to 4 bytes, rows256
     the rows to a multiple of 256."""
     x = floating("relu", "x", x)
-    return _mask(x, Act("relu"), choose("relu", x, implementation, layout))
+    return _mask(x, Act("relu"), choose("relu", x, implementation, layout, pallas=True))
 
 
 unswag_relu = relu
@@ -93,7 +109,7 @@ unswag_relu = relu
 def relu6(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
     """min(max(x, 0), 6), as `jax.nn.relu6`. Saved: one bit per element, n / 8 bytes."""
     x = floating("relu6", "x", x)
-    return _mask(x, Act("relu6"), choose("relu6", x, implementation, layout))
+    return _mask(x, Act("relu6"), choose("relu6", x, implementation, layout, pallas=True))
 
 
 def leaky_relu(
@@ -106,7 +122,7 @@ def leaky_relu(
     if isinstance(negative_slope, Array):
         raise TypeError("leaky_relu: negative_slope is an array, whose gradient would need x; pass a Python number")
     x = floating("leaky_relu", "x", x)
-    return _mask(x, Act("leaky_relu", float(negative_slope)), choose("leaky_relu", x, implementation, layout))
+    return _mask(x, Act("leaky_relu", float(negative_slope)), choose("leaky_relu", x, implementation, layout, pallas=True))
 
 
 @jax.custom_vjp

@@ -26,16 +26,17 @@ Use = Callable[[Array, Array], Array]  # (code, dy) → dx
 def pack(x: Array, code: Code, bits: int, layout: str) -> Array:
     """The codes of x [..., rows, cols], `bits` each: uint32 [..., rows, ceil(cols bits / 32)], or for rows256
     [..., 8 bits ceil(rows / 256), cols]."""
-    return (_rows_pack if layout == "rows" else _rows256_pack)(_as_rows(x), code, bits)
+    return (_rows_pack if layout == "rows" else _rows256_pack)(as_rows(x), code, bits)
 
 
 def apply(packed: Array, dy: Array, use: Use, bits: int, layout: str) -> Array:
     """use(code, dy) element for element, with the codes that `pack` wrote for an array of dy's shape."""
-    dx = (_rows_apply if layout == "rows" else _rows256_apply)(packed, _as_rows(dy), use, bits)
+    dx = (_rows_apply if layout == "rows" else _rows256_apply)(packed, as_rows(dy), use, bits)
     return dx.reshape(dy.shape)
 
 
-def _as_rows(x: Array) -> Array:
+def as_rows(x: Array) -> Array:
+    """x [..., rows, cols]; of fewer dimensions, one row."""
     return x if x.ndim >= 2 else x.reshape(1, x.size)
 
 
