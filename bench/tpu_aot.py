@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from bench import smollm2
@@ -51,6 +50,10 @@ COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "
 
 TOKENS, WIDTH, HIDDEN = 131072, 3584, 14336  # of the founding text; width and hidden size of Gemma-2-9B
 CHUNK = 4096  # rows
+
+OUT_OF_MEMORY = re.compile(
+    r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm|\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])"
+)
 
 Row = dict[str, Any]
 
@@ -143,8 +146,11 @@ def _compiled(lowered: Any) -> Row:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:
             return {"fits": False, "error": f"{type(error).__name__}: {message.splitlines()[0][:300]}"}
-        found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
-        return {"fits": False, "needs": found.group(1) if found else None, "of": found.group(2) if found else None}
+        found = re.search(
+            r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm|\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])", message
+        )
+        needs, of = [size for size in found.groups() if size] if found else (None, None)
+        return {"fits": False, "needs": needs, "of": of, "said": message.splitlines()[0][:300]}
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     seconds = cost.get("optimal_seconds")
     return {
@@ -179,13 +185,8 @@ def relus() -> dict[str, Callable]:
     return {
         "jax.nn.relu": jax.nn.relu,
         "unswag": functools.partial(relu, layout="rows256"),
-    } | ({"unswag, pallas": functools.partial(relu, implementation="pallas")} if _has_pallas() else {})
-
-
-def _has_pallas() -> bool:
-    from unswag.jax import how
-
-    return "pallas" in how.IMPLEMENTATIONS
+        "unswag, pallas": functools.partial(relu, implementation="pallas"),
+    }
 
 
 def operator(compiler: Compiler, generation: str, relu: Callable, tokens: int, dtype: str) -> Row:
@@ -273,10 +274,18 @@ def _checkpoint(block: Callable) -> Callable:
     return jax.checkpoint(block)
 
 
+def _fused() -> Callable:
+    from unswag.jax.pallas import linear_relu
+
+    return lambda x, w1, w2: x + linear_relu(x, w1) @ w2
+
+
 VARIANTS: dict[str, Callable[[], Callable]] = {
     "keeps x": lambda: _mlp(_keeps_x()),
     "jax.nn.relu": lambda: _mlp(relus()["jax.nn.relu"]),
     "mask": lambda: _mlp(relus()["unswag"]),
+    "mask, pallas": lambda: _mlp(relus()["unswag, pallas"]),
+    "mask, linear_relu": _fused,
     "recompute": lambda: _checkpoint(_mlp(relus()["jax.nn.relu"])),
     "recompute, mask": lambda: _checkpoint(_mlp(relus()["unswag"])),
     "chunks, mask": lambda: _chunked(_mlp(relus()["unswag"])),
@@ -309,11 +318,17 @@ def operators(compiler: Compiler) -> Iterator[Row]:
 
 
 def operators_table(rows: list[Row]) -> Iterator[str]:
-    yield f"relu alone, {TOKENS:,} x {HIDDEN:,} float32 (7.52 GB): what it keeps, and the temporaries of forward and backward, GB."
+    yield f"relu alone, {TOKENS:,} x {HIDDEN:,} float32 (7.52 GB): what it keeps, temporaries of forward and backward, GB."
     yield from markdown(
         ("", "relu", "keeps", "forward, temporaries", "backward, temporaries"),
         (
-            (r["generation"], r["relu"], gb(r["residual"]), told(r["forward"], "temporaries"), told(r["backward"], "temporaries"))
+            (
+                r["generation"],
+                r["relu"],
+                gb(r["residual"]),
+                told(r["forward"], "temporaries"),
+                told(r["backward"], "temporaries"),
+            )
             for r in rows
         ),
     )
@@ -346,7 +361,15 @@ def wall_table(rows: list[Row]) -> Iterator[str]:
 
 
 def scanned(compiler: Compiler) -> Iterator[Row]:
-    for variant in ("jax.nn.relu", "mask", "recompute", "chunks, mask", "chunks, recompute"):
+    for variant in (
+        "jax.nn.relu",
+        "mask",
+        "mask, pallas",
+        "mask, linear_relu",
+        "recompute",
+        "chunks, mask",
+        "chunks, recompute",
+    ):
         mlp = Mlp("v5e", "bfloat16", TOKENS, 4, variant)
         yield {**dataclasses.asdict(mlp), **mlp.compile(compiler)}
 
@@ -383,7 +406,7 @@ def layers(compiler: Compiler) -> Iterator[Row]:
 
 def layers_table(rows: list[Row]) -> Iterator[str]:
     yield (
-        f"Peak of forward + backward of layers {WIDTH:,} → {HIDDEN:,}, GB; in brackets the seconds of the compiler's own model, "
+        f"Peak of forward + backward of layers {WIDTH:,} → {HIDDEN:,}, GB; in brackets seconds of the compiler's own model, "
         "which only ranks (of a scan it counts one layer)."
     )
     variants = list(dict.fromkeys(r["variant"] for r in rows))
@@ -552,7 +575,8 @@ class Model:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
         sizes = {
-            "q": (WIDTH, HEADS * HEAD), "k": (WIDTH, KV_HEADS * HEAD), "v": (WIDTH, KV_HEADS * HEAD), "o": (HEADS * HEAD, WIDTH),
+            "q": (WIDTH, HEADS * HEAD), "k": (WIDTH, KV_HEADS * HEAD), "v": (WIDTH, KV_HEADS * HEAD),
+            "o": (HEADS * HEAD, WIDTH),
             "gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
         }  # fmt: skip
         frozen = {name: array(LAYERS, *size, spec=(None, "tokens")) for name, size in sizes.items()}
