@@ -5,7 +5,8 @@
 they are a ValueError. Forward values stay those of `jax.nn`: the kernels only pack and apply.
 
 XLA cannot partition a kernel. Under automatic sharding over several devices the kernels are a ValueError; inside
-`jax.shard_map` each device runs them on its part.
+`jax.shard_map` each device runs them on its part. There `linear_relu`, and on CPUs any kernel, needs check_vma=False; with
+check_vma=True JAX raises.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ _alone = Primitive("unswag_alone")  # the identity; an error where a kernel afte
 
 
 def _refuse(op: str, where: str, remedy: str) -> None:
+    if op == "linear_relu":
+        raise ValueError(f"{op}: x and w: {where}; {remedy}, or use relu(x @ w)")
     raise ValueError(f"{op}: implementation is 'pallas' but {where}; {remedy}, or pass implementation='xla'")
 
 
@@ -101,14 +104,17 @@ def _parallel(dimensions: int, sequential: int = 0) -> Any:
 
 def _words(tile: Callable[[int], Array], code: xla.Code, first: Any, rows: int) -> Array:
     """The 8 rows of words of one group: bit j is tile j. Rows from `rows` on give 0."""
-    words = None
-    for j in range(WORD):
+
+    def bit(j: int) -> Array:
         x = tile(j)
-        bit = code(x)
-        if rows % GROUP:
-            row = first + j * SUBLANES + lax.broadcasted_iota(jnp.int32, x.shape, 0)
-            bit = jnp.where(row < rows, bit, jnp.zeros_like(bit))
-        words = bit if words is None else words | bit << j
+        if rows % GROUP == 0:
+            return code(x)
+        row = first + j * SUBLANES + lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        return jnp.where(row < rows, code(x), jnp.uint32(0))
+
+    words = bit(0)
+    for j in range(1, WORD):
+        words |= bit(j) << j
     return words
 
 
@@ -269,7 +275,8 @@ def _linear_relu_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array,
 def _linear_relu_backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
     words, x, w = kept
     dz = apply("linear_relu", words, dy, _where_set)
-    return jnp.matmul(dz, w.T), jnp.einsum("...k,...n->kn", x, dz).astype(w.dtype)
+    leading = tuple(range(x.ndim - 1))
+    return jnp.matmul(dz, w.T), jnp.tensordot(x, dz, (leading, leading))
 
 
 _linear_relu.defvjp(_linear_relu_forward, _linear_relu_backward)

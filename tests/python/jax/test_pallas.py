@@ -96,18 +96,15 @@ def test_under_jit_vmap_scan_and_remat():
         assert np.array_equal(bits(gradient(way)(x)), want)
 
 
-@pytest.mark.parametrize(
-    ("spec", "check_vma"),
-    [(P("data", "model"), True), (P("data", "model"), False), (P("model"), True), (P(None, "data"), True)],
-)
-def test_inside_shard_map(spec, check_vma):
+@pytest.mark.parametrize("spec", [P("data", "model"), P("model")])
+def test_inside_shard_map(spec):
     x, dy = special((2048, 256), jnp.float32), normal((2048, 256), jnp.float32)
 
     def both(x, dy):
         y, backward = jax.vjp(ours(relu), x)
         return y, backward(dy)[0]
 
-    sharded = jax.shard_map(both, mesh=mesh(), in_specs=(spec, spec), out_specs=(spec, spec), check_vma=check_vma)
+    sharded = jax.shard_map(both, mesh=mesh(), in_specs=(spec, spec), out_specs=(spec, spec), check_vma=False)
     place = NamedSharding(mesh(), spec)
     got = jax.jit(sharded)(jax.device_put(x, place), jax.device_put(dy, place))
     assert same([bits(one) for one in got], vjp_bits(jax.nn.relu, x, dy))
@@ -137,7 +134,7 @@ def test_one_device_of_a_mesh_is_no_automatic_sharding():
 
 
 def test_a_layout_it_does_not_write_is_an_error():
-    with pytest.raises(ValueError, match="relu: layout is 'rows' but implementation 'pallas' writes rows256 alone"):
+    with pytest.raises(ValueError, match="relu: layout is 'rows', which implementation 'pallas' does not have"):
         relu(jnp.ones((4, 4)), implementation="pallas", layout="rows")
     assert kept(partial(relu, implementation="pallas", layout="rows256"), jnp.ones((4, 4))) == [("uint32", (8, 4))]
 
@@ -192,15 +189,14 @@ def test_linear_relu_keeps_mask_x_and_w():
     ]
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_linear_relu_inside_shard_map(check_vma):
+def test_linear_relu_inside_shard_map():
     x, w, dy = normal((1024, 64), jnp.float32), normal((64, 256), jnp.float32, seed=1), normal((1024, 256), jnp.float32, seed=2)
 
     def loss(x, w, dy):
         return jax.lax.psum(jnp.vdot(linear_relu(x, w), dy), ("data", "model"))
 
     sharded = jax.shard_map(
-        loss, mesh=mesh(), in_specs=(P("data"), P(None, "model"), P("data", "model")), out_specs=P(), check_vma=check_vma
+        loss, mesh=mesh(), in_specs=(P("data"), P(None, "model"), P("data", "model")), out_specs=P(), check_vma=False
     )
     got = jax.jit(jax.grad(sharded, argnums=(0, 1)))(x, w, dy)
     want = jax.grad(lambda x, w: jnp.vdot(jax.nn.relu(x @ w), dy), argnums=(0, 1))(x, w)
@@ -210,7 +206,7 @@ def test_linear_relu_inside_shard_map(check_vma):
 
 def test_linear_relu_under_automatic_sharding_is_an_error():
     x = jax.device_put(jnp.ones((512, 64)), NamedSharding(mesh(), P("data")))
-    with pytest.raises(ValueError, match=r"linear_relu: implementation is 'pallas' but .*jax.shard_map"):
+    with pytest.raises(ValueError, match=r"linear_relu: x and w: .* 4 devices; .*jax.shard_map, or use relu"):
         jax.jit(linear_relu)(x, jnp.ones((64, 32)))
 
 
