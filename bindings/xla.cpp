@@ -168,7 +168,7 @@ XLA_FFI_DEFINE_HANDLER(gated_backward_v1, gated_backward,
                            .Ret<AnyBuffer>()  // dup
                            .Attr<std::int64_t>("act"));
 
-void* address(XLA_FFI_Handler* handler) { return reinterpret_cast<void*>(handler); }
+void* address(XLA_FFI_Handler* handler) noexcept { return reinterpret_cast<void*>(handler); }
 
 }  // namespace
 

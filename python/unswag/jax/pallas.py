@@ -96,7 +96,8 @@ def _block(rows: int, cols: int) -> tuple[tuple[None, int, int], Callable[..., t
 
 
 def _parallel(dimensions: int, sequential: int = 0) -> Any:
-    return pltpu.CompilerParams(dimension_semantics=("parallel",) * dimensions + ("arbitrary",) * sequential)
+    semantics: Any = ("parallel",) * dimensions + ("arbitrary",) * sequential
+    return pltpu.CompilerParams(dimension_semantics=semantics)
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------------
