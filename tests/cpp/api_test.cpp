@@ -68,8 +68,8 @@ TEST(MaskForward, RefusesWhatDoesNotFit) {
                "mask_forward: y has the shape [3, 4] but x has [3, 5]; pass a y of the shape of x");
   EXPECT_ERROR(with([](auto& a) { a.y.dtype = DType::f16; }), invalid_type,
                "mask_forward: y is float16 but x is float32; convert y to float32");
-  EXPECT_ERROR(with([](auto& a) { a.act = Mask{3}; }), invalid_argument,
-               "mask_forward: act is 3, which is not one of its 3 values");
+  EXPECT_ERROR(with([](auto& a) { a.act = Mask{6}; }), invalid_argument,
+               "mask_forward: act is 6, which is not one of its 6 values");
   EXPECT_ERROR(with([](auto& a) { a.x.dtype = DType{4}; }), invalid_type,
                "mask_forward: x has the unknown dtype code 4; use float32, float16, bfloat16 or float64");
   EXPECT_ERROR(with([](auto& a) { a.slope = kNan; }), invalid_argument, "mask_forward: slope is nan; pass a finite number");
