@@ -1,9 +1,10 @@
 """Activations of the ReLU family: their backward needs one bit per element.
 
 x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. Values and gradients
-are those of `jax.nn`, bit for bit, on the same platform: also for NaN (no gradient passes), ±0 and infinities. "Saved" is
-what is kept from forward to backward; the output itself is kept too where the next layer needs it for a trained weight,
-whoever computed it.
+are those of `jax.nn`, bit for bit, on the same platform: also for NaN (no gradient passes), ±0 and infinities. One exception:
+`jax.nn.leaky_relu` adds its two branches, which turns a cotangent of -0 into +0 and may change a NaN's payload or a subnormal
+16-bit one; ours passes them as they are. "Saved" is what is kept from forward to backward; the output itself is kept too where
+the next layer needs it for a trained weight, whoever computed it.
 
 `implementation` names the kernels, `layout` where the bits lie (docs/format.md); None is the best for the platform and the
 shape, and naming one switches every fallback off. TypeError for a dtype that is not floating, ValueError for an unknown
