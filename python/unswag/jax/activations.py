@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,25 @@ from unswag.jax import xla
 from unswag.jax.how import How, choose, floating, implement
 from unswag.jax.policies import CODE, INPUT
 
-__all__ = ["FUNCTIONS", "gelu", "silu", "wide"]
+__all__ = ["FUNCTIONS", "gelu", "silu", "wide", "wide_type"]
+
+
+def wide_type(x: Array) -> Any:
+    """float32 for the 16-bit types: what the formulas are computed in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def wide(x: Array) -> Array:
-    """float32 for the 16-bit types: what the formulas are computed in."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_type(x))
 
 
 # ---- formulas: docs/math.md ---------------------------------------------------------------------------------------------
 # sigmoid(-x) and not 1 - sigmoid(x): no digits are lost.
+
+
+def _vanishing(term: Array, x: Array) -> Array:
+    """A term that is 0 at both infinities, where it comes out as 0 inf."""
+    return jnp.where(jnp.isfinite(term) | jnp.isnan(x), term, jnp.zeros_like(x))
 
 
 def _silu(x: Array) -> Array:
@@ -44,8 +54,7 @@ def _silu(x: Array) -> Array:
 
 def _silu_derivative(x: Array) -> Array:
     s = jax.nn.sigmoid(x)
-    # x s(-x) is NaN for x = inf: there the derivative is 1
-    return jnp.where(jnp.isinf(x), jnp.where(x > 0, 1.0, 0.0).astype(x.dtype), s + x * s * jax.nn.sigmoid(-x))
+    return s + _vanishing(x * s * jax.nn.sigmoid(-x), x)
 
 
 def _phi(x: Array) -> Array:
@@ -59,7 +68,7 @@ def _gelu(x: Array) -> Array:
 
 def _gelu_derivative(x: Array) -> Array:
     density = jnp.exp(-x * x / 2) * np.asarray(1 / np.sqrt(2 * np.pi), x.dtype)
-    return _phi(x) + jnp.where(jnp.isinf(x), jnp.zeros_like(x), x * density)
+    return _phi(x) + _vanishing(x * density, x)
 
 
 _TANH_SCALE, _TANH_CUBE = np.sqrt(2 / np.pi), 0.044715
@@ -79,8 +88,7 @@ def _gelu_tanh_derivative(x: Array) -> Array:
     twice = _tanh_twice(x)
     s = jax.nn.sigmoid(twice)
     slope = np.asarray(2 * _TANH_SCALE, x.dtype) * (1 + np.asarray(3 * _TANH_CUBE, x.dtype) * x * x)
-    inner = x * s * jax.nn.sigmoid(-twice) * slope
-    return s + jnp.where(jnp.isfinite(inner) | jnp.isnan(x), inner, jnp.zeros_like(x))  # 0 inf, where s is 0 or 1
+    return s + _vanishing(x * s * jax.nn.sigmoid(-twice) * slope, x)
 
 
 def _relu_derivative(x: Array) -> Array:

@@ -28,9 +28,9 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
-from unswag.jax.activations import wide
+from unswag.jax.activations import wide, wide_type
 from unswag.jax.gated import geglu, reglu, swiglu
-from unswag.jax.how import choose, floating, one_of
+from unswag.jax.how import choose, floating, one_of, same_dtype
 from unswag.jax.masks import Act, relu2
 from unswag.jax.policies import INPUT, MASK, STAT
 from unswag.jax.varying import alike
@@ -61,37 +61,26 @@ def _put(buffer: Array, piece: Array, start: Any, axis: int = -2) -> Array:
     return lax.dynamic_update_slice_in_dim(buffer, piece, start, axis)
 
 
-def _wide_type(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _zeros(like: Array) -> Array:
     """Where the gradient of a weight is summed."""
-    return jnp.zeros_like(like, dtype=_wide_type(like))
+    return jnp.zeros_like(like, dtype=wide_type(like))
 
 
 def _over_tokens(x: Array, d: Array) -> Array:
     """x^T d, summed over all dimensions but the last."""
     tokens = tuple(range(x.ndim - 1))
-    return jnp.tensordot(x, d, (tokens, tokens), preferred_element_type=_wide_type(d))
+    return jnp.tensordot(x, d, (tokens, tokens), preferred_element_type=wide_type(d))
 
 
 def _back(d: Array, weight: Array) -> Array:
     """d weight^T, not rounded."""
-    return jnp.tensordot(d, weight, ((-1,), (1,)), preferred_element_type=_wide_type(d))
+    return jnp.tensordot(d, weight, ((-1,), (1,)), preferred_element_type=wide_type(d))
 
 
 def _chunk(op: str, chunk: Any) -> int:
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"{op}: chunk is {chunk!r}; pass a positive number of tokens, e.g. 4096")
     return chunk
-
-
-def _matches(op: str, x: tuple[str, Array], others: dict[str, Array]) -> None:
-    name, like = x
-    for other, array in others.items():
-        if array.dtype != like.dtype:
-            raise TypeError(f"{op}: {name} has dtype {like.dtype} and {other} {array.dtype}; pass {other}.astype({like.dtype})")
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
@@ -194,7 +183,7 @@ def _checked(op: str, x: Array, into: dict[str, Array], down: Array, biases: dic
     x, down = floating(op, "x", x), floating(op, "down", down)
     into = {name: floating(op, name, weight) for name, weight in into.items()}
     given = {name: floating(op, name, bias) for name, bias in biases.items() if bias is not None}
-    _matches(op, ("x", x), {**into, "down": down, **given})
+    same_dtype(op, ("x", x), {**into, "down": down, **given})
     if x.ndim < 2:
         raise ValueError(f"{op}: x has shape {x.shape}; pass [..., tokens, hidden], e.g. x[None] for one token")
     first, *others = into
@@ -325,7 +314,7 @@ def _losses_forward(hidden: Array, weight: Array, labels: Array, how: _Loss) -> 
         loss = jnp.where(counts, jnp.where(right, jnp.log(total) - target, np.nan), 0)
         return tuple(_put(buffer, piece, start, -1) for buffer, piece in zip(carry, (loss, top, total), strict=True)), ()
 
-    zeros = jnp.zeros_like(hidden, shape=labels.shape, dtype=_wide_type(hidden))
+    zeros = jnp.zeros_like(hidden, shape=labels.shape, dtype=wide_type(hidden))
     (losses, top, total), _ = _sweep(step, (zeros, zeros, zeros), labels.shape[-1], how.chunk)
     return losses, (hidden, weight, labels, checkpoint_name(top, STAT), checkpoint_name(total, STAT))
 
@@ -333,7 +322,7 @@ def _losses_forward(hidden: Array, weight: Array, labels: Array, how: _Loss) -> 
 def _losses_backward(how: _Loss, residuals: tuple[Any, ...], dlosses: Array) -> tuple[Any, ...]:
     hidden, weight, labels, *stats = residuals
     # the softmax over so many rows is below the smallest float16
-    product = _wide_type(hidden) if hidden.dtype == jnp.float16 else hidden.dtype
+    product = wide_type(hidden) if hidden.dtype == jnp.float16 else hidden.dtype
 
     def step(carry: tuple[Array, Array], start: Any, size: int, _: Any) -> tuple[tuple[Array, Array], tuple[()]]:
         dhidden, dweight = carry
@@ -344,7 +333,7 @@ def _losses_backward(how: _Loss, residuals: tuple[Any, ...], dlosses: Array) -> 
         if how.label_smoothing:
             d = d - how.label_smoothing / weight.shape[0]
         d = jnp.where(counts[..., None], jnp.where(right[..., None], d * slope * dloss, np.nan), 0).astype(product)
-        drows = jnp.tensordot(d, weight.astype(product), 1, preferred_element_type=_wide_type(hidden))
+        drows = jnp.tensordot(d, weight.astype(product), 1, preferred_element_type=wide_type(hidden))
         return (
             _put(dhidden, drows.astype(hidden.dtype), start),
             dweight + _over_tokens(d, rows.astype(product)),
@@ -423,7 +412,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: hidden has shape {hidden.shape} and weight {weight.shape}; pass [..., tokens, H] and [classes, H]"
         )
-    _matches(op, ("hidden", hidden), {"weight": weight})
+    same_dtype(op, ("hidden", hidden), {"weight": weight})
     *leading, tokens, _ = hidden.shape
     classes = weight.shape[0]
     if classes == 0:

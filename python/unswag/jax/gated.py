@@ -17,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax.activations import FUNCTIONS, wide
-from unswag.jax.how import How, choose, floating, implement
+from unswag.jax.how import How, choose, floating, implement, same_dtype
 from unswag.jax.policies import INPUT
 from unswag.jax.varying import alike
 
@@ -53,8 +53,7 @@ def _checked(op: str, gate: Array, up: Array, act: str, implementation: str | No
     gate, up = floating(op, "gate", gate), floating(op, "up", up)
     if gate.shape != up.shape:
         raise ValueError(f"{op}: gate has shape {gate.shape} and up {up.shape}; pass arrays of one shape")
-    if gate.dtype != up.dtype:
-        raise TypeError(f"{op}: gate has dtype {gate.dtype} and up {up.dtype}; pass up.astype({gate.dtype})")
+    same_dtype(op, ("gate", gate), {"up": up})
     return _gated(*alike(gate, up), act, choose(op, gate, implementation, None))
 
 

@@ -33,6 +33,14 @@ def floating(op: str, name: str, x: ArrayLike) -> Array:
     return array
 
 
+def same_dtype(op: str, first: tuple[str, Array], others: dict[str, Array]) -> None:
+    """TypeError unless the others have the dtype of the first."""
+    name, like = first
+    for other, array in others.items():
+        if array.dtype != like.dtype:
+            raise TypeError(f"{op}: {name} has dtype {like.dtype} and {other} {array.dtype}; pass {other}.astype({like.dtype})")
+
+
 def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{op}: {name} is {value!r}; choose {' or '.join(map(repr, choices))}")

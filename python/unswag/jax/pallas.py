@@ -1,7 +1,7 @@
 """Pallas kernels for TPUs: the masks of relu, relu6 and leaky_relu, and a linear layer with relu that makes its mask itself.
 
 `implementation="pallas"` of `unswag.jax.relu`, `relu6` and `leaky_relu`. The words are those of the layout rows256
-(docs/format.md section 5). Compiled on TPUs; on CPUs the kernels are interpreted, which is slow and meant for tests; elsewhere
+(docs/format.md section 6). Compiled on TPUs; on CPUs the kernels are interpreted, which is slow and meant for tests; elsewhere
 they are a ValueError. Forward values stay those of `jax.nn`: the kernels only pack and apply.
 
 XLA cannot partition a kernel. Under automatic sharding over several devices the kernels are a ValueError; inside
@@ -25,8 +25,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from unswag.jax import xla
-from unswag.jax.activations import wide
-from unswag.jax.how import floating
+from unswag.jax.activations import wide, wide_type
+from unswag.jax.how import floating, same_dtype
+from unswag.jax.masks import Act
 from unswag.jax.policies import INPUT, MASK
 from unswag.jax.xla import GROUP, SUBLANES, WORD
 
@@ -183,6 +184,9 @@ def apply(op: str, packed: Array, dy: Array, use: xla.Use) -> Array:
 # ---- relu(x w) with its mask, and no round trip of x w through memory ----------------------------------------------------
 
 
+_RELU = Act("relu")
+
+
 def _linear_kernel(x: Any, w: Any, y: Any, words: Any, total: Any, *, rows: int, steps: int) -> None:
     first, k = pl.program_id(1) * y.shape[0], pl.program_id(3)
 
@@ -202,15 +206,7 @@ def _linear_kernel(x: Any, w: Any, y: Any, words: Any, total: Any, *, rows: int,
             def tile(j: int, top: int = top) -> Array:
                 return z[top + j * SUBLANES : top + (j + 1) * SUBLANES, :]
 
-            words[group * SUBLANES : (group + 1) * SUBLANES, :] = _words(tile, _positive, first + top, rows)
-
-
-def _positive(x: Array) -> Array:
-    return (x > 0).astype(jnp.uint32)
-
-
-def _where_set(bit: Array, dy: Array) -> Array:
-    return jnp.where(bit != 0, dy, jnp.zeros_like(dy))
+            words[group * SUBLANES : (group + 1) * SUBLANES, :] = _words(tile, _RELU.bit, first + top, rows)
 
 
 def _depth(k: int) -> tuple[int, int]:
@@ -226,7 +222,7 @@ def _linear_forward(x: Array, w: Array) -> tuple[Array, Array]:
 
     def xla_form(x: Array, w: Array) -> tuple[Array, Array]:
         y = jax.nn.relu(jnp.matmul(x, w))
-        return y, xla.pack(y, _positive, 1, "rows256")
+        return y, xla.pack(y, _RELU.bit, 1, "rows256")
 
     if 0 in (*x.shape, *w.shape):
         return xla_form(x, w)
@@ -250,7 +246,7 @@ def _linear_forward(x: Array, w: Array) -> tuple[Array, Array]:
             pl.BlockSpec((depth, width), lambda leading, i, j, k: (k, j)),
         ],
         out_specs=(pl.BlockSpec(*_block(tall, width)), pl.BlockSpec(*_block(tall // WORD, width))),
-        scratch_shapes=[pltpu.VMEM((tall, width), jnp.promote_types(x.dtype, jnp.float32))],
+        scratch_shapes=[pltpu.VMEM((tall, width), wide_type(x))],
         compiler_params=_parallel(3, sequential=1),
         cost_estimate=pl.CostEstimate(
             flops=2 * leading * rows * k * cols,
@@ -275,7 +271,7 @@ def _linear_relu_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array,
 
 def _linear_relu_backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
     words, x, w = kept
-    dz = apply("linear_relu", words, dy, _where_set)
+    dz = apply("linear_relu", words, dy, _RELU.gradient)
     leading = tuple(range(x.ndim - 1))
     return jnp.matmul(dz, w.T), jnp.tensordot(x, dz, (leading, leading))
 
@@ -294,8 +290,7 @@ def linear_relu(x: Array, w: Array) -> Array:
     TypeError for dtypes, ValueError for shapes that do not fit. Differentiable once, in reverse mode.
     """
     x, w = floating("linear_relu", "x", x), floating("linear_relu", "w", w)
-    if x.dtype != w.dtype:
-        raise TypeError(f"linear_relu: x has dtype {x.dtype} and w {w.dtype}; pass w.astype({x.dtype})")
+    same_dtype("linear_relu", ("x", x), {"w": w})
     if x.ndim == 0 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"linear_relu: x has shape {x.shape} and w {w.shape}; pass [..., k] and [k, n]")
     return _linear_relu(x, w)

@@ -1,5 +1,5 @@
-"""The two packed layouts in plain XLA (docs/format.md sections 1 and 5): they run on every platform and partition by
-themselves.
+"""The two packed layouts in plain XLA (docs/format.md sections 1, 5 and 6): they run on every platform and partition
+by themselves.
 
 Leading dimensions are kept and nothing is flattened or indexed by one integer: sharded arrays need no communication, and no
 size overflows (docs/tpu.md).
