@@ -14,9 +14,9 @@
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
-// A single output of more bytes than this goes past the cache: it would only push out what is still needed there.  Several do
-// not: stores past the cache make the processor wait, and most where they take turns between tensors (a third slower, or half,
-// than through it on Zen 3, though they move less).
+// Outputs of more bytes than this go past the cache: they would only push out what is still needed there, and what is stored
+// through the cache is read first.  Several take turns block by block: stores past the cache that alternate between tensors
+// make the processor wait (a third slower, or half, than through the cache on Zen 3, though they move less).
 constexpr std::int64_t stream_above = std::int64_t{16} << 20;
 
 // How rows x cols elements are cut into spans of one row each.  The borders depend on the shape only.
@@ -86,35 +86,47 @@ UNSWAG_INLINE V ahead_by_register(V x) {
   }
 }
 
+// Copies n elements, a multiple of sixteen, past the cache.
+template <class T>
+UNSWAG_INLINE void stream_copy(T* to, const T* from, std::int64_t n) {
+  using Lines = ints<std::int32_t>;
+  const std::int64_t words = n * std::int64_t(sizeof(T)) / 4;
+  for (std::int64_t k = 0; k < words; k += Lines::size)
+    Lines::load(reinterpret_cast<const std::int32_t*>(from) + k).stream(reinterpret_cast<std::int32_t*>(to) + k);
+}
+
 // out[0][i], out[1][i], ... = f(in[0][i], in[1][i], ...) from `begin` on, until fewer than sixteen are left or some are not
 // plain; returns where it stopped.
 template <bool Streaming, class F, class T, std::size_t In, std::size_t Out>
 UNSWAG_INLINE std::int64_t map_plain(const std::array<const T*, In>& in, const std::array<T*, Out>& out, std::int64_t begin,
                                      std::int64_t n) {
   using V = lanes_t<T>;
-  const auto step = [&]<std::size_t... K, std::size_t... J>(std::int64_t i, std::index_sequence<K...>,
-                                                            std::index_sequence<J...>, auto... ahead)
-                        __attribute__((always_inline)) {
-                          (prefetch(in[K] + i), ...);
-                          const std::array<V, Out> y = apply_by_register<F>(load_shuffled(in[K] + i)..., ahead...);
-                          if constexpr (Streaming) {
-                            (stream_shuffled(out[J] + i, y[J]), ...);
-                          } else {
-                            (store_shuffled(out[J] + i, y[J]), ...);
-                          }
-                        };
+  constexpr std::int64_t block = 256;
+  constexpr bool in_turns = Streaming && Out > 1;
+  [[maybe_unused]] alignas(64) T staged[Out][in_turns ? block : 1];
+  const auto step = [&]<std::size_t... K, std::size_t... J>(std::int64_t i, [[maybe_unused]] std::int64_t from,
+                                                            std::index_sequence<K...>, std::index_sequence<J...>,
+                                                            auto... ahead) __attribute__((always_inline)) {
+    (prefetch(in[K] + i), ...);
+    const std::array<V, Out> y = apply_by_register<F>(load_shuffled(in[K] + i)..., ahead...);
+    if constexpr (in_turns) {
+      (store_shuffled(staged[J] + (i - from), y[J]), ...);
+    } else if constexpr (Streaming) {
+      (stream_shuffled(out[J] + i, y[J]), ...);
+    } else {
+      (store_shuffled(out[J] + i, y[J]), ...);
+    }
+  };
   const auto ins = std::make_index_sequence<In>();
   const auto outs = std::make_index_sequence<Out>();
+  [[maybe_unused]] alignas(64) float ahead[block];
+  const std::int64_t last = n - (n - begin) % 16;
   std::int64_t i = begin;
-  if constexpr (F::has_near) {
-    constexpr std::int64_t block = 256;
-    alignas(64) float ahead[block];
-    const std::int64_t last = n - n % 16;
-    bool plain = true;
-    while (plain && i < last) {
-      const std::int64_t end = last - i < block ? last : i + block;
-      std::int64_t j = i;
-      for (; j < end; j += 16) {
+  for (bool plain = true; plain && i < last;) {
+    const std::int64_t end = last - i < block ? last : i + block;
+    std::int64_t j = end;
+    if constexpr (F::has_near) {
+      for (j = i; j < end; j += 16) {
         prefetch(in[0] + j);
         const V x = load_shuffled(in[0] + j);
         plain = all(F::plain(x));
@@ -122,11 +134,13 @@ UNSWAG_INLINE std::int64_t map_plain(const std::array<const T*, In>& in, const s
           break;
         ahead_by_register<F>(x).store(ahead + (j - i));
       }
-      for (std::int64_t k = i; k < j; k += 16) step(k, ins, outs, V::load(ahead + (k - i)));
-      i = j;
+      for (std::int64_t k = i; k < j; k += 16) step(k, i, ins, outs, V::load(ahead + (k - i)));
+    } else {
+      for (std::int64_t k = i; k < j; k += 16) step(k, i, ins, outs);
     }
-  } else {
-    for (; i + 16 <= n; i += 16) step(i, ins, outs);
+    if constexpr (in_turns)
+      for (std::size_t o = 0; o < Out; ++o) stream_copy(out[o] + i, staged[o], j - i);
+    i = j;
   }
   return i;
 }
@@ -162,19 +176,21 @@ template <bool Streaming, class F, class T, std::size_t In, std::size_t Out>
 }
 
 // The same past the cache, from where a line of the output begins.
-template <class F, class T, std::size_t In>
-UNSWAG_INLINE void stream_span(std::array<const T*, In> in, std::array<T*, 1> out, std::int64_t n) {
+template <class F, class T, std::size_t In, std::size_t Out>
+UNSWAG_INLINE void stream_span(std::array<const T*, In> in, std::array<T*, Out> out, std::int64_t n) {
   constexpr std::int64_t line = 64 / sizeof(T);
   const std::int64_t past = std::int64_t(reinterpret_cast<std::uintptr_t>(out[0]) % 64 / sizeof(T));
   for (std::int64_t head = past == 0 ? 0 : line - past < n ? line - past : n; head > 0;) {
     const std::int64_t count = head < 16 ? head : 16;
     map_step<F>(in, out, 0, count);
     for (const T*& p : in) p += count;
-    out[0] += count;
+    for (T*& p : out) p += count;
     n -= count;
     head -= count;
   }
-  if (aligned(out[0], line)) {
+  bool lines = true;
+  for (T* p : out) lines = lines && aligned(p, line);
+  if (lines) {
     map_span<true, F>(in, out, n);
   } else {
     map_span<false, F>(in, out, n);
@@ -199,7 +215,7 @@ UNSWAG_INLINE void map(const std::array<ConstRows, In>& in, const std::array<Row
                              x[k] = static_cast<const T*>(in[k].data) + row * in[k].stride + begin;
                            for (std::size_t k = 0; k < Out; ++k)
                              y[k] = static_cast<T*>(out[k].data) + row * out[k].stride + begin;
-                           if constexpr (has_fast_loops && Out == 1) {
+                           if constexpr (has_fast_loops) {
                              if (streaming) return stream_span<F>(x, y, end - begin);
                            }
                            map_span<false, F>(x, y, end - begin);

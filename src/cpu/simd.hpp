@@ -10,6 +10,7 @@
 //   + - * / unary -   fma min max abs sqrt   fma rounds twice where there is no such instruction; min and max give their
 //                                            second operand when either is NaN
 //   < <= > >= == !=   select(mask, a, b)     false for NaN, except !=;  mask.bits(), mask::from_bits(bits), & | ~
+//   negative(x)                              x < 0, where it does not matter what -0 and NaN give
 //   reduce_add reduce_max                    lane i with i + 8, then i + 4, i + 2, i + 1: the same order everywhere
 //   product_error times_pow2                 as in math/scalar.hpp, where float and double have the same functions
 //

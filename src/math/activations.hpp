@@ -59,8 +59,8 @@ UNSWAG_HD inline V core_slope_of(V x, V square, V p) {
 
 // Of f(x) = x / (1 + t), t = e^-q(x), with w = x q'(x).   s = 1 / (1 + t) and g = 1 - s = s t:
 //     f' = s (1 + w g) = 1 + g (w s - 1)
-// where the first is near enough on the left of `border`, and in the second the roundings of what is added to 1 do not show
-// beyond 1; so it is with x - f t, the value.
+// where the first is near enough on the left of `border`, and in the second, on its right, the roundings of what is added to 1
+// do not show; beyond 1 so it is with x - f t, the value, for which Silu takes x / (1 + t), as PyTorch does (Act::refined).
 template <class T, class Act, class V>
 UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
   const V d = V(1.f) + t, s = V(1.f) / d, g = s * t;
@@ -69,10 +69,10 @@ UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
     return {x * s, left};
   } else {
     const V y = x / d, square = x * x;
-    const auto beyond = x > V(1.f);
-    const V outer = select(beyond, fma(g, fma(w, s, V(-1.f)), V(1.f)), left);
+    const V outer = select(negative(x), left, fma(g, fma(w, s, V(-1.f)), V(1.f)));
     const V core = core_slope_of<Act>(x, square, Act::core_slope(square));
-    return {select(beyond, fma(-y, t, x), y), select(square < V(Act::border * Act::border), core, outer)};
+    const V value = Act::refined ? select(x > V(1.f), fma(-y, t, x), y) : y;
+    return {value, select(square < V(Act::border * Act::border), core, outer)};
   }
 }
 
@@ -82,6 +82,7 @@ struct Silu {
   static constexpr const char* name = "silu";
 
   static constexpr float border = 1.f, plain = 40.f, far = 110.f;
+  static constexpr bool refined = false;
   static constexpr double c0 = 0.5;
   template <class V>
   UNSWAG_HD static V core_slope(V z) {
@@ -135,9 +136,9 @@ struct Gelu {
   template <class T, class V>
   UNSWAG_HD static Both<V> near(V x, V r) {
     const V u = abs(x), square = x * x;
-    const V e = exp_short<-1>(V(0.5f) * square);
+    const V e = exp_short<-1, 2>(square);
     const V left = e * fma(u, V(-0.3989422804014327), r);
-    const Both<V> outer{max(V(0.f), x) - u * e * r, select(x < V(0.f), left, V(1.f) - left)};
+    const Both<V> outer{max(V(0.f), x) - u * e * r, select(negative(x), left, V(1.f) - left)};
     if constexpr (coarse<T>) {
       return outer;
     } else {
@@ -198,6 +199,7 @@ struct GeluTanh {
   static constexpr const char* name = "gelu_tanh";
 
   static constexpr float border = 0.875f, plain = 7.25f, far = 11.f;
+  static constexpr bool refined = true;
   static constexpr double c0 = 0.7978845608028654;  // c1 / 2
   template <class V>
   UNSWAG_HD static V core_slope(V z) {

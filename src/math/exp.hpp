@@ -7,7 +7,8 @@
 
 namespace unswag::math {
 
-// Below, Sign is 1 or -1 and stands before x: the sign of an argument costs nothing where it goes into the coefficients.
+// Below, Sign is 1 or -1 and stands before x, and Over is a power of two and stands below it: they cost nothing where they go
+// into the coefficients, and change no bit.
 
 // e^(Sign x) = e^(Sign r) 2^n with n = round(Sign x / ln 2):  r = x - Sign n ln 2 in two steps (n ln2_high is exact).  n is
 // returned as z = 1.5 2^23 + n, for times_pow2.
@@ -48,16 +49,17 @@ UNSWAG_HD inline V exp_normal(V x, V tail) {
   return times_pow2(m, z);
 }
 
-// e^(Sign x) where it is a normal number, in three steps less: off by 2^-22 at most for |x| <= 40.
-template <int Sign = 1, class V>
+// e^(Sign x / Over) where it is a normal number, in three steps less: off by 2^-22 at most down to e^-40.
+template <int Sign = 1, int Over = 1, class V>
 UNSWAG_HD inline V exp_short(V x) {
+  constexpr float f = Sign * (1.f / Over);
   const V magic(0x1.8p23f);
-  const V z = fma(x, V(Sign * 1.44269504f), magic);
-  const V r = fma(z - magic, V(Sign * -0.693147182f), x);
-  V p = fma(r, V(Sign * 0x1.0fa0d8p-7f), V(0x1.573a20p-5f));
-  p = fma(r, p, V(Sign * 0x1.555a7ep-3f));
-  p = fma(r, p, V(0x1.fffdc6p-2f));
-  p = fma(r, p, V(Sign * 0x1.fffff6p-1f));
+  const V z = fma(x, V(f * 1.44269504f), magic);
+  const V r = fma(z - magic, V(-0.693147182f / f), x);
+  V p = fma(r, V(f * f * f * f * f * 0x1.0fa0d8p-7f), V(f * f * f * f * 0x1.573a20p-5f));
+  p = fma(r, p, V(f * f * f * 0x1.555a7ep-3f));
+  p = fma(r, p, V(f * f * 0x1.fffdc6p-2f));
+  p = fma(r, p, V(f * 0x1.fffff6p-1f));
   return times_pow2(fma(r, p, V(1.f)), z);
 }
 

@@ -34,6 +34,8 @@ template <class S>
 UNSWAG_HD inline S select(bool condition, S a, S b) {
   return condition ? a : b;
 }
+UNSWAG_HD inline bool negative(float x) { return x < 0; }
+UNSWAG_HD inline bool negative(double x) { return x < 0; }
 UNSWAG_HD inline bool all(bool condition) { return condition; }
 // As on x86: the second operand when either is NaN or both are zero.
 UNSWAG_HD inline float min(float a, float b) { return a < b ? a : b; }

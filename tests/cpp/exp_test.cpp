@@ -68,6 +68,7 @@ TYPED_TEST(Exp, ShortIsNearEnoughForPlainNumbers) {
     const double ulps = std::is_same_v<V, float> ? 4 : 4 + std::fabs(x);
     expect_near(math::exp_short(V(x)), truth, ulps, x);
     expect_near(math::exp_short<-1>(V(x)), 1 / truth, ulps, x);
+    expect_near(math::exp_short<-1, 2>(V(2 * x)), 1 / truth, ulps, x);
   });
 }
 

@@ -7,7 +7,7 @@ namespace unswag::UNSWAG_ISA_NS {
 
 struct mask8 {
   static constexpr int size = 8;
-  __m256 m;  // all ones or all zeros per lane
+  __m256 m;  // a lane's sign bit counts, and nothing else does
   UNSWAG_INLINE static mask8 from_bits(unsigned bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane))};
@@ -57,6 +57,7 @@ struct f32x8 {
   UNSWAG_INLINE friend mask8 operator>=(f32x8 a, f32x8 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
   UNSWAG_INLINE friend mask8 operator==(f32x8 a, f32x8 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
   UNSWAG_INLINE friend mask8 operator!=(f32x8 a, f32x8 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)}; }
+  UNSWAG_INLINE friend mask8 negative(f32x8 a) { return {a.v}; }
   UNSWAG_INLINE friend f32x8 select(mask8 m, f32x8 a, f32x8 b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
   UNSWAG_INLINE friend float reduce_add(f32x8 a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

@@ -62,6 +62,7 @@ struct f32x16 {
   UNSWAG_INLINE friend mask operator>=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
   UNSWAG_INLINE friend mask operator==(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
   UNSWAG_INLINE friend mask operator!=(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+  UNSWAG_INLINE friend mask negative(f32x16 a) { return a < f32x16(0.f); }
   UNSWAG_INLINE friend f32x16 select(mask m, f32x16 a, f32x16 b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
   UNSWAG_INLINE friend float reduce_add(f32x16 a) {
     const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));

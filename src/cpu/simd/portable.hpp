@@ -84,6 +84,7 @@ struct array16 {
   UNSWAG_INLINE friend mask operator>=(array16 a, array16 b) { UNSWAG_LANES(mask, a.lane[i] >= b.lane[i]); }
   UNSWAG_INLINE friend mask operator==(array16 a, array16 b) { UNSWAG_LANES(mask, a.lane[i] == b.lane[i]); }
   UNSWAG_INLINE friend mask operator!=(array16 a, array16 b) { UNSWAG_LANES(mask, a.lane[i] != b.lane[i]); }
+  UNSWAG_INLINE friend mask negative(array16 a) { return a < array16(S(0)); }
   UNSWAG_INLINE friend array16 select(mask m, array16 a, array16 b) {
     UNSWAG_LANES(array16, m.lane[i] ? a.lane[i] : b.lane[i]);
   }

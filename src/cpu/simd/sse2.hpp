@@ -71,6 +71,7 @@ struct f32x4 {
   UNSWAG_INLINE friend mask4 operator>=(f32x4 a, f32x4 b) { return {_mm_cmpge_ps(a.v, b.v)}; }
   UNSWAG_INLINE friend mask4 operator==(f32x4 a, f32x4 b) { return {_mm_cmpeq_ps(a.v, b.v)}; }
   UNSWAG_INLINE friend mask4 operator!=(f32x4 a, f32x4 b) { return {_mm_cmpneq_ps(a.v, b.v)}; }
+  UNSWAG_INLINE friend mask4 negative(f32x4 a) { return a < f32x4(0.f); }
   UNSWAG_INLINE friend f32x4 select(mask4 m, f32x4 a, f32x4 b) {
     return _mm_or_ps(_mm_and_ps(m.m, a.v), _mm_andnot_ps(m.m, b.v));
   }

@@ -58,6 +58,7 @@ struct twice {
   UNSWAG_INLINE friend mask operator>=(twice a, twice b) { return {a.low >= b.low, a.high >= b.high}; }
   UNSWAG_INLINE friend mask operator==(twice a, twice b) { return {a.low == b.low, a.high == b.high}; }
   UNSWAG_INLINE friend mask operator!=(twice a, twice b) { return {a.low != b.low, a.high != b.high}; }
+  UNSWAG_INLINE friend mask negative(twice a) { return {negative(a.low), negative(a.high)}; }
   UNSWAG_INLINE friend twice select(mask m, twice a, twice b) {
     return {select(m.low, a.low, b.low), select(m.high, a.high, b.high)};
   }
