@@ -149,6 +149,7 @@ def mask_forward(x: Array, act: str, slope: float) -> tuple[Array, Array]:
 
 
 def mask_backward(packed: Array, dy: Array, act: str, slope: float) -> Array:
+    act = act if slope else "relu"  # 0, and not 0 dy, which may be -0 or NaN
     view, packed_shape = _words(dy)
     if view.ndim > len(packed_shape):
         packed = packed[..., None]

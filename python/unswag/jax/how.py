@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from unswag.jax import xla
 
 IMPLEMENTATIONS = ("xla", "ffi")  # of every function; the masks have "pallas" too
+FAST = ("float32", "float16", "bfloat16")  # what the C++ core has vector code for
 
 
 class How(NamedTuple):
@@ -47,13 +48,12 @@ def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
-def choose(
-    op: str, x: Array, implementation: str | None, layout: str | None, native: bool = False, pallas: bool = False
-) -> How:
-    """`None` is the best for the platform that is the default when the call is traced, and for the shape.
+def choose(op: str, x: Array, implementation: str | None, layout: str | None, pallas: bool = False) -> How:
+    """`None` is the best for the platform that is the default when the call is traced, and for dtype and shape: on the CPU
+    ffi (bench/results/jax-cpu.json), unless XLA cannot be told how to cut its calls up or the dtype is not a fast one.
 
     layout: rows256 for pallas and, on a TPU, for at least 256 rows, else rows. It changes where bits lie, never a result.
-    native: whether ffi is the best on the CPU;  pallas: whether there are such kernels.
+    pallas: whether there are such kernels.
     """
     one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS, *(["pallas"] if pallas else [])))
     one_of(op, "layout", layout, (None, *xla.LAYOUTS))
@@ -67,18 +67,32 @@ def choose(
     if layout is None:
         tall = x.ndim >= 2 and x.shape[-2] >= xla.GROUP and implementation != "ffi"
         layout = "rows256" if tall and platform == "tpu" else "rows"
-    if implementation is None and not (native and layout == "rows" and platform == "cpu"):
+    native = layout == "rows" and platform == "cpu" and x.dtype.name in FAST
+    if implementation is None and not (native and _partitions()):
         implementation = "xla"
     return How(implementation, layout)
+
+
+def _partitions() -> bool:
+    from unswag.jax import ffi  # not before it is used: it loads the C++ core
+
+    return ffi.PARTITIONS
+
+
+def _differentiated_as(plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """native, whose derivative is that of plain: a custom call has none, and a gradient may be differentiated again."""
+    function = jax.custom_jvp(lambda *arguments: native(*arguments))
+    function.defjvp(lambda primals, tangents: (function(*primals), jax.jvp(plain, primals, tangents)[1]))
+    return function
 
 
 def implement(how: How, native: str, plain: Callable[..., Any], *arguments: Array, **attributes: Any) -> Any:
     """The function of `unswag.jax.ffi` called `native` where ffi is chosen, else plain(*arguments)."""
     if how.implementation in ("xla", "pallas"):
         return plain(*arguments)
-    from unswag.jax import ffi  # not before it is used: it loads the C++ core
+    from unswag.jax import ffi
 
-    function = partial(getattr(ffi, native), **attributes)
+    function = _differentiated_as(plain, partial(getattr(ffi, native), **attributes))
     if how.implementation == "ffi":
         return function(*arguments)
     return lax.platform_dependent(*arguments, cpu=function, default=plain)

@@ -98,7 +98,7 @@ def test_every_codebook_gives_its_levels(function, bits_, layout):
         expected = np.asarray(book.levels, np.float32)[code] * np.asarray(dy)
         close_to_bound = np.abs(of[..., None] - np.float32(book.bounds)).min(-1) < (0 if book.of == "x" else 1e-6)
         assert (bits(pull(dy)[0]) == bits(expected))[~close_to_bound].all(), name
-        assert (bits(y) == bits(OURS[function](x))).all()
+        assert (bits(y) == bits(OURS[function](x, implementation="xla"))).all()
         tried += 1
     assert tried >= 3
 

