@@ -437,7 +437,7 @@ def tokens(compiler: Compiler) -> Iterator[Row]:
     """The longest sequence that fits on a v5e, one layer, to 8,192 tokens."""
     for dtype in ("float32", "bfloat16"):
         for trained in (False, True):
-            for variant in ("jax.nn.relu", "mask", "chunks, mask", "chunks, recompute"):
+            for variant in ("jax.nn.relu", "mask", "mask, pallas", "chunks, mask", "chunks, recompute"):
                 mlp = Mlp("v5e", dtype, 0, 1, variant, trained)
                 found, peak = largest(lambda n, m=mlp: dataclasses.replace(m, tokens=n).compile(compiler))
                 row = {**dataclasses.asdict(mlp), "tokens": found, "peak": peak}
