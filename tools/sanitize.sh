@@ -33,4 +33,5 @@ TSAN_OPTIONS="die_after_fork=0 suppressions=$PWD/tools/tsan.supp" ctest --preset
 # find its exceptions before any module brings them.
 preload="$runtime $(g++ -print-file-name=libstdc++.so)"
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$package OMP_NUM_THREADS=1 \
-  python -m pytest -q -o pythonpath="$package ." tests/python/test_reference.py tests/python/torch/test_ops.py tests/python/torch/test_functional.py
+  python -m pytest -q -o pythonpath="$package . tests/python/jax" tests/python/test_reference.py tests/python/torch/test_ops.py \
+    tests/python/torch/test_functional.py tests/python/jax/test_ffi.py
