@@ -89,10 +89,7 @@ UNSWAG_INLINE V ahead_by_register(V x) {
 // Copies n elements, a multiple of sixteen, past the cache.
 template <class T>
 UNSWAG_INLINE void stream_copy(T* to, const T* from, std::int64_t n) {
-  using Lines = ints<std::int32_t>;
-  const std::int64_t words = n * std::int64_t(sizeof(T)) / 4;
-  for (std::int64_t k = 0; k < words; k += Lines::size)
-    Lines::load(reinterpret_cast<const std::int32_t*>(from) + k).stream(reinterpret_cast<std::int32_t*>(to) + k);
+  for (std::int64_t k = 0; k < n; k += 32 / std::int64_t(sizeof(T))) stream_32_bytes(to + k, from + k);
 }
 
 // out[0][i], out[1][i], ... = f(in[0][i], in[1][i], ...) from `begin` on, until fewer than sixteen are left or some are not
@@ -105,18 +102,18 @@ UNSWAG_INLINE std::int64_t map_plain(const std::array<const T*, In>& in, const s
   constexpr bool in_turns = Streaming && Out > 1;
   [[maybe_unused]] alignas(64) T staged[Out][in_turns ? block : 1];
   const auto step = [&]<std::size_t... K, std::size_t... J>(std::int64_t i, [[maybe_unused]] std::int64_t from,
-                                                            std::index_sequence<K...>, std::index_sequence<J...>,
-                                                            auto... ahead) __attribute__((always_inline)) {
-    (prefetch(in[K] + i), ...);
-    const std::array<V, Out> y = apply_by_register<F>(load_shuffled(in[K] + i)..., ahead...);
-    if constexpr (in_turns) {
-      (store_shuffled(staged[J] + (i - from), y[J]), ...);
-    } else if constexpr (Streaming) {
-      (stream_shuffled(out[J] + i, y[J]), ...);
-    } else {
-      (store_shuffled(out[J] + i, y[J]), ...);
-    }
-  };
+                                                            std::index_sequence<K...>, std::index_sequence<J...>, auto... ahead)
+                        __attribute__((always_inline)) {
+                          (prefetch(in[K] + i), ...);
+                          const std::array<V, Out> y = apply_by_register<F>(load_shuffled(in[K] + i)..., ahead...);
+                          if constexpr (in_turns) {
+                            (store_shuffled(staged[J] + (i - from), y[J]), ...);
+                          } else if constexpr (Streaming) {
+                            (stream_shuffled(out[J] + i, y[J]), ...);
+                          } else {
+                            (store_shuffled(out[J] + i, y[J]), ...);
+                          }
+                        };
   const auto ins = std::make_index_sequence<In>();
   const auto outs = std::make_index_sequence<Out>();
   [[maybe_unused]] alignas(64) float ahead[block];

@@ -44,6 +44,34 @@ struct Case {
   }
 };
 
+// Large outputs go past the cache, in blocks that end wherever a gate is not plain: the bits of small ones, and no byte too
+// many.
+TEST(Gated, LargeOutputsAreThoseOfSmallOnes) {
+  const std::int64_t tile = 4096, tiles = 2053, n = tiles * tile - 11;  // above 16 MiB; sixteen and five after the last 100
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    const auto repeated = [&](const Matrix& from, Matrix& to) {
+      const std::int64_t bytes = tile * size_of(dtype), all = n * size_of(dtype);
+      for (std::int64_t at = 0; at < all; at += bytes)
+        std::memcpy(static_cast<char*>(to.row(0)) + at, from.row(0), std::size_t(std::min(bytes, all - at)));
+    };
+    Case small(dtype, 1, tile);
+    for (std::int64_t i = 0; i < tile; i += 16 * (1 + i / 16 % 7)) small.gate.set(0, i, i % 32 ? 100 : -100);
+    Matrix gate(dtype, 1, n), up(dtype, 1, n), dh(dtype, 1, n), dgate(dtype, 1, n), dup(dtype, 1, n), h(dtype, 1, n);
+    repeated(small.gate, gate);
+    repeated(small.up, up);
+    repeated(small.dh, dh);
+    Matrix expected(dtype, 1, n);
+    for (const Kernels* k : backends()) {
+      k->gated_backward({Activation::silu, small.gate, small.up, small.dh, small.dgate, small.dup, small.h}, {});
+      k->gated_backward({Activation::silu, gate, up, dh, dgate, dup, h}, {});
+      for (const auto& [large, wanted] : {std::pair{&dgate, &small.dgate}, {&dup, &small.dup}, {&h, &small.h}}) {
+        repeated(*wanted, expected);
+        EXPECT_EQ(0, std::memcmp(large->row(0), expected.row(0), std::size_t(n * size_of(dtype)))) << k->name;
+      }
+    }
+  }
+}
+
 TEST(Gated, EveryActivationDtypeAndShape) {
   for (const DType dtype : all_dtypes) {
     for (const Kernels* k : backends(dtype == DType::f64)) {

@@ -167,6 +167,10 @@ struct ints {
 using i32x32 = twice<twice<ints<std::int32_t>>>;
 using i16x32 = twice<ints<std::int16_t>>;
 
+// Copies 32 bytes past the cache, to where 32 bytes begin.
+UNSWAG_INLINE void stream_32_bytes(void* to, const void* from) {
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
 // Makes streamed stores visible to other threads in order.
 UNSWAG_INLINE void stream_fence() { _mm_sfence(); }
 

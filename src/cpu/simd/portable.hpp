@@ -165,6 +165,7 @@ UNSWAG_INLINE f64x16 tanh(f64x16 x) {
   return x;
 }
 
+UNSWAG_INLINE void stream_32_bytes(void* to, const void* from) { memcpy(to, from, 32); }
 UNSWAG_INLINE void stream_fence() {}
 
 }  // namespace unswag::UNSWAG_ISA_NS

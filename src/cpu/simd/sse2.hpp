@@ -189,6 +189,11 @@ struct ints {
 using i32x32 = twice<twice<twice<ints<std::int32_t>>>>;
 using i16x32 = twice<twice<ints<std::int16_t>>>;
 
+// Copies 32 bytes past the cache, to where 32 bytes begin.
+UNSWAG_INLINE void stream_32_bytes(void* to, const void* from) {
+  for (int i = 0; i < 2; ++i)
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+}
 // Makes streamed stores visible to other threads in order.
 UNSWAG_INLINE void stream_fence() { _mm_sfence(); }
 
