@@ -65,7 +65,8 @@ def test_infinite_gates_have_the_derivative_of_the_limit(act, ours, plain):
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @each_unit
 def test_as_exact_as_the_plain_spelling(act, ours, plain, implementation):
-    """One element's rounding is luck: the worst ones count by the median over tensors."""
+    """One element's rounding is luck: the worst one is allowed 1.5, or 2.25 by the C++ kernels, and 1.25 in the median."""
+    limit = {"xla": 1.5, "ffi": 2.25}[implementation]
     if act != "relu":
         ours = partial(ours, implementation=implementation)
     worst = []
@@ -75,6 +76,7 @@ def test_as_exact_as_the_plain_spelling(act, ours, plain, implementation):
         for x, p, t in zip(found, other, truth(act, gate, up, dh), strict=True):
             error, allowed = (np.abs(np.asarray(a, np.float64) - t) for a in (x, p))
             assert np.sqrt(np.mean(error**2)) <= 1.25 * np.sqrt(np.mean(allowed**2))
+            assert error.max() <= limit * allowed.max()
             worst.append(error.max() / allowed.max())
     assert np.median(worst) <= 1.25
 
