@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
+#include <vector>
 
 #include "unswag/unswag.hpp"
 
@@ -25,6 +27,18 @@ struct Kernels {
   void (*philox_fill)(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream) = nullptr;
   void (*dropout)(const Dropout&, Stream) = nullptr;
 };
+
+// The row of a kind of device, and what only a device has.  Its kernels queue work and return; `launched` says what went wrong.
+struct DeviceKernels {
+  Kernels kernels;
+  Status (*ready)(int device) = nullptr;  // driver, device and architecture are there
+  Status (*launched)() = nullptr;         // the end of what the calling thread queued since it last asked
+  void (*fill)(const Vector& v, double value, Stream) = nullptr;
+  std::vector<std::string_view> (*architectures)() = nullptr;
+};
+
+// CUDA's, or null where unswag::cuda is not linked in.
+const DeviceKernels* device_kernels();
 
 // Slowest first; row 0 is the portable one, and the only one that has f64.
 std::span<const Kernels* const> all_kernels();

@@ -50,5 +50,9 @@ template <class... Parts>
 Status not_supported(const Parts&... parts) {
   return make_status(StatusCode::not_supported, parts...);
 }
+template <class... Parts>
+Status device_error(const Parts&... parts) {
+  return make_status(StatusCode::device_error, parts...);
+}
 
 }  // namespace unswag

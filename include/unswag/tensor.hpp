@@ -44,10 +44,15 @@ constexpr std::int64_t packed_row_bytes(std::int64_t cols, std::int64_t bits) {
   return (cols / 32 * bits + (cols % 32 * bits + 31) / 32) * 4;
 }
 
-// Where the work runs: a device stream, or on the CPU how many threads may be used (0: the library's default).
+// Where the work runs.  On the CPU: on up to `threads` threads (0: the library's default).  On a CUDA device: in its stream
+// `handle` (null: its default stream); the call returns when the work is queued, and every address is memory of that device.
 struct Stream {
+  static constexpr int cpu = -1;
+  static constexpr int current = -2;  // the calling thread's current CUDA device
+
   void* handle = nullptr;
   int threads = 0;
+  int device = cpu;  // or the number of a CUDA device
 };
 
 }  // namespace unswag

@@ -3,9 +3,12 @@
 // Every entry point checks its arguments, picks the kernels and returns a Status.  Inputs are never written to; an output
 // may not overlap an input unless its comment says so.  Computation is in float (double for f64); the result is rounded
 // once to the output's dtype.  Results have the same bits for any number of threads.
+//
+// Work goes to the CPU, or to the CUDA device that the Stream names when the library was linked with unswag::cuda.
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -108,10 +111,12 @@ struct RmsNormBackward {
   ConstRows dy{};
   double weight_offset = 0;
   bool cast_before_weight = true;
-  Rows dx{};    // optional
-  Vector dw{};  // optional; cols values, f32 (f64 when x is f64)
+  Rows dx{};                // optional
+  Vector dw{};              // optional; cols values, f32 (f64 when x is f64)
+  void* scratch = nullptr;  // on a device, with dw: rms_norm_backward_scratch(rows, cols) bytes; its content is lost
 };
 Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
+std::int64_t rms_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
 
 // ---- softmax cross-entropy over a chunk of logits, in one pass -----------------------------------------------------------
 //   z = softcap tanh(logit_scale logits / softcap)  (softcap 0: z = logit_scale logits),  lse = log sum exp z
@@ -119,7 +124,8 @@ Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 // which is torch.nn.functional.cross_entropy(z, labels, weight=w, label_smoothing=…, reduction="none").
 // With write_gradient, logits is overwritten with row_scale[row] * gradient_scale * d loss / d logits.
 // Ignored rows are not read (they may hold NaN): loss, lse and gradient are 0.
-// A label outside [0, classes) that is not ignore_index is an error and nothing is written.
+// A label outside [0, classes) that is not ignore_index is an error and nothing is written; on a device, where labels cannot be
+// looked at without waiting for it, loss, lse and gradient of such a row are NaN.
 struct CrossEntropy {
   Rows logits{};
   const std::int64_t* labels = nullptr;  // rows values
@@ -156,6 +162,11 @@ std::vector<std::string_view> backend_names();
 bool backend_runs_here(std::string_view name);
 std::string_view current_backend();
 Status use_backend(std::string_view name);  // "" = what UNSWAG_BACKEND names, else the fastest that runs here
+
+// "": CUDA kernels are linked in and run on this device (Stream::current, 0, 1, ...); else why not, and what to do.
+std::string cuda_problem(int device);
+// The architectures that CUDA kernels were compiled for, such as "sm_80"; the last, if it is "compute_90", for newer ones too.
+std::vector<std::string_view> cuda_architectures();
 
 int default_threads();  // UNSWAG_NUM_THREADS, else the number of processors
 std::string_view version();

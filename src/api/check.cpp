@@ -30,7 +30,26 @@ std::int64_t dtype_size(DType dtype) {
   return 0;
 }
 
-void fill(const Vector& v, double value) {
+Check::Check(const char* op, Stream stream) : op_(op), stream_(stream), status_(environment_status()) {
+  if (!ok()) return;
+  if (stream.threads < 0) {
+    fail(invalid_argument(op_, ": threads is ", stream.threads, "; pass a positive number, or 0 for the default"));
+  } else if (stream.device == Stream::cpu) {
+    if (stream.handle) fail(invalid_argument(op_, ": a device's stream is given, but no device; pass its number"));
+  } else if (Status problem = device_status(stream.device); !problem.ok()) {
+    fail({problem.code(), op_ + (": " + problem.message())});
+  } else {
+    device_ = device_kernels();
+  }
+}
+
+Check& Check::fill_if_empty(const Vector& v, double value) {
+  if (!ok() || !empty_ || v.size == 0) return *this;
+  if (device_) {
+    device_->fill(v, value, stream_);
+    if (Status status = launched(); !status.ok()) fail(std::move(status));
+    return *this;
+  }
   for (std::int64_t i = 0; i < v.size; ++i) {
     if (v.dtype == DType::f64) {
       static_cast<double*>(v.data)[i] = value;
@@ -38,14 +57,13 @@ void fill(const Vector& v, double value) {
       static_cast<float*>(v.data)[i] = static_cast<float>(value);
     }
   }
+  return *this;
 }
 
-Check::Check(const char* op, Stream stream) : op_(op), stream_(stream), status_(environment_status()) {
-  if (!ok()) return;
-  if (stream.handle) fail(not_supported(op_, ": a device stream is given, but this build has CPU kernels only; pass none"));
-  if (stream.threads < 0) {
-    fail(invalid_argument(op_, ": threads is ", stream.threads, "; pass a positive number, or 0 for the default"));
-  }
+Status Check::launched() const {
+  if (!device_) return {};
+  const Status status = device_->launched();
+  return status.ok() ? status : Status{status.code(), op_ + (": " + status.message())};
 }
 
 Check& Check::add(const char* name, const ConstRows& x, bool written) {
@@ -61,6 +79,10 @@ Check& Check::add(const char* name, const ConstRows& x, bool written) {
 
 Check& Check::add(const char* name, const ConstPacked& packed, const ConstRows& of, bool written) {
   return add(name, packed.data, 1, of.rows, packed_row_bytes(of.cols, 1), packed.stride, written);
+}
+
+Check& Check::scratch(const char* name, const void* data, std::int64_t bytes) {
+  return device_ ? add(name, data, 8, 1, bytes / 8, bytes / 8, true) : *this;
 }
 
 Check& Check::words(const char* name, const std::uint32_t* out, std::int64_t n) { return add(name, out, 4, 1, n, n, true); }
@@ -144,7 +166,7 @@ bool Check::overlap(const Operand& a, const Operand& b) {
 
 Check& Check::labels(const std::int64_t* labels, std::int64_t rows, std::int64_t classes, std::int64_t ignore_index) {
   add("labels", labels, 8, 1, rows, rows, false);
-  if (!ok()) return *this;
+  if (!ok() || device_) return *this;
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t label = labels[row];
     if ((label < 0 || label >= classes) && label != ignore_index) {

@@ -26,13 +26,13 @@ constexpr DType sum_dtype(DType x) { return x == DType::f64 ? DType::f64 : DType
 // UNSWAG_BACKEND and UNSWAG_NUM_THREADS are checked at the first call, and their error is what every call returns.
 Status environment_status();
 
+// Whether there are kernels for this device, and it has what they need.
+Status device_status(int device);
+
 // The row that serves calls now, or the portable one, which alone has f64.
 const Kernels& kernels_for(bool has_f64);
 // Those of the rows that run here, slowest first as given, the null entries of each taken from the next slower one.
 std::vector<Kernels> usable_rows(std::span<const Kernels* const> rows);
-
-// Every value of a sum over nothing.
-void fill(const Vector& v, double value);
 
 class Check {
  public:
@@ -49,6 +49,8 @@ class Check {
   }
   Check& labels(const std::int64_t* labels, std::int64_t rows, std::int64_t classes, std::int64_t ignore_index);
   Check& words(const char* name, const std::uint32_t* out, std::int64_t n);
+  // Needed on a device only.
+  Check& scratch(const char* name, const void* data, std::int64_t bytes);
 
   // How they belong together.
   template <class A, class B>
@@ -86,14 +88,17 @@ class Check {
   // Whether some argument has no elements: then there is no work, and no kernel is called.
   bool empty() const { return empty_; }
 
+  // Where all is well but empty: every value of a sum over nothing.
+  Check& fill_if_empty(const Vector& v, double value);
+
   // The error, or the kernel's work.
   template <class Entry, class... Args>
   Status run(Entry Kernels::* entry, const Args&... args) const {
     if (!ok() || empty_) return status_;
-    const Entry kernel = kernels_for(has_f64_).*entry;
+    const Entry kernel = (device_ ? device_->kernels : kernels_for(has_f64_)).*entry;
     if (!kernel) return not_supported(op_, ": no backend that runs here has a kernel for it");
     kernel(args..., stream_);
-    return {};
+    return launched();
   }
 
  private:
@@ -110,6 +115,7 @@ class Check {
   static bool overlap(const Operand& a, const Operand& b);
 
   void fail(Status status) { status_ = std::move(status); }
+  Status launched() const;
   Check& add(const char* name, const ConstRows& x, bool written);
   Check& add(const char* name, const ConstPacked& packed, const ConstRows& of, bool written);
   Check& add(const char* name, const void* data, std::int64_t element_bytes, std::int64_t rows, std::int64_t cols,
@@ -120,6 +126,7 @@ class Check {
 
   const char* op_;
   Stream stream_;
+  const DeviceKernels* device_ = nullptr;  // null: the CPU
   Status status_;
   std::array<Operand, 8> operands_;
   int count_ = 0;

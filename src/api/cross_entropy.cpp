@@ -27,10 +27,8 @@ Status cross_entropy(const CrossEntropy& args, Stream stream) {
   }
   check.labels(args.labels, logits.rows, logits.cols, args.ignore_index);
   // Without classes every row is an ignored one, and lse is the logarithm of nothing.
-  if (check.ok() && check.empty()) {
-    fill(args.loss, 0);
-    if (args.lse.data) fill(args.lse, -std::numeric_limits<double>::infinity());
-  }
+  check.fill_if_empty(args.loss, 0);
+  if (args.lse.data) check.fill_if_empty(args.lse, -std::numeric_limits<double>::infinity());
   return check.run(&Kernels::cross_entropy, args);
 }
 

@@ -8,6 +8,9 @@
 #include "api/check.hpp"
 #include "cpu/threads.hpp"
 
+// In unswag::cuda, whose CMake target makes the linker look for it; null without that library.
+extern "C" [[gnu::weak]] const unswag::DeviceKernels* unswag_cuda_kernels();
+
 namespace unswag {
 
 // UNSWAG_ROWS comes from cmake/instruction_sets.cmake: ROW(portable) ROW(x86_64) ...
@@ -80,6 +83,25 @@ std::vector<Kernels> usable_rows(std::span<const Kernels* const> rows) {
 }
 
 std::span<const Kernels* const> all_kernels() { return kRows; }
+
+const DeviceKernels* device_kernels() { return unswag_cuda_kernels ? unswag_cuda_kernels() : nullptr; }
+
+Status device_status(int device) {
+  if (device < Stream::current) {
+    return invalid_argument("device is ", device, "; pass the number of a CUDA device, Stream::current or Stream::cpu");
+  }
+  if (!device_kernels()) {
+    return not_supported("the memory is on a CUDA device, but this build of UnSwag has CPU kernels only; build it with ",
+                         "UNSWAG_CUDA=ON (needs nvcc), or move the tensors to the CPU");
+  }
+  return device_kernels()->ready(device);
+}
+
+std::string cuda_problem(int device) { return device_status(device).message(); }
+
+std::vector<std::string_view> cuda_architectures() {
+  return device_kernels() ? device_kernels()->architectures() : std::vector<std::string_view>{};
+}
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 

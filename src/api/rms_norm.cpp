@@ -1,3 +1,5 @@
+#include "math/rms_norm.hpp"
+
 #include "api/check.hpp"
 
 namespace unswag {
@@ -17,7 +19,7 @@ Status rms_norm_forward(const RmsNormForward& args, Stream stream) {
   }
   if (args.weight.data) check.input("weight", args.weight).vector_size("weight", args.weight.size, "columns", args.x.cols, "x");
   // Rows without columns: the mean of nothing is NaN, as in torch.
-  if (check.ok() && check.empty() && !args.rstd_given) fill(args.rstd, std::nan(""));
+  if (!args.rstd_given) check.fill_if_empty(args.rstd, std::nan(""));
   return check.run(&Kernels::rms_norm_forward, args);
 }
 
@@ -32,9 +34,15 @@ Status rms_norm_backward(const RmsNormBackward& args, Stream stream) {
   if (args.weight.data) check.input("weight", args.weight).vector_size("weight", args.weight.size, "columns", args.x.cols, "x");
   if (args.dx.data) check.output("dx", args.dx).same("dx", args.dx, "x", args.x);
   if (args.dw.data) check.output("dw", args.dw).vector_of("dw", args.dw, "columns", args.x.cols, "x", args.x.dtype);
+  if (args.dw.data) check.scratch("scratch", args.scratch, rms_norm_backward_scratch(args.x.rows, args.x.cols));
   // Columns without rows: the sum of nothing is 0.
-  if (check.ok() && check.empty() && args.dw.data) fill(args.dw, 0);
+  if (args.dw.data) check.fill_if_empty(args.dw, 0);
   return check.run(&Kernels::rms_norm_backward, args);
+}
+
+std::int64_t rms_norm_backward_scratch(std::int64_t rows, std::int64_t cols) {
+  const math::RowTree tree{rows};
+  return (tree.blocks() + tree.groups()) * cols * std::int64_t{sizeof(double)};
 }
 
 }  // namespace unswag

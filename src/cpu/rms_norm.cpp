@@ -88,18 +88,20 @@ class Backward {
  public:
   Backward(const RmsNormBackward& a, const S* w) : a_(a), w_(w), cols_(a.x.cols) {}
 
-  // dx of rows [begin, end), and their part of dw into sums[cols].
-  void rows(std::int64_t begin, std::int64_t end, double* sums) const {
+  // dx of rows [begin, end), and their part of dw into sums[cols], by way of block[cols].
+  void rows(std::int64_t begin, std::int64_t end, double* sums, double* block) const {
     if (sums) memset(sums, 0, std::size_t(cols_) * sizeof(double));
-    std::int64_t r = begin;
-    for (; r + kTogether <= end; r += kTogether) together<kTogether>(r, sums);
-    for (; r < end; ++r) together<1>(r, sums);
+    for (std::int64_t r = begin; r < end;) {
+      const std::int64_t last = end - r < math::RowTree::block ? end : r + math::RowTree::block;
+      if (sums) memset(block, 0, std::size_t(cols_) * sizeof(double));
+      for (; r + math::RowTree::together <= last; r += math::RowTree::together) together<math::RowTree::together>(r, block);
+      for (; r < last; ++r) together<1>(r, block);
+      if (!sums) continue;
+      for (std::int64_t i = 0; i < cols_; ++i) sums[i] += block[i];
+    }
   }
 
  private:
-  // Rows that meet in one visit of dw's sums.
-  static constexpr int kTogether = 4;
-
   template <int R>
   void together(std::int64_t first, double* sums) const {
     const X* x[R];
@@ -148,19 +150,20 @@ void backward(const RmsNormBackward& a, int threads) {
   const Backward<X, DY, Cast> kernel(a, weight.data());
   if (!a.dw.data) {
     parallel_for(rows, 4 * (1 + 4096 / (cols + 1)), threads,
-                 [&](std::int64_t begin, std::int64_t end) { kernel.rows(begin, end, nullptr); });
+                 [&](std::int64_t begin, std::int64_t end) { kernel.rows(begin, end, nullptr, nullptr); });
     return;
   }
-  // dw: at most 64 blocks of at least 64 rows, whose borders depend on rows alone; each is added up in double, then the blocks.
-  const std::int64_t block = rows <= 4096 ? 64 : (rows + 255) / 256 * 4;
-  const std::int64_t blocks = (rows + block - 1) / block;
-  const Scratch<double> sums(blocks * cols);
-  parallel_for(rows, block, threads,
-               [&](std::int64_t begin, std::int64_t end) { kernel.rows(begin, end, sums.data() + begin / block * cols); });
+  const math::RowTree tree{rows};
+  const std::int64_t group = tree.group() * math::RowTree::block;  // rows
+  const Scratch<double> sums(tree.groups() * cols);
+  parallel_for(rows, group, threads, [&](std::int64_t begin, std::int64_t end) {
+    const Scratch<double> block(cols);
+    kernel.rows(begin, end, sums.data() + begin / group * cols, block.data());
+  });
   auto* dw = static_cast<row_scalar<X>*>(a.dw.data);
   for (std::int64_t i = 0; i < cols; ++i) {
     double sum = 0;
-    for (std::int64_t b = 0; b < blocks; ++b) sum += sums.data()[b * cols + i];
+    for (std::int64_t g = 0; g < tree.groups(); ++g) sum += sums.data()[g * cols + i];
     dw[i] = row_scalar<X>(sum);
   }
 }

@@ -252,8 +252,14 @@ TEST(Dropout, RefusesWhatDoesNotFit) {
 
 TEST(Stream, RefusesWhatCannotRun) {
   int device = 0;
-  EXPECT_ERROR(mask_forward({}, {.handle = &device}), not_supported,
-               "mask_forward: a device stream is given, but this build has CPU kernels only; pass none");
+  EXPECT_ERROR(mask_forward({}, {.handle = &device}), invalid_argument,
+               "mask_forward: a device's stream is given, but no device; pass its number");
+  EXPECT_ERROR(mask_forward({}, {.device = -3}), invalid_argument,
+               "mask_forward: device is -3; pass the number of a CUDA device, Stream::current or Stream::cpu");
+  // The tests do not link unswag::cuda.
+  EXPECT_ERROR(mask_forward({}, {.device = 0}), not_supported,
+               "mask_forward: the memory is on a CUDA device, but this build of UnSwag has CPU kernels only; build it with "
+               "UNSWAG_CUDA=ON (needs nvcc), or move the tensors to the CPU");
   EXPECT_ERROR(mask_forward({}, {.threads = -1}), invalid_argument,
                "mask_forward: threads is -1; pass a positive number, or 0 for the default");
 }
