@@ -58,16 +58,16 @@ class Case:
         self.packed = torch.zeros(n // 8, dtype=torch.uint8)
 
     def rows(self) -> dict[str, Row]:
-        n, t, code, item = self.n, self.threads, self.code, self.a.element_size()
+        n, code, here, item = self.n, self.code, (-1, 0, self.threads), self.a.element_size()
         a, b, c, x, y, z, packed = self.a, self.b, self.c, self.x, self.y, self.z, self.packed
         pa, pb, pc, px, py, pp = (v.data_ptr() for v in (a, b, c, x, y, packed))
         relu, silu, gelu = MASKS["relu"], ACTIVATIONS["silu"], ACTIVATIONS["gelu"]
 
         def gated_forward(act: int) -> Callable[[], object]:
-            return lambda: _core.gated_forward(act, code, 1, n, pa, n, pb, n, px, n, t)
+            return lambda: _core.gated_forward(act, code, 1, n, pa, n, pb, n, px, n, *here)
 
         def gated_backward(act: int) -> Callable[[], object]:
-            return lambda: _core.gated_backward(act, code, 1, n, pa, n, pb, n, pc, n, px, n, py, n, 0, 0, t)
+            return lambda: _core.gated_backward(act, code, 1, n, pa, n, pb, n, pc, n, px, n, py, n, 0, 0, *here)
 
         def torch_gated_backward(forward: Callable, backward: Callable) -> Callable[[], object]:
             def call() -> None:  # dup = dh act(gate), dgate = (dh up) act'(gate)
@@ -93,32 +93,32 @@ class Case:
         return {
             "relu forward": (
                 n * (2 * item + 1 / 8),
-                lambda: _core.mask_forward(relu, 0.0, code, 1, n, pa, n, px, n, pp, n // 8, t),
+                lambda: _core.mask_forward(relu, 0.0, code, 1, n, pa, n, px, n, pp, n // 8, *here),
                 {"clamp_min.out": lambda: torch.clamp_min(a, 0, out=x)},
             ),
             "relu backward": (
                 n * (2 * item + 1 / 8),
-                lambda: _core.mask_backward(relu, 0.0, code, 1, n, pa, n, pp, n // 8, px, n, t),
+                lambda: _core.mask_backward(relu, 0.0, code, 1, n, pa, n, pp, n // 8, px, n, *here),
                 {"threshold_backward.out": lambda: aten.threshold_backward.grad_input(a, b, 0, grad_input=x)},
             ),
             "silu forward": (
                 n * 2 * item,
-                lambda: _core.activation_forward(silu, code, 1, n, pa, n, px, n, t),
+                lambda: _core.activation_forward(silu, code, 1, n, pa, n, px, n, *here),
                 {"silu.out": lambda: silu_out(a, x)},
             ),
             "silu backward": (
                 n * 3 * item,
-                lambda: _core.activation_backward(silu, code, 1, n, pa, n, pb, n, px, n, t),
+                lambda: _core.activation_backward(silu, code, 1, n, pa, n, pb, n, px, n, *here),
                 {"silu_backward.out": lambda: silu_back(b, a, x)},
             ),
             "gelu forward": (
                 n * 2 * item,
-                lambda: _core.activation_forward(gelu, code, 1, n, pa, n, px, n, t),
+                lambda: _core.activation_forward(gelu, code, 1, n, pa, n, px, n, *here),
                 {"gelu.out": lambda: gelu_out(a, x)},
             ),
             "gelu backward": (
                 n * 3 * item,
-                lambda: _core.activation_backward(gelu, code, 1, n, pa, n, pb, n, px, n, t),
+                lambda: _core.activation_backward(gelu, code, 1, n, pa, n, pb, n, px, n, *here),
                 {"gelu_backward.out": lambda: gelu_back(b, a, x)},
             ),
             "swiglu forward": (
@@ -146,7 +146,7 @@ class Case:
     def norm_rows(self) -> dict[str, Row]:
         """RMSNorm of rows of 2048 and cross-entropy over 49,152 classes; PyTorch has no out= for these, its outputs come from
         memory that the process has touched before."""
-        t, code, item = self.threads, self.code, self.a.element_size()
+        code, here, item = self.code, (-1, 0, self.threads), self.a.element_size()
         cols, classes = 2048, 49152
         rows = self.n // cols
         a, b, x = (v[: rows * cols].view(rows, cols) for v in (self.a, self.b, self.x))
@@ -180,7 +180,7 @@ class Case:
             "rms_norm forward": (
                 rows * cols * 2 * item,
                 lambda: _core.rms_norm_forward(
-                    1e-6, 0.0, True, False, rows, cols, code, pa, cols, code, pw, code, px, cols, pr, t
+                    1e-6, 0.0, True, False, rows, cols, code, pa, cols, code, pw, code, px, cols, pr, *here
                 ),
                 {
                     "F.rms_norm": torch.no_grad()(lambda: builtin(a, weight)),
@@ -190,7 +190,7 @@ class Case:
             "rms_norm backward": (
                 rows * cols * 3 * item,
                 lambda: _core.rms_norm_backward(
-                    0.0, True, rows, cols, code, pa, cols, code, pw, pr, code, pb, cols, px, cols, pd, t
+                    0.0, True, rows, cols, code, pa, cols, code, pw, pr, code, pb, cols, px, cols, pd, 0, *here
                 ),
                 {"F.rms_norm": backward_of(builtin), "Llama's": backward_of(huggingface)},
             ),
@@ -198,7 +198,7 @@ class Case:
                 many * classes * 3 * item,
                 lambda: _core.cross_entropy(
                     code, many, classes, logits.data_ptr(), classes, labels.data_ptr(), 0, 0, 1.0, -100, 0.0, 0.0, 1.0, True,
-                    loss.data_ptr(), lse.data_ptr(), t,
+                    loss.data_ptr(), lse.data_ptr(), *here,
                 ),
                 {"F.cross_entropy, backward": cross_entropy_of_torch},
             ),

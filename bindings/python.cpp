@@ -2,10 +2,12 @@
 // front end knows its tensors, checks them once and keeps them alive during the call (a DLPack capsule per call costs 40
 // times as much).  Address 0 means "none".  The global lock is released while kernels run.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -30,8 +32,8 @@ static_assert(static_cast<int>(unswag::DType::f64) == 3);
 static_assert(static_cast<int>(unswag::Mask::jax_relu6) == 5);
 static_assert(static_cast<int>(unswag::Activation::relu) == 3);
 
-template <std::size_t n>
-nb::tuple names(const std::array<std::string_view, n>& list) {
+template <class List>
+nb::tuple names(const List& list) {
   nb::list out;
   for (std::string_view name : list) out.append(name);
   return nb::tuple(out);
@@ -83,18 +85,22 @@ Shape shape(std::uint8_t dtype_code, Size rows, Size cols) { return {dtype(dtype
 // Statistics and gradients of weights are float, or double beside double tensors.
 unswag::DType wide(unswag::DType t) { return t == unswag::DType::f64 ? t : unswag::DType::f32; }
 
+unswag::Stream where(int device, Address stream, int threads) {
+  return {.handle = pointer<void>(stream), .threads = threads, .device = device};
+}
+
 template <class Args>
-void run(Status (*entry)(const Args&, unswag::Stream), const Args& args, int threads) {
+void run(Status (*entry)(const Args&, unswag::Stream), const Args& args, unswag::Stream stream) {
   Status status;
   {
     nb::gil_scoped_release unlocked;
-    status = entry(args, unswag::Stream{.handle = nullptr, .threads = threads});
+    status = entry(args, stream);
   }
   check(status);
 }
 
 void mask_forward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride,
-                  Address y, Size y_stride, Address packed, Size packed_stride, int threads) {
+                  Address y, Size y_stride, Address packed, Size packed_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::MaskForward>(unswag::mask_forward,
                            {.act = mask(act),
@@ -102,11 +108,11 @@ void mask_forward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size 
                             .x = s.in(x, x_stride),
                             .y = s.out(y, y_stride),
                             .packed = {pointer<std::uint8_t>(packed), packed_stride}},
-                           threads);
+                           where(device, stream, threads));
 }
 
 void mask_backward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size rows, Size cols, Address dy, Size dy_stride,
-                   Address packed, Size packed_stride, Address dx, Size dx_stride, int threads) {
+                   Address packed, Size packed_stride, Address dx, Size dx_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::MaskBackward>(unswag::mask_backward,
                             {.act = mask(act),
@@ -114,35 +120,38 @@ void mask_backward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size
                              .dy = s.in(dy, dy_stride),
                              .packed = {pointer<const std::uint8_t>(packed), packed_stride},
                              .dx = s.out(dx, dx_stride)},
-                            threads);
+                            where(device, stream, threads));
 }
 
 void activation_forward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride, Address y,
-                        Size y_stride, int threads) {
+                        Size y_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::ActivationForward>(unswag::activation_forward,
-                                 {.act = activation(act), .x = s.in(x, x_stride), .y = s.out(y, y_stride)}, threads);
+                                 {.act = activation(act), .x = s.in(x, x_stride), .y = s.out(y, y_stride)},
+                                 where(device, stream, threads));
 }
 
 void activation_backward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride, Address dy,
-                         Size dy_stride, Address dx, Size dx_stride, int threads) {
+                         Size dy_stride, Address dx, Size dx_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::ActivationBackward>(
       unswag::activation_backward,
-      {.act = activation(act), .x = s.in(x, x_stride), .dy = s.in(dy, dy_stride), .dx = s.out(dx, dx_stride)}, threads);
+      {.act = activation(act), .x = s.in(x, x_stride), .dy = s.in(dy, dy_stride), .dx = s.out(dx, dx_stride)},
+      where(device, stream, threads));
 }
 
 void gated_forward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address gate, Size gate_stride, Address up,
-                   Size up_stride, Address h, Size h_stride, int threads) {
+                   Size up_stride, Address h, Size h_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::GatedForward>(
       unswag::gated_forward,
-      {.act = activation(act), .gate = s.in(gate, gate_stride), .up = s.in(up, up_stride), .h = s.out(h, h_stride)}, threads);
+      {.act = activation(act), .gate = s.in(gate, gate_stride), .up = s.in(up, up_stride), .h = s.out(h, h_stride)},
+      where(device, stream, threads));
 }
 
 void gated_backward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size cols, Address gate, Size gate_stride, Address up,
                     Size up_stride, Address dh, Size dh_stride, Address dgate, Size dgate_stride, Address dup, Size dup_stride,
-                    Address h, Size h_stride, int threads) {
+                    Address h, Size h_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::GatedBackward>(unswag::gated_backward,
                              {.act = activation(act),
@@ -152,12 +161,12 @@ void gated_backward(std::uint8_t act, std::uint8_t dtype_code, Size rows, Size c
                               .dgate = s.out(dgate, dgate_stride),
                               .dup = s.out(dup, dup_stride),
                               .h = s.out(h, h_stride)},
-                             threads);
+                             where(device, stream, threads));
 }
 
 void rms_norm_forward(double eps, double weight_offset, bool cast_before_weight, bool rstd_given, Size rows, Size cols,
                       std::uint8_t x_dtype, Address x, Size x_stride, std::uint8_t weight_dtype, Address weight,
-                      std::uint8_t y_dtype, Address y, Size y_stride, Address rstd, int threads) {
+                      std::uint8_t y_dtype, Address y, Size y_stride, Address rstd, int device, Address stream, int threads) {
   const Shape s = shape(x_dtype, rows, cols);
   run<unswag::RmsNormForward>(unswag::rms_norm_forward,
                               {.x = s.in(x, x_stride),
@@ -168,12 +177,13 @@ void rms_norm_forward(double eps, double weight_offset, bool cast_before_weight,
                                .rstd_given = rstd_given,
                                .y = shape(y_dtype, rows, cols).out(y, y_stride),
                                .rstd = {pointer<void>(rstd), wide(s.dtype), rows}},
-                              threads);
+                              where(device, stream, threads));
 }
 
 void rms_norm_backward(double weight_offset, bool cast_before_weight, Size rows, Size cols, std::uint8_t x_dtype, Address x,
                        Size x_stride, std::uint8_t weight_dtype, Address weight, Address rstd, std::uint8_t dy_dtype,
-                       Address dy, Size dy_stride, Address dx, Size dx_stride, Address dw, int threads) {
+                       Address dy, Size dy_stride, Address dx, Size dx_stride, Address dw, Address scratch, int device,
+                       Address stream, int threads) {
   const Shape s = shape(x_dtype, rows, cols);
   run<unswag::RmsNormBackward>(unswag::rms_norm_backward,
                                {.x = s.in(x, x_stride),
@@ -183,13 +193,15 @@ void rms_norm_backward(double weight_offset, bool cast_before_weight, Size rows,
                                 .weight_offset = weight_offset,
                                 .cast_before_weight = cast_before_weight,
                                 .dx = s.out(dx, dx_stride),
-                                .dw = {pointer<void>(dw), wide(s.dtype), cols}},
-                               threads);
+                                .dw = {pointer<void>(dw), wide(s.dtype), cols},
+                                .scratch = pointer<void>(scratch)},
+                               where(device, stream, threads));
 }
 
 void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits, Size logits_stride, Address labels,
                    Address class_weight, Address row_scale, double gradient_scale, Size ignore_index, double label_smoothing,
-                   double softcap, double logit_scale, bool write_gradient, Address loss, Address lse, int threads) {
+                   double softcap, double logit_scale, bool write_gradient, Address loss, Address lse, int device,
+                   Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   const unswag::DType w = wide(s.dtype);
   run<unswag::CrossEntropy>(unswag::cross_entropy,
@@ -205,24 +217,37 @@ void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits
                              .write_gradient = write_gradient,
                              .loss = {pointer<void>(loss), w, rows},
                              .lse = {pointer<void>(lse), w, rows}},
-                            threads);
+                            where(device, stream, threads));
 }
 
-void philox_fill(Address out, Size n, std::uint64_t seed, std::uint64_t offset, int threads) {
+void philox_fill(Address out, Size n, std::uint64_t seed, std::uint64_t offset, int device, Address stream, int threads) {
   Status status;
   {
     nb::gil_scoped_release unlocked;
-    status = unswag::philox_fill(pointer<std::uint32_t>(out), n, seed, offset,
-                                 unswag::Stream{.handle = nullptr, .threads = threads});
+    status = unswag::philox_fill(pointer<std::uint32_t>(out), n, seed, offset, where(device, stream, threads));
   }
   check(status);
 }
 
 void dropout(double p, std::uint64_t seed, std::uint64_t offset, std::uint8_t dtype_code, Size rows, Size cols, Address x,
-             Size x_stride, Address y, Size y_stride, int threads) {
+             Size x_stride, Address y, Size y_stride, int device, Address stream, int threads) {
   const Shape s = shape(dtype_code, rows, cols);
   run<unswag::Dropout>(unswag::dropout,
-                       {.x = s.in(x, x_stride), .y = s.out(y, y_stride), .p = p, .seed = seed, .offset = offset}, threads);
+                       {.x = s.in(x, x_stride), .y = s.out(y, y_stride), .p = p, .seed = seed, .offset = offset},
+                       where(device, stream, threads));
+}
+
+// The driver may be asked, which takes its time when it starts.
+std::string cuda_problem(int device) {
+  nb::gil_scoped_release unlocked;
+  return unswag::cuda_problem(device);
+}
+
+template <std::size_t n>
+nb::dict capsules(const std::array<XlaTarget, n>& targets) {
+  nb::dict out;
+  for (const XlaTarget& target : targets) out[target.name] = nb::capsule(target.handler);
+  return out;
 }
 
 }  // namespace
@@ -234,42 +259,43 @@ NB_MODULE(_core, m) {
   m.attr("activations") = names(kActivations);
 
   m.def("mask_forward", &mask_forward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
-        "y_stride"_a, "packed"_a, "packed_stride"_a, "threads"_a);
+        "y_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("mask_backward", &mask_backward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "dy"_a, "dy_stride"_a, "packed"_a,
-        "packed_stride"_a, "dx"_a, "dx_stride"_a, "threads"_a);
+        "packed_stride"_a, "dx"_a, "dx_stride"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("activation_forward", &activation_forward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
-        "y_stride"_a, "threads"_a);
+        "y_stride"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("activation_backward", &activation_backward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "dy"_a,
-        "dy_stride"_a, "dx"_a, "dx_stride"_a, "threads"_a);
+        "dy_stride"_a, "dx"_a, "dx_stride"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("gated_forward", &gated_forward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "gate"_a, "gate_stride"_a, "up"_a,
-        "up_stride"_a, "h"_a, "h_stride"_a, "threads"_a);
+        "up_stride"_a, "h"_a, "h_stride"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("gated_backward", &gated_backward, "act"_a, "dtype"_a, "rows"_a, "cols"_a, "gate"_a, "gate_stride"_a, "up"_a,
         "up_stride"_a, "dh"_a, "dh_stride"_a, "dgate"_a, "dgate_stride"_a, "dup"_a, "dup_stride"_a, "h"_a, "h_stride"_a,
-        "threads"_a);
+        "device"_a, "stream"_a, "threads"_a);
   m.def("rms_norm_forward", &rms_norm_forward, "eps"_a, "weight_offset"_a, "cast_before_weight"_a, "rstd_given"_a, "rows"_a,
         "cols"_a, "x_dtype"_a, "x"_a, "x_stride"_a, "weight_dtype"_a, "weight"_a, "y_dtype"_a, "y"_a, "y_stride"_a, "rstd"_a,
-        "threads"_a);
+        "device"_a, "stream"_a, "threads"_a);
   m.def("rms_norm_backward", &rms_norm_backward, "weight_offset"_a, "cast_before_weight"_a, "rows"_a, "cols"_a, "x_dtype"_a,
         "x"_a, "x_stride"_a, "weight_dtype"_a, "weight"_a, "rstd"_a, "dy_dtype"_a, "dy"_a, "dy_stride"_a, "dx"_a, "dx_stride"_a,
-        "dw"_a, "threads"_a);
+        "dw"_a, "scratch"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("cross_entropy", &cross_entropy, "dtype"_a, "rows"_a, "cols"_a, "logits"_a, "logits_stride"_a, "labels"_a,
         "class_weight"_a, "row_scale"_a, "gradient_scale"_a, "ignore_index"_a, "label_smoothing"_a, "softcap"_a,
-        "logit_scale"_a, "write_gradient"_a, "loss"_a, "lse"_a, "threads"_a);
-  m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "threads"_a);
+        "logit_scale"_a, "write_gradient"_a, "loss"_a, "lse"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("dropout", &dropout, "p"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
-        "y_stride"_a, "threads"_a);
+        "y_stride"_a, "device"_a, "stream"_a, "threads"_a);
+
+  m.def("rms_norm_backward_scratch", &unswag::rms_norm_backward_scratch, "rows"_a, "cols"_a);
+  m.def("cuda_problem", &cuda_problem, "device"_a);
+  m.def("cuda_architectures", [] { return names(unswag::cuda_architectures()); });
 
   m.def("xla_targets", [] {
     nb::dict out;
-    for (const XlaTarget& target : xla_targets) out[target.name] = nb::capsule(target.handler);
+    out["cpu"] = capsules(xla_cpu_targets);
+    if (!unswag::cuda_architectures().empty()) out["CUDA"] = capsules(xla_cuda_targets);
     return out;
   });
 
-  m.def("backend_names", [] {
-    nb::list out;
-    for (std::string_view name : unswag::backend_names()) out.append(name);
-    return nb::tuple(out);
-  });
+  m.def("backend_names", [] { return names(unswag::backend_names()); });
   m.def("backend_runs_here", &unswag::backend_runs_here, "name"_a);
   m.def("current_backend", &unswag::current_backend);
   m.def("use_backend", [](std::string_view name) { check(unswag::use_backend(name)); }, "name"_a);

@@ -1,12 +1,15 @@
-// XLA FFI handlers on the CPU: the core's entry points for jitted JAX functions.  Built against the oldest headers of the
-// interface that we support (third_party/xla, API 0.1): newer jaxlibs accept them, older ones would refuse newer headers.
+// XLA FFI handlers: the core's entry points for jitted JAX functions, on the CPU and on CUDA devices.  Built against the oldest
+// headers of the interface that we support (third_party/xla, API 0.1): newer jaxlibs accept them, older ones would refuse newer
+// headers.
 //
 // A buffer [..., cols] is rows of cols elements without gaps; packed rows are uint32 words (docs/format.md).
 #include "xla.hpp"
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "unswag/unswag.hpp"
@@ -23,17 +26,35 @@ ffi::Error done(const Status& status) {
   return status.ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(status.message());
 }
 
-// No more threads than XLA has: whoever limits those limits ours.
-unswag::Stream stream(const ffi::ThreadPool& pool) {
-  const std::int64_t threads = std::min<std::int64_t>(pool.num_threads(), unswag::default_threads());
-  return {.handle = nullptr, .threads = static_cast<int>(std::max<std::int64_t>(threads, 0))};
-}
+// Where a handler runs: what XLA gives it for that, and what the core makes of it.
+struct OnCpu {
+  using Context = ffi::ThreadPool;
+  using Given = ffi::ThreadPool;
+  static constexpr std::initializer_list<ffi::Traits> traits{};
 
-// Whether comparisons here take subnormals for zeros, as in XLA's threads.
-bool flushes_subnormals() {
-  const volatile float least = std::numeric_limits<float>::denorm_min();
-  return !(least > 0);
-}
+  // No more threads than XLA has: whoever limits those limits ours.
+  static unswag::Stream stream(const Given& pool) {
+    const std::int64_t threads = std::min<std::int64_t>(pool.num_threads(), unswag::default_threads());
+    return {.handle = nullptr, .threads = static_cast<int>(std::max<std::int64_t>(threads, 0))};
+  }
+
+  // Whether comparisons here take subnormals for zeros, as in XLA's threads.
+  static bool flushes_subnormals() {
+    const volatile float least = std::numeric_limits<float>::denorm_min();
+    return !(least > 0);
+  }
+};
+
+// XLA makes the device of its stream the current one before it calls.  A call always queues the same kernels, so XLA may record
+// it into a CUDA graph.
+struct OnCuda {
+  using Context = ffi::PlatformStream<void*>;
+  using Given = void*;
+  static constexpr std::initializer_list<ffi::Traits> traits{ffi::Traits::kCmdBufferCompatible};
+
+  static unswag::Stream stream(void* handle) { return {.handle = handle, .device = unswag::Stream::current}; }
+  static bool flushes_subnormals() { return false; }
+};
 
 // A number without a name in the enum becomes another one without: the core refuses it.
 template <class Enum>
@@ -80,42 +101,48 @@ unswag::PackedOf<Byte> bytes(const AnyBuffer& packed) {
   return {static_cast<Byte*>(packed.untyped_data()), Shape(packed).cols * 4};
 }
 
-ffi::Error mask_forward(ffi::ThreadPool pool, AnyBuffer x, Output y, Output packed, std::int64_t act, double slope) {
+template <class On>
+ffi::Error mask_forward(typename On::Given given, AnyBuffer x, Output y, Output packed, std::int64_t act, double slope) {
   if (const Status status = fits("mask_forward", *packed, x); !status.ok()) return done(status);
   return done(unswag::mask_forward({.act = code<unswag::Mask>(act),
                                     .slope = slope,
-                                    .flush = flushes_subnormals(),
+                                    .flush = On::flushes_subnormals(),
                                     .x = in(x),
                                     .y = out(y),
                                     .packed = bytes<std::uint8_t>(*packed)},
-                                   stream(pool)));
+                                   On::stream(given)));
 }
 
-ffi::Error mask_backward(ffi::ThreadPool pool, AnyBuffer packed, AnyBuffer dy, Output dx, std::int64_t act, double slope) {
+template <class On>
+ffi::Error mask_backward(typename On::Given given, AnyBuffer packed, AnyBuffer dy, Output dx, std::int64_t act, double slope) {
   if (const Status status = fits("mask_backward", packed, dy); !status.ok()) return done(status);
   return done(unswag::mask_backward({.act = code<unswag::Mask>(act),
                                      .slope = slope,
                                      .dy = in(dy),
                                      .packed = bytes<const std::uint8_t>(packed),
                                      .dx = out(dx)},
-                                    stream(pool)));
+                                    On::stream(given)));
 }
 
-ffi::Error activation_forward(ffi::ThreadPool pool, AnyBuffer x, Output y, std::int64_t act) {
-  return done(unswag::activation_forward({.act = code<unswag::Activation>(act), .x = in(x), .y = out(y)}, stream(pool)));
+template <class On>
+ffi::Error activation_forward(typename On::Given given, AnyBuffer x, Output y, std::int64_t act) {
+  return done(unswag::activation_forward({.act = code<unswag::Activation>(act), .x = in(x), .y = out(y)}, On::stream(given)));
 }
 
-ffi::Error activation_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Output dx, std::int64_t act) {
+template <class On>
+ffi::Error activation_backward(typename On::Given given, AnyBuffer x, AnyBuffer dy, Output dx, std::int64_t act) {
   return done(unswag::activation_backward({.act = code<unswag::Activation>(act), .x = in(x), .dy = in(dy), .dx = out(dx)},
-                                          stream(pool)));
+                                          On::stream(given)));
 }
 
-ffi::Error gated_forward(ffi::ThreadPool pool, AnyBuffer gate, AnyBuffer up, Output h, std::int64_t act) {
-  return done(
-      unswag::gated_forward({.act = code<unswag::Activation>(act), .gate = in(gate), .up = in(up), .h = out(h)}, stream(pool)));
+template <class On>
+ffi::Error gated_forward(typename On::Given given, AnyBuffer gate, AnyBuffer up, Output h, std::int64_t act) {
+  return done(unswag::gated_forward({.act = code<unswag::Activation>(act), .gate = in(gate), .up = in(up), .h = out(h)},
+                                    On::stream(given)));
 }
 
-ffi::Error gated_backward(ffi::ThreadPool pool, AnyBuffer gate, AnyBuffer up, AnyBuffer dh, Output dgate, Output dup,
+template <class On>
+ffi::Error gated_backward(typename On::Given given, AnyBuffer gate, AnyBuffer up, AnyBuffer dh, Output dgate, Output dup,
                           std::int64_t act) {
   return done(unswag::gated_backward({.act = code<unswag::Activation>(act),
                                       .gate = in(gate),
@@ -123,60 +150,55 @@ ffi::Error gated_backward(ffi::ThreadPool pool, AnyBuffer gate, AnyBuffer up, An
                                       .dh = in(dh),
                                       .dgate = out(dgate),
                                       .dup = out(dup)},
-                                     stream(pool)));
+                                     On::stream(given)));
 }
 
-auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+// Binds what `run` takes beside its stream, in this order: operands, results, then the attributes act and slope.
+template <class On, class Run, class Binding>
+auto* bind(Run run, Binding&& binding) {
+  return std::forward<Binding>(binding).To(run, On::traits).release();
+}
+template <class On, class First, class... Rest, class Run, class Binding>
+auto* bind(Run run, Binding&& binding) {
+  if constexpr (std::is_same_v<First, AnyBuffer>) {
+    return bind<On, Rest...>(run, std::forward<Binding>(binding).template Arg<AnyBuffer>());
+  } else if constexpr (std::is_same_v<First, Output>) {
+    return bind<On, Rest...>(run, std::forward<Binding>(binding).template Ret<AnyBuffer>());
+  } else if constexpr (std::is_same_v<First, double>) {
+    return bind<On, Rest...>(run, std::forward<Binding>(binding).template Attr<double>("slope"));
+  } else {
+    return bind<On, Rest...>(run, std::forward<Binding>(binding).template Attr<First>("act"));
+  }
+}
+template <class On, class... Rest>
+auto* bound(ffi::Error (*run)(typename On::Given, Rest...)) {
+  return bind<On, Rest...>(run, ffi::Ffi::Bind().Ctx<typename On::Context>());
+}
 
-XLA_FFI_DEFINE_HANDLER(mask_forward_v1, mask_forward,
-                       bind()
-                           .Arg<AnyBuffer>()  // x
-                           .Ret<AnyBuffer>()  // y
-                           .Ret<AnyBuffer>()  // packed
-                           .Attr<std::int64_t>("act")
-                           .Attr<double>("slope"));
-XLA_FFI_DEFINE_HANDLER(mask_backward_v1, mask_backward,
-                       bind()
-                           .Arg<AnyBuffer>()  // packed
-                           .Arg<AnyBuffer>()  // dy
-                           .Ret<AnyBuffer>()  // dx
-                           .Attr<std::int64_t>("act")
-                           .Attr<double>("slope"));
-XLA_FFI_DEFINE_HANDLER(activation_forward_v1, activation_forward,
-                       bind()
-                           .Arg<AnyBuffer>()  // x
-                           .Ret<AnyBuffer>()  // y
-                           .Attr<std::int64_t>("act"));
-XLA_FFI_DEFINE_HANDLER(activation_backward_v1, activation_backward,
-                       bind()
-                           .Arg<AnyBuffer>()  // x
-                           .Arg<AnyBuffer>()  // dy
-                           .Ret<AnyBuffer>()  // dx
-                           .Attr<std::int64_t>("act"));
-XLA_FFI_DEFINE_HANDLER(gated_forward_v1, gated_forward,
-                       bind()
-                           .Arg<AnyBuffer>()  // gate
-                           .Arg<AnyBuffer>()  // up
-                           .Ret<AnyBuffer>()  // h
-                           .Attr<std::int64_t>("act"));
-XLA_FFI_DEFINE_HANDLER(gated_backward_v1, gated_backward,
-                       bind()
-                           .Arg<AnyBuffer>()  // gate
-                           .Arg<AnyBuffer>()  // up
-                           .Arg<AnyBuffer>()  // dh
-                           .Ret<AnyBuffer>()  // dgate
-                           .Ret<AnyBuffer>()  // dup
-                           .Attr<std::int64_t>("act"));
+template <class On, auto run>
+XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
+  static const auto* const handler = bound<On>(run);
+  return handler->Call(frame);
+}
 
-void* address(XLA_FFI_Handler* handler) noexcept { return reinterpret_cast<void*>(handler); }
+template <class On, auto run>
+void* address() noexcept {
+  return reinterpret_cast<void*>(&handler<On, run>);
+}
+
+template <class On>
+std::array<XlaTarget, 6> targets() noexcept {
+  return {{
+      {"unswag_mask_forward_v1", address<On, &mask_forward<On>>()},
+      {"unswag_mask_backward_v1", address<On, &mask_backward<On>>()},
+      {"unswag_activation_forward_v1", address<On, &activation_forward<On>>()},
+      {"unswag_activation_backward_v1", address<On, &activation_backward<On>>()},
+      {"unswag_gated_forward_v1", address<On, &gated_forward<On>>()},
+      {"unswag_gated_backward_v1", address<On, &gated_backward<On>>()},
+  }};
+}
 
 }  // namespace
 
-const std::array<XlaTarget, 6> xla_targets{{
-    {"unswag_mask_forward_v1", address(mask_forward_v1)},
-    {"unswag_mask_backward_v1", address(mask_backward_v1)},
-    {"unswag_activation_forward_v1", address(activation_forward_v1)},
-    {"unswag_activation_backward_v1", address(activation_backward_v1)},
-    {"unswag_gated_forward_v1", address(gated_forward_v1)},
-    {"unswag_gated_backward_v1", address(gated_backward_v1)},
-}};
+const std::array<XlaTarget, 6> xla_cpu_targets = targets<OnCpu>();
+const std::array<XlaTarget, 6> xla_cuda_targets = targets<OnCuda>();

@@ -1,8 +1,9 @@
 """The C++ core as bindings/python.cpp gives it: addresses, strides and sizes are integers; address 0 means none.
 
 Strides count elements, those of packed rows bytes. Codes are positions in `dtypes`, `masks` and `activations`.
-`threads` 0 is the library's default. Errors: TypeError (dtype, layout), ValueError (value, shape), NotImplementedError
-(no kernel), RuntimeError (device). The global lock is released while kernels run.
+Work runs on `device`: -1, the CPU, on `threads` threads (0: the library's default), or a CUDA device, where it is queued in the
+stream of the handle `stream` and every address is memory of that device. Errors: TypeError (dtype, layout), ValueError (value,
+shape), NotImplementedError (no kernel), RuntimeError (device). The global lock is released while kernels run.
 """
 
 # fmt: off
@@ -22,6 +23,8 @@ def mask_forward(
     y_stride: int,
     packed: int,
     packed_stride: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def mask_backward(
@@ -36,10 +39,22 @@ def mask_backward(
     packed_stride: int,
     dx: int,
     dx_stride: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def activation_forward(
-    act: int, dtype: int, rows: int, cols: int, x: int, x_stride: int, y: int, y_stride: int, threads: int
+    act: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    device: int,
+    stream: int,
+    threads: int,
 ) -> None: ...
 def activation_backward(
     act: int,
@@ -52,6 +67,8 @@ def activation_backward(
     dy_stride: int,
     dx: int,
     dx_stride: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def gated_forward(
@@ -65,6 +82,8 @@ def gated_forward(
     up_stride: int,
     h: int,
     h_stride: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def gated_backward(
@@ -84,6 +103,8 @@ def gated_backward(
     dup_stride: int,
     h: int,
     h_stride: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def rms_norm_forward(
@@ -102,6 +123,8 @@ def rms_norm_forward(
     y: int,
     y_stride: int,
     rstd: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def rms_norm_backward(
@@ -121,6 +144,9 @@ def rms_norm_backward(
     dx: int,
     dx_stride: int,
     dw: int,
+    scratch: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
 def cross_entropy(
@@ -140,9 +166,11 @@ def cross_entropy(
     write_gradient: bool,
     loss: int,
     lse: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
-def philox_fill(out: int, n: int, seed: int, offset: int, threads: int) -> None: ...
+def philox_fill(out: int, n: int, seed: int, offset: int, device: int, stream: int, threads: int) -> None: ...
 def dropout(
     p: float,
     seed: int,
@@ -154,9 +182,14 @@ def dropout(
     x_stride: int,
     y: int,
     y_stride: int,
+    device: int,
+    stream: int,
     threads: int,
 ) -> None: ...
-def xla_targets() -> dict[str, object]: ...  # name → capsule of the handler
+def rms_norm_backward_scratch(rows: int, cols: int) -> int: ...  # bytes; needed on a device, with dw
+def cuda_problem(device: int) -> str: ...  # "" or why kernels cannot run on this device, and what to do
+def cuda_architectures() -> tuple[str, ...]: ...  # () where this build has no CUDA kernels
+def xla_targets() -> dict[str, dict[str, object]]: ...  # XLA's platform → name → capsule of the handler
 def backend_names() -> tuple[str, ...]: ...
 def backend_runs_here(name: str) -> bool: ...
 def current_backend() -> str: ...

@@ -1,4 +1,4 @@
-"""The C++ core under jit on the CPU: one XLA custom call each, with the packed bytes of the layout rows.
+"""The C++ core under jit, on the CPU and on CUDA devices: one XLA custom call each, with the packed bytes of the layout rows.
 
 A call maps rows to rows: its operands and results are [*batch, last], with one batch and any last dimensions. So vmap is one
 dimension more, and XLA partitions the batch by itself: no array is gathered. Rows whose length is a multiple of 32 are handed
@@ -28,6 +28,7 @@ except ImportError:  # before jax 0.5
     from jax.extend import ffi  # type: ignore[no-redef,attr-defined]
 
 __all__ = [
+    "CUDA",
     "PARTITIONS",
     "activation_backward",
     "activation_forward",
@@ -39,9 +40,14 @@ __all__ = [
 
 PARTITIONS = hasattr(ffi, "register_ffi_target_as_batch_partitionable")  # else automatic sharding gathers first
 
-for _name, _capsule in _core.xla_targets().items():
-    ffi.register_ffi_target(_name, _capsule, platform="cpu")
-    if PARTITIONS:
+_targets = _core.xla_targets()
+CUDA = "CUDA" in _targets  # whether this build has kernels for it
+
+for _platform, _handlers in _targets.items():
+    for _name, _capsule in _handlers.items():
+        ffi.register_ffi_target(_name, _capsule, platform=_platform)
+if PARTITIONS:
+    for _name in _targets["cpu"]:
         ffi.register_ffi_target_as_batch_partitionable(_name)
 
 
@@ -113,13 +119,18 @@ def _lower(context: Any, *operands: Any, target: str, results: Any, attributes: 
 
 
 def _refuse(context: Any, *operands: Any, target: str, **parameters: Any) -> Any:
-    platforms = ", ".join(context.module_context.platforms)
-    raise NotImplementedError(f"implementation 'ffi' is for the CPU, but this is compiled for {platforms}; pass None or 'xla'")
+    platforms = context.module_context.platforms
+    build = "" if CUDA or "cuda" not in platforms else ", or build UnSwag with UNSWAG_CUDA=ON (needs nvcc)"
+    raise NotImplementedError(
+        f"implementation 'ffi' is for the CPU{' and CUDA' if CUDA else ''}, but this is compiled for {', '.join(platforms)}; "
+        f"pass None or 'xla'{build}"
+    )
 
 
 batching.primitive_batchers[_call_p] = _batched
 mlir.register_lowering(_call_p, _refuse)
-mlir.register_lowering(_call_p, _lower, platform="cpu")
+for _platform in ("cpu", *(["cuda"] if CUDA else [])):
+    mlir.register_lowering(_call_p, _lower, platform=_platform)
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------------

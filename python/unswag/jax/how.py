@@ -50,7 +50,8 @@ def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
 
 def choose(op: str, x: Array, implementation: str | None, layout: str | None, pallas: bool = False) -> How:
     """`None` is the best for the platform that is the default when the call is traced, and for dtype and shape: on the CPU
-    ffi (bench/results/jax-cpu.json), unless XLA cannot be told how to cut its calls up or the dtype is not a fast one.
+    ffi (bench/results/jax-cpu.json), unless XLA cannot be told how to cut its calls up or the dtype is not a fast one;
+    elsewhere xla. ffi by name is for CUDA too, where the build has kernels for it.
 
     layout: rows256 for pallas and, on a TPU, for at least 256 rows, else rows. It changes where bits lie, never a result.
     pallas: whether there are such kernels.

@@ -1,10 +1,11 @@
 """Differentiable functions that keep the smallest exact form of what their backward needs.
 
-Every function takes tensors of any shape on the CPU, of dtype float32, float16, bfloat16 or float64, computes in float32
-(float64 for float64) and rounds once. "Saved" is what is kept from forward to backward, with n elements of b bytes each.
+Every function takes tensors of any shape, on the CPU or on one CUDA device, of dtype float32, float16, bfloat16 or float64,
+computes in float32 (float64 for float64) and rounds once. "Saved" is what is kept from forward to backward, with n elements of
+b bytes each.
 
 Errors of all of them: TypeError for another dtype, a sparse layout or something that is no tensor; ValueError for a shape
-that does not fit; NotImplementedError for a device without kernels. Each message says what to do.
+or a device that does not fit; NotImplementedError or RuntimeError for a device without kernels. Each message says what to do.
 
 Under autocast the functions neither cast their inputs nor change their results: the output has the input's dtype. They can
 be differentiated once; a second derivative is an error. Sources of the formulas: docs/math.md.
@@ -24,7 +25,7 @@ from unswag.torch.autograd import once_differentiable
 
 __all__ = ["gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
 
-_DEVICES = ("cpu", "meta")
+_DEVICES = ("cpu", "cuda", "meta")  # whether there are CUDA kernels, and for this device, the core says
 
 
 def _check(op: str, name: str, x: Tensor) -> None:
@@ -37,7 +38,7 @@ def _check(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} has layout {x.layout}; pass {name}.to_dense()")
     if x.device.type not in _DEVICES:
         raise NotImplementedError(
-            f"{op}: {name} is on device '{x.device}', for which this version has no kernels; pass {name}.to('cpu')"
+            f"{op}: {name} is on device '{x.device}', for which there are no kernels; pass {name}.to('cpu')"
         )
 
 

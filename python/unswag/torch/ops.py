@@ -7,6 +7,9 @@ Layout. An input is read where it lies if one row stride describes it: any view 
 leading dimensions collapse, a constant row expanded (row stride 0) included. Otherwise a contiguous copy of that input is
 made first. Outputs are always contiguous. Inputs are never written to, `cross_entropy_`'s logits apart.
 
+Place. One function serves the CPU and CUDA. All tensors of a call are on one device; there the work is queued in the stream
+that is current in torch, as PyTorch's own ops are, and nothing waits for it.
+
 An op has no derivative: a backward registered here would cost three times what the `autograd.Function`s of
 `unswag.torch.functional` cost. Called on a tensor that autograd is following, an op would silently cut the graph, so it raises.
 """
@@ -42,8 +45,17 @@ def _dtype(op: str, name: str, x: Tensor) -> int:
     return code
 
 
+def _beside(op: str, name: str, x: Tensor | None, like_name: str, like: Tensor) -> None:
+    """`x` is on the device of `like`: a kernel gets addresses, which are good on one device only."""
+    if x is not None and x.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on device '{x.device}' but {like_name} on '{like.device}'; pass {name}.to('{like.device}')"
+        )
+
+
 def _same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    """`x` has the shape and the dtype of `like`."""
+    """`x` has the shape and the dtype of `like`, and is beside it."""
+    _beside(op, name, x, like_name, like)
     if x.dtype != like.dtype:
         raise TypeError(
             f"{op}: {name} has dtype {x.dtype} but {like_name} has {like.dtype}; convert one, e.g. {name}.to({like.dtype})"
@@ -68,11 +80,14 @@ def _vector(op: str, name: str, x: Tensor | None, size: int, what: str) -> None:
 
 
 def _no_graph(op: str, *inputs: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        raise RuntimeError(
-            f"torch.ops.unswag.{op} has no derivative, and an input requires grad; call unswag.torch.functional, "
-            "or call the op under torch.no_grad()"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            raise RuntimeError(
+                f"torch.ops.unswag.{op} has no derivative, and an input requires grad; call unswag.torch.functional, "
+                "or call the op under torch.no_grad()"
+            )
 
 
 # ---- layout -------------------------------------------------------------------------------------------------------------
@@ -82,9 +97,11 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     """(tensor, rows, cols, row stride): x as rows of adjacent elements, or a copy of it when it cannot be seen that way."""
     if x.data_ptr() % x.element_size():  # e.g. torch.frombuffer at an odd offset
         x = x.clone(memory_format=torch.contiguous_format)
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         return x, 1, 1, 1
-    rows, cols = x.shape[:-1].numel(), x.shape[-1]
+    cols = shape[-1]
+    rows = x.numel() // cols if cols else shape[:-1].numel()
     if x.is_contiguous():
         return x, rows, cols, cols
     stride = _row_stride(x)
@@ -130,6 +147,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# ---- place ----------------------------------------------------------------------------------------------------------------
+
+
+def _where(x: Tensor) -> tuple[int, int, int]:
+    """(device, stream, threads) as the core wants them, for work on x."""
+    if x.is_cuda:
+        return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream, 0
+    return -1, 0, torch.get_num_threads()
+
+
 # ---- one-bit masks --------------------------------------------------------------------------------------------------------
 
 
@@ -149,18 +176,20 @@ def _mask_forward_outputs(x: Tensor, act: str, slope: float) -> tuple[Tensor, Te
 
 def _mask_forward(x: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
     _no_graph("mask_forward", x)
-    code, dtype = _code("mask_forward", act, MASKS), _dtype(act, "x", x)
+    code = _code("mask_forward", act, MASKS)
     y, packed = _mask_forward_outputs(x, act, slope)
     x, rows, cols, stride = _rows(x)
+    device, stream, threads = _where(x)
     _core.mask_forward(
-        code, slope, dtype, rows, cols, x.data_ptr(), stride, y.data_ptr(), cols,
-        packed.data_ptr(), packed.shape[-1], torch.get_num_threads(),
+        code, slope, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride, y.data_ptr(), cols,
+        packed.data_ptr(), packed.shape[-1], device, stream, threads,
     )  # fmt: skip
     return y, packed
 
 
 def _mask_backward_outputs(dy: Tensor, packed: Tensor, act: str, slope: float) -> Tensor:
     _dtype(act, "dy", dy)
+    _beside(act, "packed", packed, "dy", dy)
     if packed.dtype != torch.uint8 or packed.shape != _packed_shape(dy):
         raise ValueError(
             f"{act}: packed is {packed.dtype} of shape {list(packed.shape)} but dy of shape {list(dy.shape)} needs "
@@ -171,13 +200,14 @@ def _mask_backward_outputs(dy: Tensor, packed: Tensor, act: str, slope: float) -
 
 def _mask_backward(dy: Tensor, packed: Tensor, act: str, slope: float) -> Tensor:
     _no_graph("mask_backward", dy)
-    code, dtype = _code("mask_backward", act, MASKS), _dtype(act, "dy", dy)
+    code = _code("mask_backward", act, MASKS)
     dx = _mask_backward_outputs(dy, packed, act, slope)
     dy, rows, cols, stride = _rows(dy)
     packed, _, _, packed_stride = _rows(packed)
+    device, stream, threads = _where(dy)
     _core.mask_backward(
-        code, slope, dtype, rows, cols, dy.data_ptr(), stride, packed.data_ptr(), packed_stride,
-        dx.data_ptr(), cols, torch.get_num_threads(),
+        code, slope, DTYPES[dy.dtype], rows, cols, dy.data_ptr(), stride, packed.data_ptr(), packed_stride,
+        dx.data_ptr(), cols, device, stream, threads,
     )  # fmt: skip
     return dx
 
@@ -192,10 +222,13 @@ def _activation_forward_outputs(x: Tensor, act: str) -> Tensor:
 
 def _activation_forward(x: Tensor, act: str) -> Tensor:
     _no_graph("activation_forward", x)
-    code, dtype = _code("activation_forward", act, ACTIVATIONS), _dtype(act, "x", x)
+    code = _code("activation_forward", act, ACTIVATIONS)
     y = _activation_forward_outputs(x, act)
     x, rows, cols, stride = _rows(x)
-    _core.activation_forward(code, dtype, rows, cols, x.data_ptr(), stride, y.data_ptr(), cols, torch.get_num_threads())
+    device, stream, threads = _where(x)
+    _core.activation_forward(
+        code, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride, y.data_ptr(), cols, device, stream, threads
+    )
     return y
 
 
@@ -207,13 +240,15 @@ def _activation_backward_outputs(x: Tensor, dy: Tensor, act: str) -> Tensor:
 
 def _activation_backward(x: Tensor, dy: Tensor, act: str) -> Tensor:
     _no_graph("activation_backward", x, dy)
-    code, dtype = _code("activation_backward", act, ACTIVATIONS), _dtype(act, "x", x)
+    code = _code("activation_backward", act, ACTIVATIONS)
     dx = _activation_backward_outputs(x, dy, act)
     x, rows, cols, x_stride = _rows(x)
     dy, _, _, dy_stride = _rows(dy)
+    device, stream, threads = _where(x)
     _core.activation_backward(
-        code, dtype, rows, cols, x.data_ptr(), x_stride, dy.data_ptr(), dy_stride, dx.data_ptr(), cols, torch.get_num_threads()
-    )
+        code, DTYPES[x.dtype], rows, cols, x.data_ptr(), x_stride, dy.data_ptr(), dy_stride, dx.data_ptr(), cols,
+        device, stream, threads,
+    )  # fmt: skip
     return dx
 
 
@@ -228,13 +263,14 @@ def _gated_forward_outputs(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 def _gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     _no_graph("gated_forward", gate, up)
-    code, dtype = _code("gated_forward", act, ACTIVATIONS), _dtype("gated", "gate", gate)
+    code = _code("gated_forward", act, ACTIVATIONS)
     h = _gated_forward_outputs(gate, up, act)
     gate, rows, cols, gate_stride = _rows(gate)
     up, _, _, up_stride = _rows(up)
+    device, stream, threads = _where(gate)
     _core.gated_forward(
-        code, dtype, rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, h.data_ptr(), cols,
-        torch.get_num_threads(),
+        code, DTYPES[gate.dtype], rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, h.data_ptr(), cols,
+        device, stream, threads,
     )  # fmt: skip
     return h
 
@@ -251,13 +287,14 @@ def _gated_backward_product_outputs(gate: Tensor, up: Tensor, dh: Tensor, act: s
 
 
 def _fill_gated_backward(gate: Tensor, up: Tensor, dh: Tensor, act: str, dgate: Tensor, dup: Tensor, h: Tensor | None) -> None:
-    code, dtype = _code("gated_backward", act, ACTIVATIONS), _dtype("gated", "gate", gate)
+    code = _code("gated_backward", act, ACTIVATIONS)
     gate, rows, cols, gate_stride = _rows(gate)
     up, _, _, up_stride = _rows(up)
     dh, _, _, dh_stride = _rows(dh)
+    device, stream, threads = _where(gate)
     _core.gated_backward(
-        code, dtype, rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, dh.data_ptr(), dh_stride,
-        dgate.data_ptr(), cols, dup.data_ptr(), cols, _address(h), cols, torch.get_num_threads(),
+        code, DTYPES[gate.dtype], rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, dh.data_ptr(), dh_stride,
+        dgate.data_ptr(), cols, dup.data_ptr(), cols, _address(h), cols, device, stream, threads,
     )  # fmt: skip
 
 
@@ -285,6 +322,7 @@ def _rms_norm_check(x: Tensor, weight: Tensor | None) -> None:
     if weight is not None:
         _dtype("rms_norm", "weight", weight)
         _vector("rms_norm", "weight", weight, x.shape[-1], "the last dimension of x")
+        _beside("rms_norm", "weight", weight, "x", x)
 
 
 def _rms_norm_y(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
@@ -294,6 +332,7 @@ def _rms_norm_y(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
 
 
 def _rms_norm_rstd_check(x: Tensor, rstd: Tensor) -> None:
+    _beside("rms_norm", "rstd", rstd, "x", x)
     if rstd.dtype != _wide(x.dtype) or rstd.shape != x.shape[:-1]:
         raise ValueError(
             f"rms_norm: rstd is {rstd.dtype} of shape {list(rstd.shape)} but x of shape {list(x.shape)} needs "
@@ -316,10 +355,11 @@ def _fill_rms_norm(
     x_dtype, y_dtype = DTYPES[x.dtype], DTYPES[y.dtype]
     x, rows, cols, stride = _rows(x)
     weight = _dense(weight)
+    device, stream, threads = _where(x)
     _core.rms_norm_forward(
         eps, weight_offset, cast_before_weight, given, rows, cols, x_dtype, x.data_ptr(), stride,
         0 if weight is None else DTYPES[weight.dtype], _address(weight), y_dtype, y.data_ptr(), cols,
-        rstd.data_ptr(), torch.get_num_threads(),
+        rstd.data_ptr(), device, stream, threads,
     )  # fmt: skip
 
 
@@ -359,6 +399,7 @@ def _rms_norm_backward_outputs(
     _rms_norm_check(x, weight)
     _rms_norm_rstd_check(x, rstd)
     _dtype("rms_norm", "dy", dy)
+    _beside("rms_norm", "dy", dy, "x", x)
     if dy.shape != x.shape:
         raise ValueError(f"rms_norm: dy has shape {list(dy.shape)} but x has {list(x.shape)}; they must be equal")
     return (
@@ -377,10 +418,14 @@ def _rms_norm_backward(
     x, rows, cols, x_stride = _rows(x)
     dy, _, _, dy_stride = _rows(dy)
     weight, rstd = _dense(weight), rstd.contiguous()
+    device, stream, threads = _where(x)
+    scratch = None
+    if need_dw and device >= 0:
+        scratch = x.new_empty(_core.rms_norm_backward_scratch(rows, cols), dtype=torch.uint8)
     _core.rms_norm_backward(
         weight_offset, cast_before_weight, rows, cols, x_dtype, x.data_ptr(), x_stride,
         0 if weight is None else DTYPES[weight.dtype], _address(weight), rstd.data_ptr(), dy_dtype, dy.data_ptr(), dy_stride,
-        dx.data_ptr() if need_dx else 0, cols, dw.data_ptr() if need_dw else 0, torch.get_num_threads(),
+        dx.data_ptr() if need_dx else 0, cols, dw.data_ptr() if need_dw else 0, _address(scratch), device, stream, threads,
     )  # fmt: skip
     return dx, dw
 
@@ -403,7 +448,9 @@ def _cross_entropy_outputs(
     _vector(op, "labels", labels, rows, "the number of rows of logits")
     _vector(op, "class_weight", class_weight, classes, "the number of classes")
     _vector(op, "row_scale", row_scale, rows, "the number of rows of logits")
+    _beside(op, "labels", labels, "logits", logits)
     for name, vector in (("class_weight", class_weight), ("row_scale", row_scale)):
+        _beside(op, name, vector, "logits", logits)
         if vector is not None and vector.dtype != wide:
             raise TypeError(f"{op}: {name} has dtype {vector.dtype}; pass {name}.to({wide})")
     return logits.new_empty(rows, dtype=wide), logits.new_empty(rows, dtype=wide)
@@ -413,6 +460,8 @@ def _cross_entropy(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, row_scale: Tensor | None, gradient_scale: float,
     ignore_index: int, label_smoothing: float, softcap: float, logit_scale: float, write_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """On the CPU a label out of range is a ValueError and nothing is written. On CUDA it cannot be seen without waiting for the
+    device: loss, lse and gradient of its row are NaN. `loss.check_labels` waits and looks."""
     _no_graph("cross_entropy_", logits, class_weight)
     loss, lse = _cross_entropy_outputs(
         logits, labels, class_weight, row_scale, gradient_scale, ignore_index, label_smoothing, softcap, logit_scale,
@@ -424,10 +473,11 @@ def _cross_entropy(
             f"cross_entropy_: logits with strides {list(logits.stride())} cannot be written in place; pass logits.contiguous()"
         )
     labels, class_weight, row_scale = labels.contiguous(), _dense(class_weight), _dense(row_scale)
+    device, stream, threads = _where(logits)
     _core.cross_entropy(
         DTYPES[logits.dtype], rows, cols, logits.data_ptr(), stride, labels.data_ptr(), _address(class_weight),
         _address(row_scale), gradient_scale, ignore_index, label_smoothing, softcap, logit_scale, write_gradient,
-        loss.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+        loss.data_ptr(), lse.data_ptr(), device, stream, threads,
     )  # fmt: skip
     return loss, lse
 
@@ -442,11 +492,12 @@ def _dropout_outputs(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
 
 def _dropout(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
     _no_graph("dropout", x)
-    dtype, y = _dtype("dropout", "x", x), _dropout_outputs(x, p, seed, offset)
+    y = _dropout_outputs(x, p, seed, offset)
     x, rows, cols, stride = _rows(x)
+    device, stream, threads = _where(x)
     _core.dropout(
-        p, seed & _64_BITS, offset & _64_BITS, dtype, rows, cols, x.data_ptr(), stride, y.data_ptr(), cols,
-        torch.get_num_threads(),
+        p, seed & _64_BITS, offset & _64_BITS, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride, y.data_ptr(), cols,
+        device, stream, threads,
     )  # fmt: skip
     return y
 
@@ -459,7 +510,8 @@ _library = torch.library.Library("unswag", "DEF")
 def _register(schema: str, kernel: Callable[..., Any], outputs: Callable[..., Any]) -> torch._ops.OpOverload:
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, kernel, "CPU")  # another device is another line here
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
     torch.library.register_fake(f"unswag::{name}", outputs, lib=_library)
     op: torch._ops.OpOverload = getattr(torch.ops.unswag, name).default
     return op

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from values import SIXTEEN, all_sixteen, bits, normal, special
 
 import unswag.jax as uj
+from unswag import _core
 from unswag.jax import ffi, masks, xla
 from unswag.jax.how import How, choose
 
@@ -264,13 +271,24 @@ def lowered(function: Callable[[Array], Any], platform: str) -> str:
     return jax.jit(function).trace(jnp.ones((8, 64))).lower(lowering_platforms=(platform,)).as_text()
 
 
+def gradient_of(name: str, **options: Any) -> Callable[[Array], Any]:
+    function, count = ALL[name]
+    function = partial(function, **(options or {"implementation": "ffi"}))
+
+    def run(x: Array) -> Any:
+        y, back = jax.vjp(function, *[x] * count)
+        return y, back(y)
+
+    return run
+
+
 def test_where_the_best_is_native_it_is_so_on_the_cpu_alone():
     def run(x: Array) -> tuple[Array, Array]:
         y, packed = masks._mask_forward(x, masks.Act("relu"), How(None, "rows"))
         return y, masks._mask_backward(masks.Act("relu"), How(None, "rows"), packed, y)[0]
 
     assert lowered(run, "cpu").count("@unswag_mask") == 2
-    assert "@unswag" not in lowered(run, "tpu")
+    assert "@unswag" not in lowered(run, "tpu") and "@unswag" not in lowered(run, "cuda")
     x = special((8, 64), jnp.float32)
     for ours, plain in zip(jax.jit(run)(x), step(jax.nn.relu, (x,), jax.nn.relu(x)), strict=True):
         assert_same(ours, plain)
@@ -287,8 +305,16 @@ def test_bad_input_says_what_to_do():
         uj.swiglu(x, x, implementation="cuda")
     with pytest.raises(ValueError, match="silu: implementation 'ffi' has no codes"):
         uj.silu(x, bits=2, implementation="ffi")
-    with pytest.raises(NotImplementedError, match="'ffi' is for the CPU, but this is compiled for tpu; pass None or 'xla'"):
-        lowered(lambda x: jax.vjp(native(uj.relu), x)[1](x), "tpu")
+    for platform in ("tpu", "rocm"):
+        text = rf"'ffi' is for the CPU(?: and CUDA)?, but this is compiled for {platform}; pass None or 'xla'$"
+        with pytest.raises(NotImplementedError, match=text):
+            lowered(gradient_of("relu"), platform)
+
+
+@pytest.mark.skipif(ffi.CUDA, reason="this build has CUDA kernels")
+def test_without_cuda_kernels_the_error_says_how_to_get_them():
+    with pytest.raises(NotImplementedError, match="compiled for cuda; pass None or 'xla', or build UnSwag with UNSWAG_CUDA=ON"):
+        lowered(gradient_of("relu"), "cuda")
 
 
 def test_a_packed_array_of_another_shape_is_refused():
@@ -299,3 +325,56 @@ def test_a_packed_array_of_another_shape_is_refused():
             ((100, jnp.float32),),
             **ffi._mask("relu", 0.0, jnp.float32),
         )
+
+
+# ---- CUDA: what can be seen without a device ---------------------------------------------------------------------------
+
+CALLS = {"relu": "mask", "relu6": "mask", "leaky_relu": "mask", "silu": "activation", "swiglu": "gated", "geglu": "gated"}
+
+
+def test_lowered_for_cuda_the_calls_are_those_of_the_cpu():
+    """In a process of its own, where a build without CUDA kernels hands out the CPU's handlers for them: nothing is run."""
+    code = """
+        from unswag import _core
+        targets = _core.xla_targets()
+        _core.xla_targets = lambda: {"cpu": targets["cpu"], "CUDA": targets.get("CUDA", targets["cpu"])}
+        from test_ffi import ffi, CALLS, gradient_of, lowered
+        assert ffi.CUDA
+        for name, kind in CALLS.items():
+            for_cpu, for_cuda = (lowered(gradient_of(name), platform) for platform in ("cpu", "cuda"))
+            assert for_cpu == for_cuda and for_cuda.count("stablehlo.custom_call @unswag_") == 2, for_cuda
+            for direction in ("forward", "backward"):
+                assert for_cuda.count(f"@unswag_{kind}_{direction}_v1(") == 1, for_cuda
+            assert "@unswag" not in lowered(gradient_of(name, implementation=None), "cuda")
+            assert "@unswag" not in lowered(gradient_of(name, implementation="xla"), "cuda")
+        print("lowered", *targets)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert run.stdout.startswith("lowered cpu"), run.stderr
+
+
+@pytest.mark.parametrize("platform", ["cpu", "CUDA"])
+def test_a_handler_says_which_interface_it_has_and_whether_it_may_be_recorded(platform):
+    """Asked as XLA asks when a handler is registered; structs of third_party/xla/ffi/api/c_api.h, in words of 8 bytes."""
+    targets = _core.xla_targets()
+    assert ("CUDA" in targets) == bool(_core.cuda_architectures())
+    if platform not in targets:
+        pytest.skip("this build has no CUDA kernels")
+    assert targets[platform].keys() == targets["cpu"].keys() and len(targets["cpu"]) == 6
+
+    def words(*values: int) -> Any:
+        return (ctypes.c_size_t * len(values))(*values)
+
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    for capsule in targets[platform].values():
+        metadata = words(36, 24, 0, 0, 0)  # its size; version: size, extension, major and minor; traits
+        extension = words(32, 1, 0, ctypes.addressof(metadata))  # base: size, kind, next; metadata
+        frame = words(168, ctypes.addressof(extension), *[0] * 20)  # size, extension, and nothing to compute
+        handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address(capsule, None))
+        assert handler(ctypes.addressof(frame)) is None
+        assert metadata[3] == 1 << 32, "version 0.1"
+        assert metadata[4] & 0xFFFFFFFF == (platform == "CUDA")

@@ -471,9 +471,16 @@ def test_errors_say_what_to_do(wrong, error, text):
 @pytest.mark.parametrize("name", ALL)
 def test_a_device_without_kernels_is_an_error_with_the_remedy(name):
     with torch._subclasses.FakeTensorMode():
-        xs = [torch.empty(x.shape, device="cuda:0") for x in inputs(name, torch.float32)]
-        with pytest.raises(NotImplementedError, match=r"on device 'cuda:0'.*\.to\('cpu'\)"):
+        xs = [torch.empty(x.shape, device="xpu:0") for x in inputs(name, torch.float32)]
+        with pytest.raises(NotImplementedError, match=r"on device 'xpu:0'.*\.to\('cpu'\)"):
             ALL[name][0](*xs)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shapes_on_cuda_are_those_of_the_cpu(name):
+    with torch._subclasses.FakeTensorMode():
+        y = ALL[name][0](*(torch.empty(x.shape, device="cuda:3") for x in inputs(name, torch.float32)))
+        assert y.shape == (6, 37) and y.device == torch.device("cuda:3")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import re
+import types
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unswag import _core, reference
 from unswag.torch import ops
@@ -375,6 +379,105 @@ def test_errors_say_what_to_do(wrong, error, text):
         wrong()
 
 
+# ---- place -------------------------------------------------------------------------------------------------------------
+
+NOWHERE = 99  # a CUDA device that no machine has
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_device_stream_and_threads_reach_the_core(op, monkeypatch):
+    """Each of the three, in its place: the core says what is wrong with it, and nothing is computed."""
+    problem = _core.cuda_problem(NOWHERE)
+    kind = RuntimeError if _core.cuda_architectures() else NotImplementedError
+    for place, error, text in (
+        ((NOWHERE, 0, 0), (kind, ValueError), re.escape(problem)),
+        ((-1, 7, 1), ValueError, "a device's stream is given, but no device"),
+        ((-1, 0, -3), ValueError, "threads is -3"),
+    ):
+        args = sample(op)
+        before = [x.clone() for x in tensors(args)]
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_where", lambda x, place=place: place)
+            with pytest.raises(error, match=text):
+                call(op, *args)
+        assert_same(args, before)
+
+
+def test_the_current_stream_of_the_tensors_own_device(monkeypatch):
+    asked = []
+
+    def current_stream(device):
+        asked.append(device)
+        return types.SimpleNamespace(cuda_stream=0xABC0 + device.index)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda:1")
+        assert ops._where(x) == (1, 0xABC1, 0) and asked == [torch.device("cuda:1")]
+    torch.set_num_threads(2)  # put back by the fixture
+    assert ops._where(X) == (-1, 0, 2) and len(asked) == 1
+
+
+def test_one_function_serves_both_devices():
+    for op in OPS:
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"unswag::{op}", key), (op, key)
+
+
+@pytest.mark.parametrize(("rows", "cols", "need_dw"), [(5, 37, True), (0, 37, True), (5, 37, False)])
+def test_rms_norm_backward_brings_scratch_where_a_device_needs_it(rows, cols, need_dw, monkeypatch):
+    seen, plain = {}, _core.rms_norm_backward
+
+    def backward(*args):
+        *args, scratch, device, stream, threads = args
+        seen.update(scratch=scratch, place=(device, stream, threads))
+        plain(*args, scratch, -1, 0, 1)
+
+    made, empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(_core, "rms_norm_backward", backward)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: made.append(empty(*args, **kw)) or made[-1])
+    x, rstd, weight, dy, *_ = sample("rms_norm_backward", shape=(rows, cols))
+    for place in ((-1, 0, 1), (0, 64, 0)):
+        made.clear()
+        monkeypatch.setattr(ops, "_where", lambda x, place=place: place)
+        ops.rms_norm_backward(x, rstd, weight, dy, 0.0, True, True, need_dw)
+        scratch = [t for t in made if t.dtype == torch.uint8]
+        assert seen["place"] == place and len(scratch) == (place[0] >= 0 and need_dw)
+        assert seen["scratch"] == (scratch[0].data_ptr() if scratch else 0)
+        assert all(t.nbytes == _core.rms_norm_backward_scratch(rows, cols) and t.device == x.device for t in scratch)
+    assert (_core.rms_norm_backward_scratch(rows, cols) > 0) == (rows > 0)
+
+
+def _elsewhere(op: str) -> list[int]:
+    """The places of an op's tensors, but the first."""
+    return [i for i, x in enumerate(sample(op)) if isinstance(x, torch.Tensor)][1:]
+
+
+@pytest.mark.parametrize(("op", "at"), [(op, at) for op in OPS for at in _elsewhere(op)])
+@pytest.mark.parametrize("device", ["meta", "cuda:1"])
+def test_all_tensors_of_a_call_are_on_one_device(op, at, device):
+    """An address of another device would be read all the same."""
+    with FakeTensorMode() if device != "meta" else contextlib.nullcontext():
+        args = list(sample(op))
+        name = getattr(torch.ops.unswag, op).default._schema.arguments[at].name
+        if device == "meta":
+            args[at] = args[at].to("meta")  # the kernel itself
+        else:
+            args = [torch.empty_like(x, device="cuda:0") if isinstance(x, torch.Tensor) else x for x in args]
+            args[at] = torch.empty_like(args[at], device=device)
+        here = args[0].device
+        kernel = getattr(ops, "_cross_entropy" if op == "cross_entropy_" else f"_{op}")
+        outputs = getattr(ops, f"{kernel.__name__}_outputs")
+        for function in (kernel, outputs) if device == "meta" else (outputs,):
+            with pytest.raises(
+                ValueError, match=rf"{name} is on device '{device}' but \w+ on '{here}'; pass {name}\.to\('{here}'"
+            ):
+                function(*args)
+
+
+# ---- labels ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("label", [3, -1, 2**40, -(2**63)])
 def test_label_out_of_range_writes_nothing(label):
     logits = torch.randn(2, 3)
@@ -396,9 +499,9 @@ def test_an_op_does_not_cut_the_graph_in_silence(op):
 
 def test_core_refuses_codes_and_backends_that_do_not_exist():
     with pytest.raises(ValueError, match="activation code 9 does not exist"):
-        _core.activation_forward(9, 0, 1, 1, 0, 1, 0, 1, 1)
+        _core.activation_forward(9, 0, 1, 1, 0, 1, 0, 1, -1, 0, 1)
     with pytest.raises(TypeError):
-        _core.activation_forward(-1, 0, 1, 1, 0, 1, 0, 1, 1)
+        _core.activation_forward(-1, 0, 1, 1, 0, 1, 0, 1, -1, 0, 1)
     current = _core.current_backend()
     with pytest.raises(ValueError, match="'quantum'"):
         _core.use_backend("quantum")

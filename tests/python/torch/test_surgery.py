@@ -15,8 +15,10 @@ import torch
 from families import assert_close, ids, packed, padded, plain, step
 from rich.console import Console
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unswag
+from unswag import _core
 from unswag.torch import patterns
 from unswag.torch.checkpoint import StashedCheckpoint
 from unswag.torch.patterns.pattern import Candidate, replace_forward
@@ -413,6 +415,18 @@ def test_a_model_on_an_unsupported_device_is_left_with_the_reason():
     report = operate(model, attention="stock")
     assert report.patched == [] and "forward" not in vars(model)
     assert all("meta, where this build has no kernels" in why for _, why in report.skipped) and len(report.skipped) == 7
+
+
+def test_a_model_on_a_cuda_device_that_has_no_kernels_is_left_with_the_core_s_reason():
+    problem = _core.cuda_problem(99)  # no such device, or no CUDA kernels at all
+    model = families.build("llama")
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda:99")))
+    report = operate(model, attention="stock")
+    assert report.patched == [] and "forward" not in vars(model) and len(report.skipped) == 7
+    assert problem and all(f"it is on cuda:99: {problem}" in why for _, why in report.skipped)
 
 
 @pytest.mark.parametrize(

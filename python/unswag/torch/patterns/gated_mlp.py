@@ -58,7 +58,7 @@ class GatedMlp:
         module, orders = candidate.module, candidate.parts["orders"]
         if other := foreign_forward(module):
             return f"its forward was already replaced by {other}"
-        if reason := no_kernel("gated_forward", next(module.parameters(), None)):
+        if reason := no_kernel(next(module.parameters(), None)):
             return reason
         others = {k: m for k, m in module.named_children() if k not in orders[0]}
         others |= {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}

@@ -41,7 +41,7 @@ class Lora:
         plain = [name for name, reason in reasons.items() if reason is None]
         if not plain:
             return next(iter(reasons.values()), "it has no adapter beside a Linear")
-        if reason := no_kernel("dropout", module.lora_A[plain[0]].weight):
+        if reason := no_kernel(module.lora_A[plain[0]].weight):
             return reason
         for round_products in (False, True):
             reason = _differs(module, plain, round_products)

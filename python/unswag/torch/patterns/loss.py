@@ -123,7 +123,7 @@ def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
         return "one of its parameters has a gradient hook, which would see each chunk"
     if _classes(head) is None:
         return f"a {type(head).__name__} does not say how many classes it has"
-    return no_kernel("cross_entropy_", *head.parameters())
+    return no_kernel(*head.parameters())
 
 
 def _probe_head(head: Any, linear: bool) -> str | None:

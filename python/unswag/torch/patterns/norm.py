@@ -73,7 +73,7 @@ class Norm:
         module, weight = candidate.module, candidate.parts["weight"]
         if other := foreign_forward(module):
             return f"its forward was already replaced by {other}"
-        if reason := no_kernel("rms_norm_forward", candidate.parts["like"]):
+        if reason := no_kernel(candidate.parts["like"]):
             return reason
         if weight and not is_plain(candidate.parts["like"]):
             return f"its weight is a {type(candidate.parts['like']).__name__}, which only the module itself can read"

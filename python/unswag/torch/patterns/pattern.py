@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from unswag import _core
 from unswag.torch import stash
 
 RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute path: Replaced}
@@ -137,12 +138,13 @@ def is_plain(tensor: torch.Tensor | None) -> bool:
     return tensor is None or stash.is_plain(tensor)
 
 
-def no_kernel(op: str, *tensors: torch.Tensor | None) -> str | None:
-    """The reason why the op `unswag::<op>` cannot run on these tensors (their device), or None."""
+def no_kernel(*tensors: torch.Tensor | None) -> str | None:
+    """The reason why the ops cannot run on these tensors (their device, and what this build has for it), or None."""
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or tensor.is_cpu:
             continue
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(tensor.device.type)
-        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"unswag::{op}", key):
+        if not tensor.is_cuda:
             return f"it is on {tensor.device}, where this build has no kernels; move the model to the cpu first"
+        if problem := _core.cuda_problem(tensor.device.index):
+            return f"it is on {tensor.device}: {problem}"
     return None
