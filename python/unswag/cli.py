@@ -47,8 +47,9 @@ def _show(found: dict[str, Any], console: Console) -> None:
     machine.add_row("instruction sets", " ".join(cpu["instruction_sets"]) or "–")
     machine.add_row("kernels", f"{kernels['chosen']} of {', '.join(kernels['run_here'])}" if kernels else "–")
     machine.add_row("memory", f"{memory['total'] / 2**30:.1f} GiB" if memory else "–")
+    machine.add_row("CUDA kernels", " ".join(kernels.get("cuda", [])) or "none in this build")
     for kind, devices in (("CUDA", found["cuda"]), ("TPU", found["tpu"])):
-        machine.add_row(kind, "\n".join(f"{d['name']} ({d['architecture']})" for d in devices) or "none")
+        machine.add_row(kind, "\n".join(map(_device, devices)) or "none")
     machine.add_row("unswag", found["unswag"])
     for name, version in found["versions"].items():
         machine.add_row(name, version or "not installed")
@@ -70,3 +71,9 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(protocols)
     for note in found["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _device(device: dict[str, Any]) -> str:
+    memory = f", {device['memory'] / 2**30:.1f} GiB" if "memory" in device else ""
+    unused = ": not used, see the notes" if device.get("problem") else ""
+    return f"{device['name']} ({device['architecture']}{memory}){unused}"

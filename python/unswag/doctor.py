@@ -1,7 +1,7 @@
 """What this machine has and what UnSwag will use on it, as plain data. Framework-neutral.
 
 Versions are read from package metadata. Of the frameworks, jax is imported if it is installed, because only it knows its
-platform, and torch if an NVIDIA device is there.
+platform, and torch if the driver of an NVIDIA device is there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,29 @@ def examine() -> dict[str, Any]:
         "tpu": [],
         "uses": {},
     }
-    if _nvidia():
-        if versions["torch"]:
-            found["cuda"] = attempt("CUDA", _cuda, [])
-        else:
-            notes.append("an NVIDIA device is there, but torch, which names it, is not installed: pip install 'unswag[torch]'")
-    if versions["torch"]:
-        row = found["kernels"].get("chosen", "none")
-        found["uses"]["torch"] = {"accelerator": "cpu", "implementation": f"native, {row}", "layout": "rows"}
-    accelerators = ["cpu"]
+    if _nvidia() and versions["torch"]:
+        found["cuda"] = attempt("CUDA", _cuda, [])
     if versions["jax"]:
-        use, found["tpu"] = attempt("JAX", _jax, (None, []))
+        use, jax_cuda, found["tpu"] = attempt("JAX", _jax, (None, [], []))
+        found["cuda"] = found["cuda"] or jax_cuda
         if use:
             found["uses"]["jax"] = use
-            accelerators = list(dict.fromkeys([*(["cpu"] if versions["torch"] else []), use["accelerator"]]))
+    if _nvidia() and not found["cuda"]:
+        notes.append(
+            "the driver of an NVIDIA device is there, but neither torch nor jax finds a device: install one of them with CUDA "
+            "support (pip install torch, pip install 'jax[cuda12]')"
+        )
+    for device in found["cuda"]:
+        device["problem"] = attempt(f"CUDA device {device['index']}", partial(_cuda_problem, device["index"]), "unknown")
+        if device["problem"]:
+            notes.append(f"no kernels run on CUDA device {device['index']}: {device['problem']}")
+    if versions["torch"]:
+        on_cuda = any(not device["problem"] for device in found["cuda"])
+        row = "cuda" if on_cuda else found["kernels"].get("chosen", "none")
+        use = {"accelerator": "cuda" if on_cuda else "cpu", "implementation": f"native, {row}", "layout": "rows"}
+        found["uses"] = {"torch": use} | found["uses"]
+    used = [use["accelerator"] for use in found["uses"].values()]
+    accelerators = list(dict.fromkeys([*(["cpu"] if versions["torch"] or not used else []), *used]))
     found["protocols"] = [
         {"activation": activation, "accelerator": accelerator} | asdict(protocol(activation, accelerator))
         for accelerator in accelerators
@@ -122,6 +132,7 @@ def _kernels() -> dict[str, Any]:
         "run_here": rows,
         "chosen": _core.current_backend(),
         "threads": _core.default_threads(),
+        "cuda": list(_core.cuda_architectures()),
     }
 
 
@@ -137,12 +148,20 @@ def _cuda() -> list[dict[str, Any]]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         architecture = f"sm_{properties.major}{properties.minor}"
-        found.append({"name": properties.name, "architecture": architecture, "memory": properties.total_memory})
+        memory = properties.total_memory
+        found.append({"index": i, "name": properties.name, "architecture": architecture, "memory": memory})
     return found
 
 
-def _jax() -> tuple[dict[str, str], list[dict[str, str]]]:
-    """What the JAX front end uses for large arrays, and the TPUs."""
+def _cuda_problem(index: int) -> str:
+    """Why the kernels of this build cannot run on this device; "" if they can."""
+    from unswag import _core
+
+    return _core.cuda_problem(index)
+
+
+def _jax() -> tuple[dict[str, str], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the JAX front end uses for large arrays; the CUDA devices, and the TPUs, that it finds."""
     import jax
 
     from unswag.jax import how
@@ -150,6 +169,12 @@ def _jax() -> tuple[dict[str, str], list[dict[str, str]]]:
     backend = jax.default_backend()
     accelerator = {"gpu": "cuda", "tpu": "tpu"}.get(backend, "cpu")
     use = how.choose("relu", jax.ShapeDtypeStruct((4096, 4096), "float32"), None, None)  # type: ignore[arg-type]
-    kinds = [device.device_kind for device in jax.devices()] if backend == "tpu" else []
+    devices = jax.local_devices() if accelerator != "cpu" else []
+    cuda = [
+        {"index": d.local_hardware_id, "name": d.device_kind, "architecture": f"sm_{d.compute_capability.replace('.', '')}"}
+        for d in devices
+        if accelerator == "cuda"
+    ]
+    kinds = [d.device_kind for d in devices if accelerator == "tpu"]
     tpus = [{"name": kind, "architecture": TPU_GENERATIONS.get(kind, "unknown generation")} for kind in kinds]
-    return {"accelerator": accelerator, "implementation": use.implementation or "ffi", "layout": use.layout}, tpus
+    return {"accelerator": accelerator, "implementation": use.implementation or "ffi", "layout": use.layout}, cuda, tpus

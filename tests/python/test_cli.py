@@ -100,24 +100,73 @@ def test_a_wrong_name_of_a_row_is_noted(monkeypatch):
     assert "UNSWAG_BACKEND is 'mmx'" in note and "portable" in note
 
 
-def test_cuda_devices_come_from_torch(monkeypatch):
-    device = types.SimpleNamespace(name="Some T4", major=7, minor=5, total_memory=16 << 30)
-    cuda = types.SimpleNamespace(device_count=lambda: 1, get_device_properties=lambda i: device)
+def on_cuda(monkeypatch, *capabilities: tuple[int, int]) -> types.SimpleNamespace:
+    """As if torch found one CUDA device for each, and jax were not there."""
+    devices = [types.SimpleNamespace(name="Some T4", major=a, minor=b, total_memory=16 << 30) for a, b in capabilities]
+    cuda = types.SimpleNamespace(device_count=lambda: len(devices), get_device_properties=lambda i: devices[i])
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(doctor, "_nvidia", lambda: True)
     monkeypatch.setattr(doctor, "_version", lambda name: "1.0" if name == "torch" else None)
-    assert examined()["cuda"] == [{"name": "Some T4", "architecture": "sm_75", "memory": 16 << 30}]
+    return cuda
+
+
+def test_cuda_devices_come_from_torch(monkeypatch):
+    cuda = on_cuda(monkeypatch, (7, 5))
+    monkeypatch.setattr(_core, "cuda_problem", lambda device: "")
+    (device,) = examined()["cuda"]
+    assert device == {"index": 0, "name": "Some T4", "architecture": "sm_75", "memory": 16 << 30, "problem": ""}
     cuda.device_count = lambda: 1 / 0
     found = examined()
     assert found["cuda"] == [] and any(note.startswith("CUDA: ZeroDivisionError") for note in found["notes"])
     without(monkeypatch, "torch")
-    assert any("pip install 'unswag[torch]'" in note for note in examined()["notes"])
+    assert any("neither torch nor jax finds a device: install" in note for note in examined()["notes"])
+
+
+@pytest.mark.parametrize("first", ["", "made for sm_90 [only]"])
+def test_cuda_is_used_where_one_device_has_no_problem(monkeypatch, first):
+    on_cuda(monkeypatch, (7, 5), (9, 0))
+    monkeypatch.setattr(_core, "cuda_problem", lambda device: ("no driver", first)[1 - device])
+    monkeypatch.setattr(_core, "cuda_architectures", lambda: ("sm_80", "compute_90"))
+    monkeypatch.setenv("COLUMNS", "200")
+    found = examined()
+    assert found["kernels"]["cuda"] == ["sm_80", "compute_90"] and [d["problem"] for d in found["cuda"]] == [first, "no driver"]
+    use, row = ("cuda", "cuda") if first == "" else ("cpu", found["kernels"]["chosen"])
+    assert found["uses"] == {"torch": {"accelerator": use, "implementation": f"native, {row}", "layout": "rows"}}
+    assert {one["accelerator"] for one in found["protocols"]} == {"cpu", use}
+    assert found["notes"] == [f"no kernels run on CUDA device {i}: {why}" for i, why in enumerate((first, "no driver")) if why]
+    text = CliRunner().invoke(cli.app, ["doctor"]).stdout
+    assert "sm_80 compute_90" in text and "Some T4 (sm_90, 16.0 GiB): not used, see the notes" in text
+    assert ("Some T4 (sm_75, 16.0 GiB): not used" in text) == bool(first)
+
+
+def test_the_reason_of_the_core_is_told(monkeypatch):
+    on_cuda(monkeypatch, *[(7, 5)] * 100)
+    device, why = examined()["cuda"][99], _core.cuda_problem(99)
+    assert why and device["problem"] == why
+    monkeypatch.setitem(sys.modules, "unswag._core", None)
+    monkeypatch.delattr(unswag, "_core")
+    found = examined()
+    assert found["cuda"][0]["problem"] == "unknown" and found["uses"]["torch"]["accelerator"] == "cpu"
+
+
+def test_cuda_devices_come_from_jax_where_torch_finds_none(monkeypatch):
+    jax = pytest.importorskip("jax")
+    device = types.SimpleNamespace(device_kind="Some H100", local_hardware_id=2, compute_capability="9.0")
+    monkeypatch.setattr(doctor, "_nvidia", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(_core, "cuda_problem", lambda index: "" if index == 2 else "another")
+    without(monkeypatch, "torch")
+    found = examined()
+    assert found["cuda"] == [{"index": 2, "name": "Some H100", "architecture": "sm_90", "problem": ""}] and found["tpu"] == []
+    assert found["uses"]["jax"] == {"accelerator": "cuda", "implementation": "xla", "layout": "rows"}
+    assert {one["accelerator"] for one in found["protocols"]} == {"cuda"}
 
 
 def test_the_generation_of_a_tpu_comes_from_its_kind(monkeypatch):
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 2)
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 2)
     found = examined()
     assert found["tpu"] == [{"name": "TPU v5 lite", "architecture": "v5e"}] * 2
     assert found["uses"]["jax"]["accelerator"] == "tpu" and found["uses"]["jax"]["layout"] == "rows256"
