@@ -20,6 +20,9 @@ registries hold weak references to storages; an entry keeps its cell only while 
 them end with the `with` block. Identity is the storage (`_cdata`, with a weak reference beside it so that the address is
 not used again), never a data pointer, never `id()` of a tensor.
 
+On CUDA a recipe runs in the stream of its reader, and one tensor made again serves several readers. So it is for readers in the
+stream in which the output was remembered (autograd runs a backward where its forward ran); others keep the tensor.
+
 Writes that PyTorch itself cannot see (through `.data`, a raw pointer, numpy) are not seen here either.
 """
 
@@ -215,7 +218,7 @@ class _Again:
 class _Output:
     """The registry's entry for a remembered output. `counter` shares the output's version counter and none of its memory."""
 
-    __slots__ = ("__weakref__", "casts", "cell", "counter", "number", "offset", "storage", "version")
+    __slots__ = ("__weakref__", "casts", "cell", "counter", "number", "offset", "storage", "stream", "version")
 
     def __init__(self, output: torch.Tensor, cell: _Cell) -> None:
         self.storage = StorageWeakRef(output.untyped_storage())
@@ -224,6 +227,7 @@ class _Output:
         self.counter.data = output.new_empty(0)  # keeps the version counter, lets go of the storage
         self.offset = output.storage_offset()
         self.number = output.output_nr  # among the outputs of its node
+        self.stream = _stream(output)
         self.cell = cell
         self.casts: dict[torch.dtype, _Cell] = {}
 
@@ -231,8 +235,9 @@ class _Output:
         return self.counter._version == self.version
 
     def handle(self, t: torch.Tensor) -> _Again | None:
-        """A handle for `t`, which shares the output's storage; None if it is not all inside the output, unmodified."""
-        if t._version != self.version or not self.unchanged():
+        """A handle for `t`, which shares the output's storage; None if it is not all inside the output, unmodified, or used
+        in another stream."""
+        if t._version != self.version or not self.unchanged() or _stream(t) != self.stream:
             return None
         return _view(self.cell, t, int(t.storage_offset() - self.offset))
 
@@ -397,6 +402,7 @@ class Stash:
             output is None
             or output.number != number
             or not output.unchanged()
+            or _stream(t) != output.stream
             or copy._version
             or t._version
             or not _is_cast(copy, output.cell.layout)
@@ -496,6 +502,11 @@ def is_inside_loss() -> bool:
 def unpack(handle: _Kept | _Again) -> torch.Tensor:
     """The tensor that the handle stands for."""
     return handle.open()
+
+
+def _stream(t: torch.Tensor) -> torch.cuda.Stream | None:
+    """The CUDA stream in which work on `t` is queued now."""
+    return torch.cuda.current_stream(t.device) if t.is_cuda and torch.cuda.is_initialized() else None
 
 
 def _storage_key(t: torch.Tensor) -> int | None:

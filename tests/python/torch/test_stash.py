@@ -433,6 +433,29 @@ def test_live_bytes_fall_layer_by_layer_as_without_it():
     assert curves["ours"][-1] <= curves["plain"][-1]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_reader_in_another_cuda_stream_keeps_the_tensor(autocast, monkeypatch):
+    """Streams are stood in for by names: what is made again in one stream and read in another would be a race."""
+    now = ["first"]
+    monkeypatch.setattr(stash, "_stream", lambda t: now[0])
+    forgotten = {"first": 1, "second": 0}
+    for reader, again in forgotten.items():
+        now[0] = "first"
+        made.clear()
+        with Stash(), torch.autocast("cpu", enabled=autocast):
+            y = rms_norm(X, W, 1e-6)
+            now[0] = reader
+            loss = F.linear(y, HEADS[0]).sum()
+        now[0] = "first"
+        loss.backward()
+        assert made.count("norm") == again
+    HEADS[0].grad = X.grad = W.grad = None
+
+
+def test_on_the_cpu_there_are_no_streams():
+    assert stash._stream(X) is None
+
+
 # Made once, and at most two kept
 
 
