@@ -21,7 +21,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 @contextmanager
 def sealed() -> Iterator[None]:
     """Probes run in here: gradients on, autocast off, no warnings; the random state afterwards is the one before."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.is_initialized()
+    devices = list(range(torch.cuda.device_count())) if cuda else []
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -31,7 +32,10 @@ def sealed() -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        # Not torch.manual_seed: it leaves word to seed a CUDA that starts later, which nothing here could take back.
+        torch.default_generator.manual_seed(0)
+        if cuda:
+            torch.cuda.manual_seed_all(0)
         yield
 
 

@@ -10,7 +10,7 @@ from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
 
-from unswag.torch.patterns.probing import kind
+from unswag.torch.patterns.probing import kind, sealed
 
 
 class Part(nn.Module):
@@ -57,3 +57,19 @@ def test_anything_else_does(change):
     CHANGES[change](another)
     own = ("an object", "a forward", "a hook")  # each its own
     assert (kind(other) == kind(another)) == (not change.startswith(own))
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_probe_leaves_the_seed_of_cuda_alone(started, monkeypatch):
+    """torch.manual_seed would seed a CUDA that starts after the surgery with 0, whatever the user has seeded."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    before = torch.get_rng_state()
+    draws = []
+    for _ in range(2):
+        with sealed():
+            draws.append(torch.rand(3))
+    assert torch.equal(*draws) and torch.equal(torch.get_rng_state(), before)
+    assert seeds == [0, 0] * started
