@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from unswag.torch import ops
 from unswag.torch.autograd import once_differentiable
 
-# Rows done at once where the products are in 32 or 64 bits: small enough for the cast of x to stay in the cache. A multiple
-# of 4, so that each tile begins on a Philox block of four draws.
+# Rows done at once where the products are in 32 or 64 bits: on the CPU few enough for the cast of x to stay in the cache, on
+# CUDA as many as make a cast of 2^24 elements (64 MiB in float32), because each tile queues a dozen kernels. A multiple of 4:
+# each tile begins on a Philox block of four draws.
 TILE = 512
+TILE_ELEMENTS = 1 << 24
 
 
 class Adapter(NamedTuple):
@@ -86,9 +88,12 @@ class _How(NamedTuple):
     round_products: bool
     kinds: tuple[_Kind, ...]
 
-    def tiles(self, rows: int) -> list[slice]:
-        """16-bit products take all rows at once: they cast x to nothing wider, and one product sums in float32."""
-        step = TILE if self.compute.itemsize >= 4 else max(rows, 1)
+    def tiles(self, rows: int, cols: int, on_cuda: bool) -> list[slice]:
+        """Of x [rows, cols]. 16-bit products take all rows at once: they cast x to nothing wider, and one product sums in
+        float32."""
+        step = max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
+        if self.compute.itemsize < 4:
+            step = max(rows, 1)
         return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -100,7 +105,7 @@ class _AddLora(torch.autograd.Function):
         total = torch.promote_types(base.dtype, how.compute)
         parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]
         products = [xs.new_empty(xs.shape[0], a.shape[0], dtype=how.compute) for a in parts[::3]]
-        for tile in how.tiles(xs.shape[0]):
+        for tile in how.tiles(xs.shape[0], xs.shape[1], x.is_cuda):
             x_tile, sum_ = xs[tile].to(how.dtype), bases[tile]
             for kind, a, b, bias, xa in zip(how.kinds, parts[::3], parts[1::3], parts[2::3], products, strict=True):
                 torch.mm(kind.drop(x_tile, tile.start).to(how.compute), a.t(), out=xa[tile])
@@ -134,7 +139,7 @@ class _AddLora(torch.autograd.Function):
         dx = torch.empty(ctx.x_shape, dtype=ctx.x_dtype, device=dy.device) if need_x else None
         with torch.autocast(dy.device.type, enabled=False):
             parts = [(a.to(how.compute), b.to(how.compute)) for a, b in weights]
-            for tile in how.tiles(dys.shape[0]):
+            for tile in how.tiles(dys.shape[0], ctx.x_shape[-1], dy.is_cuda):
                 x_tile = None if xs is None else xs[tile].to(how.dtype)
                 dx_tile: Any = None
                 for i, (kind, (a, b)) in enumerate(zip(how.kinds, parts, strict=True)):

@@ -67,7 +67,7 @@ def _forward(module: Any, x: Tensor, round_products: bool) -> Tensor:
     for name in module.active_adapters:
         if name in module.lora_A:
             a, b, dropout = (getattr(module, k)[name] for k in ADAPTERS)
-            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            p = _drops(dropout)
             # The seed comes from torch's generator: torch.manual_seed gives the same masks again, and so does a checkpoint,
             # which restores the generator before it recomputes.
             seed = int(torch.randint(1 << 62, ())) if p else 0
@@ -75,14 +75,21 @@ def _forward(module: Any, x: Tensor, round_products: bool) -> Tensor:
     return add_lora(y, x, adapters, round_products=round_products)
 
 
+def _drops(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
 def _ordinary(module: Any, x: Tensor) -> bool:
     """Whether this call is one that `_forward` computes: adapters neither disabled nor merged, the active ones plain. Else
-    PEFT's own forward runs, as it does under torch.compile and torch.func."""
+    PEFT's own forward runs, as it does under torch.compile and torch.func, and with dropout in a CUDA graph, where every replay
+    would have the seed of the capture."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if module.disable_adapters or module.merged:
         return False
     names = [name for name in module.active_adapters if name in module.lora_A]
+    if x.is_cuda and any(_drops(module.lora_dropout[name]) for name in names) and torch.cuda.is_current_stream_capturing():
+        return False
     dtypes = {module.lora_A[name].weight.dtype for name in names}
     if len(dtypes) > 1 or (not getattr(module, "cast_input_dtype_enabled", True) and dtypes != {x.dtype}):
         return False

@@ -5,6 +5,7 @@ lora_B is drawn anew everywhere: a fresh one is zero, and then every gradient of
 
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from peft.tuners import lora as peft_lora
 from tests.python.torch.small_models import batch, step, tiny_llama, with_recipes, with_stash
 from torch import nn
 
-from unswag.torch.lora import TILE, Adapter, add_lora
-from unswag.torch.patterns.lora import Lora
+from unswag.torch.lora import TILE, TILE_ELEMENTS, Adapter, _How, add_lora
+from unswag.torch.patterns.lora import Lora, _ordinary
 from unswag.torch.patterns.pattern import replaced, restore
 from unswag.torch.patterns.probing import sealed, ulps
 
@@ -495,3 +496,25 @@ def test_torch_func_and_compile_run_pefts_own():
     torch.testing.assert_close(call(x), torch.func.grad(lambda t: layer(t).pow(2).sum())(x), rtol=1e-5, atol=1e-5)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_in_a_cuda_graph_is_pefts_own(p, monkeypatch):
+    module = operated(identity_lora(p))
+    x = types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert _ordinary(module, x) == (not capturing or p == 0)
+    assert _ordinary(module.eval(), x)
+
+
+@pytest.mark.parametrize("cols", [0, 1, 2048, 14336, 1 << 23])
+def test_tiles_of_cuda_are_large_and_begin_on_a_block_of_draws(cols):
+    how = {dtype: _How(dtype, dtype, False, ()) for dtype in (F32, BF16)}
+    for rows in (0, 3, 9_001):
+        tiles = how[F32].tiles(rows, cols, on_cuda=True)
+        assert [i for tile in tiles for i in range(tile.start, tile.stop)] == list(range(rows))
+        assert all(tile.start % 4 == 0 and max(tile.stop - tile.start, 4) * cols <= TILE_ELEMENTS * 2 for tile in tiles)
+        assert len(tiles) <= rows * cols // TILE_ELEMENTS * 2 + 1
+        assert len(how[BF16].tiles(rows, cols, on_cuda=True)) == min(rows, 1)
+        assert len(how[F32].tiles(rows, cols, on_cuda=False)) == -(-rows // TILE)
