@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench tpu-check clean
+.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench tpu-check gpu-check gpu-wheels clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -68,6 +68,16 @@ bench: native ## the benchmarks whose results are committed
 
 tpu-check: setup ## what the TPU compiler says, without a TPU: fetches the proprietary libtpu into build/ (optional; an hour)
 	python -m bench.tpu_aot --fetch
+
+# On a machine with a GPU, with its own Python (torch, transformers, peft, nanobind), nvcc, CMake and ninja: no .venv, no network.
+gpu-check: ## every kernel on this machine's GPU, in stages that can be taken up again (docs/gpu.md); STAGE=1, PYTHON=python3
+	$(PYTHON) -m bench.gpu $(if $(STAGE),--stage $(STAGE))
+
+# For Python 3.12: what such a machine may lack. All are optional there.
+gpu-wheels: ## wheels for gpu-check into wheels/, to be carried to a machine without network
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
+	  $(shell grep -E '^(nanobind-backend|orjson)==' constraints.txt) liger-kernel==0.8.5
 
 clean: ## remove what was built (not .venv)
 	rm -rf build python/unswag/_core*.so

@@ -1,0 +1,186 @@
+"""Arguments for every op of torch.ops.unswag, made on the CPU, and the layouts in which an op may get them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Layout = Callable[[torch.Tensor], torch.Tensor]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SIXTEEN = (torch.bfloat16, torch.float16)
+MASKS = {"relu": 0.0, "leaky_relu": 0.01, "relu6": 0.0}  # with their slopes
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+GATED = ("silu", "gelu", "gelu_tanh", "relu")
+OPS = (
+    "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
+    "gated_backward_product", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_", "dropout",
+)  # fmt: skip
+ELEMENTWISE = tuple(op for op in OPS if op not in ("rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_"))
+WRITES = "cross_entropy_"  # over its logits
+
+
+def registered() -> set[str]:
+    """The ops that exist, whether or not they are known here."""
+    import unswag.torch  # noqa: F401
+
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("unswag::") for name in names if name.startswith("unswag::")}
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.randn(shape, generator=generator, dtype=torch.float32)
+    flat = x.view(-1)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 6.0, 1e-40])[: max(0, flat.numel() - 8)]
+    flat[: len(special)] = special if dtype is not torch.float64 else special.nan_to_num(0.5, 1e3, -1e3)
+    return x.to(dtype)
+
+
+def plain(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Without infinities, which make a whole row of a norm or a loss NaN."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(dtype)
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def columns(x: torch.Tensor) -> torch.Tensor:
+    """A slice of wider rows: one row stride."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), 99, dtype=x.dtype, device=x.device)
+    wide[..., 3:-2] = x
+    return wide[..., 3:-2]
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def odd_offset(x: torch.Tensor) -> torch.Tensor:
+    """An address that is no multiple of 16 bytes."""
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:]
+    return flat.copy_(x.flatten()).view(x.shape)
+
+
+def middle(x: torch.Tensor) -> torch.Tensor:
+    """Leading dimensions that do not collapse."""
+    wide = torch.zeros(x.shape[0], x.shape[1] + 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+    wide[:, 1:] = x
+    return wide[:, 1:]
+
+
+def one_value(x: torch.Tensor) -> torch.Tensor:
+    """One value expanded, as the gradient of sum() is."""
+    return x.new_full((), 0.75).expand(x.shape)
+
+
+LAYOUTS: dict[str, Layout] = {"columns": columns, "transposed": transposed, "odd offset": odd_offset, "middle": middle}
+
+
+def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], lay: Layout = as_it_is) -> Iterator[tuple[Any, ...]]:
+    """Arguments of an op on the CPU, one tuple for each of its variants; tensors that may be laid out anyhow went through
+    `lay`."""
+    from unswag.torch import ops
+
+    cols = shape[-1]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def x(seed: int = 1) -> torch.Tensor:
+        return lay(draw(shape, dtype, seed))
+
+    if op == "mask_forward":
+        for act, slope in MASKS.items():
+            yield x(), act, slope
+    elif op == "mask_backward":
+        for act, slope in MASKS.items():
+            yield x(2), lay(ops.mask_forward(draw(shape, dtype, 1), act, slope)[1]), act, slope
+    elif op == "activation_forward":
+        for act in ACTIVATIONS:
+            yield x(), act
+    elif op == "activation_backward":
+        for act in ACTIVATIONS:
+            yield x(), x(2), act
+    elif op == "gated_forward":
+        for act in GATED:
+            yield x(), x(2), act
+    elif op in ("gated_backward", "gated_backward_product"):
+        for act in GATED:
+            yield x(), x(2), x(3), act
+    elif op.startswith("rms_norm"):
+        x_, dy = lay(plain(shape, dtype, 1)), lay(plain(shape, dtype, 2))
+        for offset, cast, weight in (
+            (0.0, True, plain((cols,), dtype, 3)),
+            (1.0, False, plain((cols,), wide, 3)),
+            (0.0, True, None),
+        ):
+            if op == "rms_norm_forward":
+                yield x_, weight, 1e-6, offset, cast, None
+                continue
+            rstd = ops.rms_norm_forward(x_, weight, 1e-6, offset, cast, None)[1]
+            if op == "rms_norm_apply":
+                yield x_, rstd, weight, offset, cast, None
+            else:
+                yield x_, rstd, weight, dy, offset, cast, True, weight is not None
+    elif op == "cross_entropy_":
+        logits = 3 * plain(shape, dtype, 1).reshape(-1, cols)
+        rows = len(logits)
+        labels = torch.arange(rows) * 7 % max(cols, 1)
+        labels[1::5] = -100
+        scale, weight = torch.linspace(0.5, 1, rows, dtype=wide), torch.linspace(0.1, 2, cols, dtype=wide)
+        for class_weight, row_scale, smoothing, softcap, factor in (
+            (None, None, 0.0, 0.0, 1.0), (weight, scale, 0.1, 0.0, 1.0), (None, None, 0.1, 30.0, 0.5)
+        ):  # fmt: skip
+            yield logits.clone(), labels, class_weight, row_scale, 0.5, -100, smoothing, softcap, factor, True
+    elif op == "dropout":
+        yield x(), 0.5, -7, 3
+        yield x(), 0.1, 1 << 40, 1 << 33
+    else:
+        raise ValueError(f"there are no sample arguments for the op {op!r}; add them to bench/gpu/samples.py")
+
+
+def on(device: str, arguments: tuple[Any, ...], lay: Layout = as_it_is) -> tuple[Any, ...]:
+    """Fresh copies of the tensors on `device`, laid out there (a copy to a device keeps no layout)."""
+
+    def moved(x: Any) -> Any:
+        return lay(x.to(device, copy=True)) if isinstance(x, torch.Tensor) else x
+
+    return tuple(moved(x) for x in arguments)
+
+
+def call(op: str, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The results; of an op that writes over an argument, that argument too."""
+    from unswag.torch import ops
+
+    with torch.no_grad():
+        out = getattr(ops, op)(*arguments)
+    found = [out] if isinstance(out, torch.Tensor) else list(out)
+    return [*found, arguments[0]] if op == WRITES else found
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """As integers, with one NaN for all."""
+    if x.is_floating_point():
+        x = torch.where(x.isnan(), torch.full((), torch.nan, dtype=x.dtype, device=x.device), x)
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def mismatches(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """Elements whose bits differ, a NaN being equal to any NaN; all of them if shape or dtype do."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return max(ours.numel(), theirs.numel(), 1)
+    return int((bits(ours) != bits(theirs.to(ours.device))).sum())
+
+
+def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """The most values of the format that lie between two tensors of finite numbers."""
+    size = ours.element_size()
+    sign = torch.iinfo({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).min
+
+    def order(x: torch.Tensor) -> torch.Tensor:
+        i = bits(x).long()
+        return torch.where(i < 0, sign - i, i)
+
+    return int((order(ours) - order(theirs.to(ours.device))).abs().max()) if ours.numel() else 0

@@ -1,0 +1,117 @@
+"""Stage 2: compute-sanitizer finds nothing in any kernel, at any tail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from bench.gpu.build import BUILD
+from bench.gpu.stage import Checks, Notes, NotMeasured, Settings, holds, none
+from bench.gpu.sweep import GROUPS
+
+NAME = "gpu-sanitizer"
+TITLE = "compute-sanitizer over all kernels, dtypes and tails"
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+OURS = "unswag"  # the namespace in a kernel's name; other kernels are PyTorch's
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
+FINDING = re.compile(
+    r"^========= (?:(?:Error|Warning): )?(?:Invalid|Uninitialized|Misaligned|Race reported|Barrier error|Potential)"
+)
+
+SHOWN = 10
+
+
+def command(tool: str, group: str, python: str = sys.executable) -> list[str]:
+    """What is run. Errors of API calls are PyTorch's way of asking what a device can do: not reported."""
+    return [
+        "compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--show-backtrace", "device", "--print-limit", "1000",
+        python, "-m", "bench.gpu.sweep", "--device", "cuda", "--group", group,
+    ]  # fmt: skip
+
+
+def read(text: str) -> dict[str, Any]:
+    """The summary and the findings of what the tool printed; a finding belongs to us if a line of its block names our
+    namespace."""
+    count = None
+    blocks: list[list[str]] = []
+    for line in text.splitlines():
+        if found := SUMMARY.search(line):
+            count = int(found[1] or found[2])
+        elif FINDING.match(line):
+            blocks.append([line])
+        elif line.startswith("=========     ") and blocks:
+            blocks[-1].append(line)
+        elif blocks and blocks[-1]:
+            blocks.append([])  # what follows belongs to no finding
+    blocks = [b for b in blocks if b]
+    ours = [b for b in blocks if any(OURS in line for line in b)]
+    return {
+        "errors": count,
+        "ours": len(ours),
+        "of_others": len(blocks) - len(ours),
+        "first": ["\n".join(line.removeprefix("=========").strip() for line in b[:6]) for b in (ours or blocks)[:SHOWN]],
+    }
+
+
+def watched(tool: str, group: str) -> dict[str, Any]:
+    if shutil.which("compute-sanitizer") is None:
+        raise NotMeasured("compute-sanitizer is absent")
+    log = BUILD / f"{tool}-{group}.log"
+    # each tensor with an allocation of its own, or a write past its end would fall into PyTorch's pool
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "4"}
+    with log.open("w") as f:
+        done = subprocess.run(command(tool, group), stdout=f, stderr=subprocess.STDOUT, env=environment)
+    return judged(log.read_text(errors="replace"), done.returncode)
+
+
+def judged(text: str, code: int) -> dict[str, Any]:
+    """What a run that printed `text` and ended with `code` shows."""
+    found = read(text)
+    last = next((line for line in reversed(text.splitlines()) if line.startswith('{"calls"')), None)
+    if found["errors"] is None or last is None:
+        raise RuntimeError(f"the run did not come to its end (exit status {code}):\n" + "\n".join(text.splitlines()[-15:]))
+    sweep = json.loads(last)
+    # a finding whose block was not understood must count as well
+    unread = max(0, found["errors"] - found["ours"] - found["of_others"])
+    return {
+        **found, "sweep": sweep, "not_measured": sweep["unsupported"],
+        "checks": {
+            "findings in our kernels": none(found["ours"]),
+            "findings that could not be read": none(unread),
+            "kernels were called": holds(sweep["calls"] > 0),
+        },
+    }  # fmt: skip
+
+
+def pieces(settings: Settings) -> list[str]:
+    return [f"{tool} {group}" for tool in TOOLS for group in GROUPS]
+
+
+def run(piece: str, settings: Settings, notes: Notes) -> dict[str, Any]:
+    tool, group = piece.split()
+    if settings.dry:
+        from bench.gpu.sweep import sweep
+
+        print("not run:", *command(tool, group), flush=True)
+        found = sweep(settings.device, group) if tool == TOOLS[0] else {}
+        raise NotMeasured(f"compute-sanitizer needs a GPU; the sweep alone made {found.get('calls', 0)} calls")
+    return watched(tool, group)
+
+
+def checks(pieces: dict[str, dict[str, Any]]) -> Checks:
+    return {}
+
+
+def table(pieces: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    rows = [
+        (piece, str(r["sweep"]["calls"]), str(r["ours"]), str(r["of_others"]), f"{r['sweep']['seconds']:.0f}")
+        for piece, r in pieces.items()
+        if "sweep" in r
+    ]
+    return ("tool and ops", "calls", "findings", "in PyTorch's kernels", "s"), rows
