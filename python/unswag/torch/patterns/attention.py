@@ -186,8 +186,8 @@ def _terms(function: Any) -> Terms | None:
 
 def _pieces(terms: Terms, real: Tensor | None, batch: int, length: int) -> list[Piece] | None:
     """The mask in pieces; None where it cannot be: a window shorter than a sequence, or padding between its tokens."""
-    ids = torch.zeros(batch, length, dtype=torch.long) if terms.packed is None else terms.packed.cpu()
-    kept = torch.ones(batch, length, dtype=torch.bool) if real is None else real.bool().cpu()
+    ids = torch.zeros(batch, length, dtype=torch.long, device="cpu") if terms.packed is None else terms.packed.cpu()
+    kept = torch.ones(batch, length, dtype=torch.bool, device="cpu") if real is None else real.bool().cpu()
     pieces = []
     for row in range(batch):
         cuts = (torch.diff(ids[row]) != 0).nonzero().flatten().add(1).tolist()

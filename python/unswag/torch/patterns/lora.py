@@ -68,9 +68,9 @@ def _forward(module: Any, x: Tensor, round_products: bool) -> Tensor:
         if name in module.lora_A:
             a, b, dropout = (getattr(module, k)[name] for k in ADAPTERS)
             p = _drops(dropout)
-            # The seed comes from torch's generator: torch.manual_seed gives the same masks again, and so does a checkpoint,
-            # which restores the generator before it recomputes.
-            seed = int(torch.randint(1 << 62, ())) if p else 0
+            # The seed comes from torch's generator of the CPU, so that nobody waits for a device: torch.manual_seed gives the
+            # same masks again, and so does a checkpoint, which restores the generator before it recomputes.
+            seed = int(torch.randint(1 << 62, (), device="cpu")) if p else 0
             adapters.append(Adapter(a.weight, b.weight, b.bias, module.scaling[name], p, seed))
     return add_lora(y, x, adapters, round_products=round_products)
 

@@ -11,7 +11,7 @@ from families import assert_close, packed, padded, plain, step
 from torch import nn
 
 from unswag.torch.patterns import restore
-from unswag.torch.patterns.attention import Attention, MaskedAttention, Spans, attention_mask
+from unswag.torch.patterns.attention import Attention, MaskedAttention, Piece, Spans, Terms, _pieces, attention_mask
 from unswag.torch.patterns.probing import sealed
 
 TOLERANCE = 2e-6  # fp32, other orders of summation
@@ -243,6 +243,11 @@ def test_pieces_say_what_the_mask_says(kind, seed):
         assert torch.equal(dense(got), want)
     else:
         assert "window" in kind and torch.equal(got, want)
+
+
+def test_pieces_are_read_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert _pieces(Terms(causal=True), None, 1, 4) == [Piece(0, 0, 4, 0, 4, causal=True)]
 
 
 def test_both_forms_are_reached():

@@ -398,6 +398,16 @@ def test_dropout_follows_torchs_seed():
 
 
 @pytest.mark.native
+def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device_is():
+    ours, x = operated(identity_lora(0.5)), torch.rand(8, 16) + 0.5
+    torch.manual_seed(1)
+    expected = ours(x)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        assert torch.equal(ours(x), expected)
+
+
+@pytest.mark.native
 def test_no_mask_is_kept():
     ours, x = operated(peft_linear(BF16, F32, dropout=0.5)), torch.randn(100, 48).to(BF16)
     assert kept(lambda: ours(x))[0] == x.nbytes + 100 * 4 * 4
