@@ -1,0 +1,169 @@
+"""What the CUDA compiler made of the kernels: python tools/cuda_code.py FILE (a library, object, cubin or Python module).
+
+Reads the machine code with cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm; of the toolkit's major
+version, not older than it) and prints a line for each architecture and kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_MEMBER = re.compile(r"^member .*:([^:]+):$")
+_KIND = re.compile(r"^Fatbin (elf|ptx) code:$")
+_ARCH = re.compile(r"^arch = sm_(\w+)$")
+_CODE_FOR = re.compile(r"^\s*code for (sm_\w+)$")  # a bare cubin has no `arch`
+_FUNCTION = re.compile(r"^\s*Function\s?(?:: )?(\S+?):?$")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+_RESOURCES = re.compile(r"^\s+REG:(\d+) STACK:(\d+) ")
+_WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128|256)\b")
+_ATOMIC = re.compile(r"^(RED|REDG|REDS|ATOM|ATOMG|ATOMS|SURED|SUATOM)\b")
+_FLOAT = re.compile(r"\.B?F(16|32|64)\w*\b")
+_SWAP = re.compile(r"\.CAST?\b")
+
+
+@dataclass
+class Kernel:
+    """One kernel's machine code for one architecture; the counts are of instructions."""
+
+    source: str  # the object in the library that it is from; "" when FILE is no library
+    architecture: str  # sm_80
+    name: str  # as in C++, without parameters
+    registers: int = 0
+    stack: int = 0  # bytes per thread in local memory
+    local_loads: int = 0  # of spilled registers and of arrays that are indexed at run time
+    local_stores: int = 0
+    loads: Counter[int] = field(default_factory=Counter)  # of global memory (or it is not known which), by bits
+    stores: Counter[int] = field(default_factory=Counter)
+    float_atomics: Counter[str] = field(default_factory=Counter)  # compare-and-swap too: a float atomic may be a loop of it
+    barriers: int = 0  # of a block
+
+    def count(self, opcode: str) -> None:
+        """Takes one instruction into account, such as ``LDG.E.128.CONSTANT``."""
+        base = opcode.partition(".")[0]
+        width = _WIDTH.search(opcode)
+        bits = int(width[1]) if width else 32
+        if base in ("LDG", "LD", "LDGSTS"):
+            self.loads[bits] += 1
+        elif base in ("STG", "ST"):
+            self.stores[bits] += 1
+        elif base == "LDL":
+            self.local_loads += 1
+        elif base == "STL":
+            self.local_stores += 1
+        elif base == "BAR":
+            self.barriers += 1
+        elif _ATOMIC.match(opcode) and (_FLOAT.search(opcode) or _SWAP.search(opcode)):
+            self.float_atomics[opcode] += 1
+
+
+@dataclass
+class Code:
+    kernels: list[Kernel] = field(default_factory=list)
+    ptx: dict[str, set[str]] = field(default_factory=dict)  # source: {"compute_90"}
+
+
+def read(path: str | Path) -> Code:
+    """The kernels in a library, an object, a cubin or a shared object.
+
+    Raises ``FileNotFoundError`` when a tool is missing, ``RuntimeError`` with the tool's words when it fails.
+    """
+    code = Code()
+    found: dict[tuple[str, str, str], Kernel] = {}
+
+    def kernel(source: str, architecture: str, name: str) -> Kernel:
+        key = (source, architecture, name)
+        if key not in found:
+            found[key] = Kernel(*key)
+        return found[key]
+
+    for source, kind, architecture, name, line in _walk(path, "-sass"):
+        if kind == "ptx" and architecture:
+            code.ptx.setdefault(source, set()).add(architecture.replace("sm_", "compute_"))
+        elif name and line.startswith("        /*") and (match := _INSTRUCTION.match(line)):
+            kernel(source, architecture, name).count(match[1])
+    only = next((architecture for _, architecture, _ in found), "")  # of a bare cubin, whose resources come without it
+    for source, _, architecture, name, line in _walk(path, "-res-usage"):
+        if name and (match := _RESOURCES.match(line)):
+            one = kernel(source, architecture or only, name)
+            one.registers, one.stack = int(match[1]), int(match[2])
+    code.kernels = list(found.values())
+    for one, name in zip(code.kernels, _demangled([one.name for one in code.kernels]), strict=True):
+        one.name = name
+    return code
+
+
+def _walk(path: str | Path, what: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """(source, "elf" or "ptx", architecture, mangled name, line) for each line of cuobjdump's listing."""
+    source = architecture = name = ""
+    kind = "elf"
+    for line in _listing(path, what):
+        if match := _MEMBER.match(line):
+            source, architecture, name = match[1], "", ""
+        elif match := _KIND.match(line):
+            kind, architecture, name = match[1], "", ""
+        elif match := _ARCH.match(line):
+            architecture = "sm_" + match[1]
+            yield source, kind, architecture, "", line
+        elif (match := _CODE_FOR.match(line)) and not architecture:
+            architecture = match[1]
+        elif match := _FUNCTION.match(line):
+            name = match[1]
+        else:
+            yield source, kind, architecture, name, line
+
+
+def _listing(path: str | Path, what: str) -> Iterator[str]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there; build it first (make native)")
+    tools = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"  # where the two packages put them
+    search = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
+    for tool in ("cuobjdump", "nvdisasm"):
+        if not shutil.which(tool, path=search):
+            raise FileNotFoundError(f"{tool} is missing; pip install -c constraints.txt nvidia-cuda-{tool}")
+    command = [shutil.which("cuobjdump", path=search) or "", what, str(path)]
+    environment = {**os.environ, "PATH": search}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+        assert process.stdout is not None
+        complaints = []
+        for line in process.stdout:
+            if line.startswith("cuobjdump ") and "does not contain device code" not in line:
+                complaints.append(line)
+            yield line.rstrip("\n")
+    if complaints or process.returncode not in (0, 255):  # 255: there is no device code
+        raise RuntimeError(f"cuobjdump {what} {path} failed ({process.returncode}): {''.join(complaints)}")
+
+
+def _demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt", "--no-params"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def _widths(counts: Counter[int]) -> str:
+    return " ".join(f"{bits}:{count}" for bits, count in sorted(counts.items())) or "-"
+
+
+def text(code: Code) -> str:
+    lines = []
+    for k in sorted(code.kernels, key=lambda k: (k.source, k.name, k.architecture)):
+        lines.append(
+            f"{k.architecture:7} registers {k.registers:3}  stack {k.stack:4}  local {k.local_loads}/{k.local_stores}  "
+            f"loads {_widths(k.loads)}  stores {_widths(k.stores)}  barriers {k.barriers}  "
+            f"float atomics {', '.join(k.float_atomics) or '-'}  {k.source} {k.name}"
+        )
+    lines += [f"PTX {' '.join(sorted(names))}  {source}" for source, names in sorted(code.ptx.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    print(text(read(sys.argv[1])))
