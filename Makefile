@@ -53,7 +53,7 @@ lint: native ## formatting, lint and types
 	tools/lint.sh $(JOBS)
 
 format: setup ## rewrite the sources in our format
-	git ls-files '*.cpp' '*.hpp' | xargs clang-format -i
+	git ls-files '*.cpp' '*.hpp' '*.cu' | xargs clang-format -i
 	ruff check --fix-only -q .
 	ruff format .
 

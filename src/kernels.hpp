@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string_view>
 #include <vector>
 
@@ -39,9 +38,6 @@ struct DeviceKernels {
 
 // CUDA's, or null where unswag::cuda is not linked in.
 const DeviceKernels* device_kernels();
-
-// Slowest first; row 0 is the portable one, and the only one that has f64.
-std::span<const Kernels* const> all_kernels();
 
 // The row that serves calls now.
 const Kernels& kernels();

@@ -51,6 +51,10 @@ void update(Matrix& w, const Matrix& dw, Matrix& v) {
 }  // namespace
 
 int main() {
+  std::printf("CUDA:");
+  for (std::string_view architecture : unswag::cuda_architectures())
+    std::printf(" %.*s", int(architecture.size()), architecture.data());
+  std::printf("%s\n", unswag::cuda_architectures().empty() ? " none linked" : "");
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> uniform(-1, 1);

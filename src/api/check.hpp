@@ -29,6 +29,9 @@ Status environment_status();
 // Whether there are kernels for this device, and it has what they need.
 Status device_status(int device);
 
+// Slowest first; row 0 is the portable one, and the only one for the CPU that has f64.
+std::span<const Kernels* const> all_kernels();
+
 // The row that serves calls now, or the portable one, which alone has f64.
 const Kernels& kernels_for(bool has_f64);
 // Those of the rows that run here, slowest first as given, the null entries of each taken from the next slower one.

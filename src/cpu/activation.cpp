@@ -1,5 +1,5 @@
 // Smooth activations: y = f(x), dx = dy f'(x).
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 #include "cpu/elementwise.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {

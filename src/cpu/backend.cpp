@@ -1,5 +1,5 @@
 // The row of one instruction set.
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 
 #if defined(__AVX2__)
 #include <cpuid.h>
@@ -25,20 +25,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernels backend = {
-    .name = UNSWAG_ISA_NAME,
-    .runs_here = runs_here,
-    .mask_forward = mask_forward,
-    .mask_backward = mask_backward,
-    .activation_forward = activation_forward,
-    .activation_backward = activation_backward,
-    .gated_forward = gated_forward,
-    .gated_backward = gated_backward,
-    .rms_norm_forward = rms_norm_forward,
-    .rms_norm_backward = rms_norm_backward,
-    .cross_entropy = cross_entropy,
-    .philox_fill = philox_fill,
-    .dropout = dropout,
-};
+extern const Kernels backend;
+constexpr Kernels backend = row(UNSWAG_ISA_NAME, runs_here);
 
 }  // namespace unswag::UNSWAG_ISA_NS

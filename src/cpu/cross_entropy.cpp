@@ -2,7 +2,7 @@
 // and their sum of exponentials, and once more when the gradient is written over it.
 #include "math/cross_entropy.hpp"
 
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/threads.hpp"
 

@@ -1,5 +1,5 @@
 // Loops around src/math/philox.hpp: draws, and dropout by them.
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/threads.hpp"
 #include "math/philox.hpp"

@@ -1,7 +1,7 @@
 // Gated units: h = f(gate) up, and their gradients in one pass.
 #include "math/gated.hpp"
 
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 #include "cpu/elementwise.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {

@@ -1,6 +1,6 @@
 // 1-bit masks: encode fused with the forward, decode fused with the backward.  One word of a packed row at a time: element
 // 32 w + i is bit i of word w, little-endian (docs/format.md).
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 #include "cpu/elementwise.hpp"
 #include "math/masks.hpp"
 
@@ -45,51 +45,6 @@ struct Times {
   }
 };
 
-// What the forward sees of an activation: the mask and the value.
-template <class T>
-struct Relu {
-  using I = ints32_t<T>;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero<T>(x); }
-  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu_bits<T>(x); }
-};
-template <class T>
-struct Relu6 {
-  using I = ints32_t<T>;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::not_le_zero_or_ge_six<T>(x); }
-  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::relu6_bits<T>(x); }
-};
-template <class T>
-struct LeakyRelu {
-  using I = ints32_t<T>;
-  Times<T> slope;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero<T>(x); }
-  UNSWAG_INLINE I value(I x, typename I::mask passes) const { return select(passes, x, slope.stopped(x)); }
-};
-
-// The same of JAX's; numbers up to `zero` count as 0.
-template <class T>
-struct JaxRelu {
-  using I = ints32_t<T>;
-  typename I::scalar zero;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero<T>(x, zero); }
-  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::jax_relu_bits<T>(x, zero); }
-};
-template <class T>
-struct JaxRelu6 {
-  using I = ints32_t<T>;
-  typename I::scalar zero;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::gt_zero_and_lt_six<T>(x, zero); }
-  UNSWAG_INLINE I value(I x, typename I::mask) const { return math::jax_relu6_bits<T>(x, zero); }
-};
-template <class T>
-struct JaxLeakyRelu {
-  using I = ints32_t<T>;
-  typename I::scalar zero;
-  Times<T> slope;
-  UNSWAG_INLINE typename I::mask passes(I x) const { return math::ge_zero<T>(x, zero); }
-  UNSWAG_INLINE I value(I x, typename I::mask passes) const { return select(passes, x, slope.stopped(x)); }
-};
-
 template <class I>
 UNSWAG_INLINE I load_some(const typename I::scalar* p, std::int64_t n) {
   typename I::scalar all[32] = {};
@@ -115,6 +70,9 @@ template <class T, class Act>
 void forward(const MaskForward& args, Stream stream, Act act) {
   using I = ints32_t<T>;
   using S = typename I::scalar;
+  const S zero = args.flush ? math::Format<T>::flushed : 0;
+  const Times<T> times{typename lanes_t<T>::scalar(args.slope)};
+  const auto stopped = [&](I x) __attribute__((always_inline)) { return times.stopped(x); };
   const bool value = args.y.data != nullptr;
   const bool large = args.x.rows * args.x.cols * std::int64_t(sizeof(T)) > stream_above;
   const auto span = spans(args.x.rows, args.x.cols, args.x.stride, value ? args.y.stride : args.x.stride, args.packed);
@@ -129,22 +87,22 @@ void forward(const MaskForward& args, Stream stream, Act act) {
       prefetch(x + i);
       if (sizeof(S) > 2) prefetch(x + i + 16);
       const I v = I::load(x + i);
-      const auto passes = act.passes(v);
+      const auto passes = act.passes(v, zero);
       const std::uint32_t bits = passes.bits();
       memcpy(packed + i / 8, &bits, 4);
       if (streaming) {
-        act.value(v, passes).stream(y + i);
+        act.value(v, passes, zero, stopped).stream(y + i);
       } else if (value) {
-        act.value(v, passes).store(y + i);
+        act.value(v, passes, zero, stopped).store(y + i);
       }
     }
     if (streaming) stream_fence();
     if (i < n) {
       const I v = load_some<I>(x + i, n - i);
-      const auto passes = act.passes(v);
+      const auto passes = act.passes(v, zero);
       const std::uint32_t bits = passes.bits() & ((1u << (n - i)) - 1);
       memcpy(packed + i / 8, &bits, 4);
-      if (value) store_some(y + i, act.value(v, passes), n - i);
+      if (value) store_some(y + i, act.value(v, passes, zero, stopped), n - i);
     }
   });
 }
@@ -187,32 +145,17 @@ void backward(const MaskBackward& args, Stream stream, Off off) {
   });
 }
 
-// f(act) with the act that is asked for.
-template <class T, class F>
-UNSWAG_INLINE void visit_mask(Mask act, double slope, bool flush, const F& f) {
-  using Scalar = typename lanes_t<T>::scalar;
-  const typename math::Format<T>::bits zero = flush ? math::Format<T>::flushed : 0;
-  switch (act) {
-    case Mask::relu: return f(Relu<T>{});
-    case Mask::relu6: return f(Relu6<T>{});
-    case Mask::leaky_relu: return f(LeakyRelu<T>{{Scalar(slope)}});
-    case Mask::jax_relu: return f(JaxRelu<T>{zero});
-    case Mask::jax_relu6: return f(JaxRelu6<T>{zero});
-    case Mask::jax_leaky_relu: return f(JaxLeakyRelu<T>{zero, {Scalar(slope)}});
-  }
-}
-
 }  // namespace
 
 void mask_forward(const MaskForward& args, Stream stream) {
   visit(args.x.dtype, [&]<class T>(math::type<T>) {
-    visit_mask<T>(args.act, args.slope, args.flush, [&](auto act) { forward<T>(args, stream, act); });
+    math::visit_mask<T>(args.act, [&](auto act) __attribute__((always_inline)) { forward<T>(args, stream, act); });
   });
 }
 
 void mask_backward(const MaskBackward& args, Stream stream) {
   visit(args.dy.dtype, [&]<class T>(math::type<T>) {
-    if (args.act == Mask::leaky_relu || args.act == Mask::jax_leaky_relu) {
+    if (math::leaks(args.act)) {
       backward<T>(args, stream, Times<T>{typename lanes_t<T>::scalar(args.slope)});
     } else {
       backward<T>(args, stream, Nothing<T>{});

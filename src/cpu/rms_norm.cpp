@@ -1,7 +1,7 @@
 // Loops around src/math/rms_norm.hpp.
 #include "math/rms_norm.hpp"
 
-#include "cpu/backend.hpp"
+#include "backend.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/threads.hpp"
 

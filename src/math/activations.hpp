@@ -327,11 +327,11 @@ UNSWAG_HD inline V backward(Act act, V x, V dy, Ahead... t) {
 template <class... Acts>
 struct Activations {
   template <class F>
-  UNSWAG_HD static void each(const F& f) {
+  UNSWAG_HOST static void each(const F& f) {
     (f(Acts{}), ...);
   }
   template <class F>
-  UNSWAG_HD static void visit(Activation id, const F& f) {
+  UNSWAG_HOST static void visit(Activation id, const F& f) {
     each([&](auto act) {
       if (decltype(act)::id == id) f(act);
     });

@@ -7,10 +7,11 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "math/dtype.hpp"
 #include "math/hd.hpp"
+#include "math/scalar.hpp"
+#include "unswag/unswag.hpp"
 
 namespace unswag::math {
 
@@ -21,27 +22,28 @@ struct Format;
 template <>
 struct Format<float> {
   using bits = std::int32_t;
-  static constexpr bits negative_infinity = bits(0xff800000), six = 0x40c00000, flushed = 0x007fffff;
+  static constexpr bits minus_zero = bits(0x80000000), negative_infinity = bits(0xff800000), six = 0x40c00000,
+                        flushed = 0x007fffff;
 };
 template <>
 struct Format<f16> {
   using bits = std::int16_t;
-  static constexpr bits negative_infinity = bits(0xfc00), six = 0x4600, flushed = 0;
+  static constexpr bits minus_zero = bits(0x8000), negative_infinity = bits(0xfc00), six = 0x4600, flushed = 0;
 };
 template <>
 struct Format<bf16> {
   using bits = std::int16_t;
-  static constexpr bits negative_infinity = bits(0xff80), six = 0x40c0, flushed = 0x007f;
+  static constexpr bits minus_zero = bits(0x8000), negative_infinity = bits(0xff80), six = 0x40c0, flushed = 0x007f;
 };
 template <>
 struct Format<double> {
   using bits = std::int64_t;
-  static constexpr bits negative_infinity = bits(0xfff0000000000000), six = 0x4018000000000000, flushed = 0x000fffffffffffff;
+  static constexpr bits minus_zero = bits(0x8000000000000000), negative_infinity = bits(0xfff0000000000000),
+                        six = 0x4018000000000000, flushed = 0x000fffffffffffff;
 };
 
 template <class T>
-inline constexpr typename Format<T>::bits infinity_bits =
-    Format<T>::negative_infinity & std::numeric_limits<typename Format<T>::bits>::max();
+inline constexpr typename Format<T>::bits infinity_bits = Format<T>::negative_infinity ^ Format<T>::minus_zero;
 
 // not (x <= 0): positive or NaN.  PyTorch's relu passes the gradient of NaN.
 template <class T, class I>
@@ -56,7 +58,7 @@ UNSWAG_HD inline auto gt_zero(I x, typename Format<T>::bits zero = 0) {
 // x >= 0: -0 is, NaN is not.
 template <class T, class I>
 UNSWAG_HD inline auto ge_zero(I x, typename Format<T>::bits zero = 0) {
-  const typename Format<T>::bits first_below = std::numeric_limits<typename Format<T>::bits>::min() + zero + 1;
+  const typename Format<T>::bits first_below = Format<T>::minus_zero + zero + 1;
   return ((x >= I(0)) & (x <= I(infinity_bits<T>))) | (x < I(first_below));
 }
 // x > 0 and x < 6: NaN is not.
@@ -73,7 +75,7 @@ UNSWAG_HD inline auto not_le_zero_or_ge_six(I x) {
 // relu's value: -0 stays -0, as in PyTorch.
 template <class T, class I>
 UNSWAG_HD inline I relu_bits(I x) {
-  const I minus_zero(std::numeric_limits<typename Format<T>::bits>::min());
+  const I minus_zero(Format<T>::minus_zero);
   return select(not_le_zero<T>(x) | (x == minus_zero), x, I(0));
 }
 // relu6's value, of relu's.
@@ -93,5 +95,57 @@ UNSWAG_HD inline I jax_relu6_bits(I x, typename Format<T>::bits zero = 0) {
   const I y = jax_relu_bits<T>(x, zero);
   return select((y >= I(Format<T>::six)) & (y <= I(infinity_bits<T>)), I(Format<T>::six), y);
 }
+
+// What each Mask is, of elements T seen as integers: which pass, and the value.  `zero` as above; stopped(x) is what a 0-bit
+// makes of x.
+template <class T, Mask act>
+struct MaskOf {
+  template <class I>
+  UNSWAG_HD static auto passes(I x, typename Format<T>::bits zero) {
+    if constexpr (act == Mask::relu) {
+      return not_le_zero<T>(x);
+    } else if constexpr (act == Mask::leaky_relu) {
+      return gt_zero<T>(x);
+    } else if constexpr (act == Mask::relu6) {
+      return not_le_zero_or_ge_six<T>(x);
+    } else if constexpr (act == Mask::jax_relu) {
+      return gt_zero<T>(x, zero);
+    } else if constexpr (act == Mask::jax_leaky_relu) {
+      return ge_zero<T>(x, zero);
+    } else {
+      return gt_zero_and_lt_six<T>(x, zero);
+    }
+  }
+  template <class I, class M, class Stopped>
+  UNSWAG_HD static I value(I x, M passes, typename Format<T>::bits zero, const Stopped& stopped) {
+    if constexpr (act == Mask::relu) {
+      return relu_bits<T>(x);
+    } else if constexpr (act == Mask::relu6) {
+      return relu6_bits<T>(x);
+    } else if constexpr (act == Mask::jax_relu) {
+      return jax_relu_bits<T>(x, zero);
+    } else if constexpr (act == Mask::jax_relu6) {
+      return jax_relu6_bits<T>(x, zero);
+    } else {
+      return select(passes, x, stopped(x));
+    }
+  }
+};
+
+// f(MaskOf<T, act>{}) for the one that is asked for.
+template <class T, class F>
+UNSWAG_HOST inline void visit_mask(Mask act, const F& f) {
+  switch (act) {
+    case Mask::relu: return f(MaskOf<T, Mask::relu>{});
+    case Mask::leaky_relu: return f(MaskOf<T, Mask::leaky_relu>{});
+    case Mask::relu6: return f(MaskOf<T, Mask::relu6>{});
+    case Mask::jax_relu: return f(MaskOf<T, Mask::jax_relu>{});
+    case Mask::jax_leaky_relu: return f(MaskOf<T, Mask::jax_leaky_relu>{});
+    case Mask::jax_relu6: return f(MaskOf<T, Mask::jax_relu6>{});
+  }
+}
+
+// Whether a 0-bit of the mask leaves something of a gradient.
+UNSWAG_HOST inline bool leaks(Mask act) { return act == Mask::leaky_relu || act == Mask::jax_leaky_relu; }
 
 }  // namespace unswag::math

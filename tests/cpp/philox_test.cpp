@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels.hpp"
+#include "api/check.hpp"
 #include "memory.hpp"
 
 namespace {

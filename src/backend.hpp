@@ -1,4 +1,4 @@
-// What src/cpu/<op>.cpp of one instruction set define, for the row of that set in backend.cpp.
+// What the sources of one backend define in its namespace, and its row of the table.
 #pragma once
 
 #include "kernels.hpp"
@@ -17,6 +17,22 @@ void cross_entropy(const CrossEntropy& args, Stream stream);
 void philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream stream);
 void dropout(const Dropout& args, Stream stream);
 
-extern const Kernels backend;
+constexpr Kernels row(const char* name, bool (*runs_here)()) {
+  Kernels k;
+  k.name = name;
+  k.runs_here = runs_here;
+  k.mask_forward = mask_forward;
+  k.mask_backward = mask_backward;
+  k.activation_forward = activation_forward;
+  k.activation_backward = activation_backward;
+  k.gated_forward = gated_forward;
+  k.gated_backward = gated_backward;
+  k.rms_norm_forward = rms_norm_forward;
+  k.rms_norm_backward = rms_norm_backward;
+  k.cross_entropy = cross_entropy;
+  k.philox_fill = philox_fill;
+  k.dropout = dropout;
+  return k;
+}
 
 }  // namespace unswag::UNSWAG_ISA_NS

@@ -1,0 +1,131 @@
+// 1-bit masks: a worker makes one byte of the mask of eight elements, element 8 j + i in bit i of byte j (docs/format.md), so
+// that no bit crosses between workers.
+#include "backend.hpp"
+#include "cuda/eight.hpp"
+#include "math/masks.hpp"
+
+namespace unswag::UNSWAG_ISA_NS {
+namespace {
+
+// slope x, of numbers seen as integers.
+template <class T>
+struct Times {
+  using I = typename math::Format<T>::bits;
+  compute_t<T> slope;
+  UNSWAG_HD I operator()(I x) const {
+    using V = compute_t<T>;
+    return math::bit_cast<I>(element<T>(slope * value<V>(math::bit_cast<T>(x))));
+  }
+};
+
+// Rows that follow each other without a gap, in the mask too, are one long row.
+template <class Byte>
+bool dense(std::int64_t cols, std::int64_t stride, std::int64_t other_stride, const PackedOf<Byte>& packed) {
+  return stride == cols && other_stride == cols && cols % 32 == 0 && packed.stride == cols / 8;
+}
+
+template <class T, class Act>
+struct Forward {
+  static constexpr int threads = 256, resident = 0;
+  using Shared = Nothing;
+  using I = typename math::Format<T>::bits;
+
+  ConstRows x;
+  Rows y;
+  Packed packed;
+  Times<T> times;
+  I zero;
+  bool wide;
+  std::int64_t per_row;  // bytes
+
+  template <class Group>
+  UNSWAG_HD void operator()(const Group& g, Nothing&) const {
+    share_grid(g, x.rows * per_row, [&](std::int64_t u) {
+      const Place at = place(u, per_row);
+      const int n = columns_left(at.rest, x.cols);
+      Eight<I> v = load_eight(row_of<I>(x, at.row) + 8 * at.rest, n, wide);
+      unsigned bits = 0;
+      UNSWAG_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        const bool passes = Act::passes(v.e[k], zero);
+        bits |= unsigned(passes && k < n) << k;
+        v.e[k] = Act::value(v.e[k], passes, zero, times);
+      }
+      packed.data[at.row * packed.stride + at.rest] = std::uint8_t(bits);
+      if (y.data) store_eight(row_of<I>(y, at.row) + 8 * at.rest, v, n, wide);
+    });
+  }
+};
+
+template <class T, bool Leaks>
+struct Backward {
+  static constexpr int threads = 256, resident = 0;
+  using Shared = Nothing;
+  using I = typename math::Format<T>::bits;
+
+  ConstRows dy;
+  ConstPacked packed;
+  Rows dx;
+  Times<T> times;
+  bool wide;
+
+  template <class Group>
+  UNSWAG_HD void operator()(const Group& g, Nothing&) const {
+    const std::int64_t per_row = (dy.cols + 7) / 8;
+    share_grid(g, dy.rows * per_row, [&](std::int64_t u) {
+      const Place at = place(u, per_row);
+      const int n = columns_left(at.rest, dy.cols);
+      Eight<I> v = load_eight(row_of<I>(dy, at.row) + 8 * at.rest, n, wide);
+      const unsigned bits = packed.data[at.row * packed.stride + at.rest];
+      UNSWAG_UNROLL
+      for (int k = 0; k < 8; ++k) v.e[k] = math::select((bits >> k & 1) != 0, v.e[k], Leaks ? times(v.e[k]) : I(0));
+      store_eight(row_of<I>(dx, at.row) + 8 * at.rest, v, n, wide);
+    });
+  }
+};
+
+template <class T, class Act>
+void forward(const MaskForward& args, Stream stream) {
+  using V = compute_t<T>;
+  using I = typename math::Format<T>::bits;
+  Forward<T, Act> kernel{args.x, args.y, args.packed, {V(args.slope)}, I(args.flush ? math::Format<T>::flushed : 0), false, 0};
+  if (dense(args.x.cols, args.x.stride, args.y.data ? args.y.stride : args.x.stride, args.packed)) {
+    kernel.x.rows = 1, kernel.x.cols = args.x.rows * args.x.cols;
+  }
+  kernel.y.rows = kernel.x.rows;
+  kernel.wide = aligned<T>(kernel.x) && (!args.y.data || aligned<T>(kernel.y));
+  kernel.per_row = packed_row_bytes(kernel.x.cols, 1);
+  const std::int64_t units = kernel.x.rows * kernel.per_row;
+  if (units) launch(kernel, divided_up(units, kernel.threads), stream);
+}
+
+template <class T, bool Leaks>
+void backward(const MaskBackward& args, Stream stream) {
+  using V = compute_t<T>;
+  Backward<T, Leaks> kernel{args.dy, args.packed, args.dx, {V(args.slope)}, false};
+  if (dense(args.dy.cols, args.dy.stride, args.dx.stride, args.packed)) {
+    kernel.dy.rows = 1, kernel.dy.cols = args.dy.rows * args.dy.cols;
+  }
+  kernel.dx.rows = kernel.dy.rows;
+  kernel.wide = aligned<T>(kernel.dy) && aligned<T>(kernel.dx);
+  const std::int64_t units = kernel.dy.rows * divided_up(kernel.dy.cols, 8);
+  if (units) launch(kernel, divided_up(units, kernel.threads), stream);
+}
+
+}  // namespace
+
+void mask_forward(const MaskForward& args, Stream stream) {
+  math::visit(args.x.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::of;
+    math::visit_mask<T>(args.act, [&](auto act) { forward<T, decltype(act)>(args, stream); });
+  });
+}
+
+void mask_backward(const MaskBackward& args, Stream stream) {
+  math::visit(args.dy.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::of;
+    math::leaks(args.act) ? backward<T, true>(args, stream) : backward<T, false>(args, stream);
+  });
+}
+
+}  // namespace unswag::UNSWAG_ISA_NS
