@@ -34,6 +34,8 @@ struct DeviceKernels {
   Status (*launched)() = nullptr;         // the end of what the calling thread queued since it last asked
   void (*fill)(const Vector& v, double value, Stream) = nullptr;
   std::vector<std::string_view> (*architectures)() = nullptr;
+  void* (*pinned_allocate)(std::int64_t bytes) = nullptr;  // page-locked host memory for every device; null: refused
+  void (*pinned_release)(void* data) = nullptr;
 };
 
 // CUDA's, or null where unswag::cuda is not linked in.
