@@ -101,6 +101,17 @@ Status launched() {
                       "); an earlier kernel of any library may be the cause: run with CUDA_LAUNCH_BLOCKING=1 to see which");
 }
 
+void* pinned_allocate(std::int64_t bytes) {
+  void* memory = nullptr;
+  if (cudaHostAlloc(&memory, std::size_t(bytes), cudaHostAllocPortable) == cudaSuccess) return memory;
+  cudaGetLastError();
+  return nullptr;
+}
+
+void pinned_release(void* memory) {
+  if (cudaFreeHost(memory) != cudaSuccess) cudaGetLastError();
+}
+
 bool runs_here() { return ready(Stream::current).ok(); }
 
 }  // namespace
@@ -136,6 +147,8 @@ extern "C" const unswag::DeviceKernels* unswag_cuda_kernels() {
     d.launched = launched;
     d.fill = fill;
     d.architectures = architectures;
+    d.pinned_allocate = pinned_allocate;
+    d.pinned_release = pinned_release;
     return d;
   }();
   return &row_of_cuda;

@@ -80,7 +80,7 @@ struct CrossEntropyRows {
       const int count = int(all - first < items ? all - first : items);
       sum_tiles(
           g, shared.tiles, count, [&](int k) { return tile_length(first + k, classes); },
-          [&](int k, int i, V sum) { return sum + (i < 0 ? V(0) : weights()[(first + k) * tile_size + i]); });
+          [&](int k, int i, V sum) { return sum + weights()[(first + k) * tile_size + i]; });
       for (int k = 0; k < count; ++k) total += shared.tiles.sum[k];
     }
     return total;
@@ -113,7 +113,7 @@ struct CrossEntropyRows {
       g.sync();
       sum_tiles(g, shared.tiles, count, length, [&](int k, int i, V sum) {
         const std::int64_t c = (first + k) * tile_size + i;
-        if (i < 0 || c == label) return sum + V(0);
+        if (c == label) return sum;
         const V top = shared.top[k];
         return sum + math::exp(logit.z_minus(value<V>(logits[c]), top > lowest() ? top : lowest()));
       });
@@ -121,7 +121,6 @@ struct CrossEntropyRows {
         share(g, count, [&](std::int64_t k) { shared.sum[k] = shared.tiles.sum[k]; });
         g.sync();
         sum_tiles(g, shared.tiles, count, length, [&](int k, int i, V sum) {
-          if (i < 0) return weights() ? math::fma(logit.z(V(0)), V(0), sum) : sum + logit.z(V(0));
           return weights() ? math::fma(z(k, i), weights()[(first + k) * tile_size + i], sum) : sum + z(k, i);
         });
       }

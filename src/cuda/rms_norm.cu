@@ -109,8 +109,8 @@ struct RowSums {
   Tiles<V> tiles;
   double total[together];
 
-  // total[r] = the sum over row r < count: sum = add(r, column, sum), column -1 for a lane that is loaded as 0.  Every worker
-  // calls it, and may read total until it calls it again.
+  // total[r] = the sum over row r < count: sum = add(r, column, sum).  Every worker calls it, and may read total until it calls
+  // it again.
   template <class Group, class Add>
   UNSWAG_HD void of(const Group& g, int count, std::int64_t cols, const Add& add) {
     const std::int64_t per_row = (cols + tile_size - 1) / tile_size, all = count * per_row;
@@ -121,7 +121,7 @@ struct RowSums {
       const auto length = [&](int k) { return tile_length(place(first + k, per_row).rest, cols); };
       sum_tiles(g, tiles, n, length, [&](int k, int i, V sum) {
         const Place at = place(first + k, per_row);
-        return add(int(at.row), i < 0 ? -1 : at.rest * tile_size + i, sum);
+        return add(int(at.row), at.rest * tile_size + i, sum);
       });
       share(g, count, [&](std::int64_t r) {
         for (int k = 0; k < n; ++k)
@@ -152,7 +152,7 @@ struct Forward {
       const int count = int(rows - first < together ? rows - first : together);
       if (!a.rstd_given) {
         shared.sums.of(g, count, cols, [&](int r, std::int64_t i, V sum) {
-          const V x = i < 0 ? V(0) : load_one<V, E>(address<E>(a.x, first + r, i), a.x.dtype);
+          const V x = load_one<V, E>(address<E>(a.x, first + r, i), a.x.dtype);
           return math::fma(x, x, sum);
         });
       }
@@ -217,7 +217,6 @@ struct Backward {
     const std::int64_t cols = a.x.cols;
     if (a.dx.data) {
       shared.sums.of(g, count, cols, [&](int r, std::int64_t i, V sum) {
-        if (i < 0) return sum + V(0);
         V gradient = load_one<V, E>(address<E>(a.dy, first + r, i), a.dy.dtype);
         if (weight.w.data) gradient = gradient * weight.one(i);
         return math::fma(gradient, load_one<V, E>(address<E>(a.x, first + r, i), a.x.dtype), sum);

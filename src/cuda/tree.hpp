@@ -17,7 +17,7 @@ struct Tiles {
   double sum[items];
 };
 
-// The sum along chain c in a tile of n elements: sum = add(i, sum), i inside the tile, or -1 for a lane that is loaded as 0.
+// The sum along chain c in a tile of n elements: sum = add(i, sum).
 template <class V, class Add>
 UNSWAG_HD inline V walk_chain(int c, int n, const Add& add) {
   const int whole = n / chains * chains, rest = n - whole, sixteens = rest / 16 * 16;
@@ -28,9 +28,8 @@ UNSWAG_HD inline V walk_chain(int c, int n, const Add& add) {
   for (int i = c; i < whole; i += chains) sum = add(i, sum);
   if (c < 16) {
     for (int i = c; i < sixteens; i += 16) sum = add(whole + i, sum);
-  } else if (c < 32 && sixteens < rest) {
-    const int i = sixteens + c - 16;
-    sum = add(i < rest ? whole + i : -1, sum);
+  } else if (c < 32 && sixteens + c - 16 < rest) {
+    sum = add(whole + sixteens + c - 16, sum);
   }
   return sum;
 }
@@ -53,8 +52,8 @@ UNSWAG_HD inline int tile_length(std::int64_t tile, std::int64_t cols) {
   return int(left < tile_size ? left : tile_size);
 }
 
-// tiles.sum[k] = the sum over the `length(k)` elements of item k < count <= items: sum = add(k, i, sum), i as above.  Every
-// worker of the block calls it, and may read tiles.sum until it calls it again.
+// tiles.sum[k] = the sum over the `length(k)` elements of item k < count <= items: sum = add(k, i, sum).  Every worker of the
+// block calls it, and may read tiles.sum until it calls it again.
 template <class V, class Group, class Length, class Add>
 UNSWAG_HD inline void sum_tiles(const Group& g, Tiles<V>& tiles, int count, const Length& length, const Add& add) {
   share(g, std::int64_t{count} * chains, [&](std::int64_t u) {
