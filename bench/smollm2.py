@@ -227,10 +227,13 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of this source tree; "-dirty" where one of `SOURCES` is changed."""
+    """Of this source tree; "-dirty" where one of `SOURCES` is changed. Where there is no git, what UNSWAG_COMMIT says."""
+    unknown = os.environ.get("UNSWAG_COMMIT", "unknown")
+    if shutil.which("git") is None:
+        return unknown
     git = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True)
     if git.returncode:
-        return "unknown"
+        return unknown
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *SOURCES], cwd=ROOT).returncode
     return git.stdout.strip() + ("-dirty" if changed else "")
 

@@ -239,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-check: {why}; run it on a machine with a GPU, or try the logic with --dry-run", file=sys.stderr)
         return 1
     settings = Settings("cpu", dry=True) if args.dry_run else Settings()
+    build.find_tools()
     environment = build.environment(args.dry_run)
     done = []
     for number in args.stage or range(1, len(STAGES) + 1):

@@ -305,8 +305,7 @@ def measure(kernel: str, dtype: torch.dtype, settings: Settings) -> dict[str, An
         checks["share of the copy's bandwidth"] = at_least(round(result["of_copy"], 3), OF_COPY, must=False)
     for name, peer in result["peers_seconds"].items():
         checks[f"time, of {name}"] = at_most(round(ours["best"] / peer["best"], 3), 1.0, must=False)
-    if settings.cuda:
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    if settings.cuda and (l2 := getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)):
         result["working_set_of_l2"] = row.moved / l2
     return result | {"checks": {} if settings.dry else checks}
 

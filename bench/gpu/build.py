@@ -45,7 +45,7 @@ def build(budget: float) -> dict[str, Any]:
     for tool in ("cmake", "ninja", "nvcc"):
         if shutil.which(tool) is None:
             raise SystemExit(
-                f"{tool} is not on the PATH; the build of the CUDA kernels needs it (for nvcc: /usr/local/cuda/bin)"
+                f"{tool} is not on the PATH; the build of the CUDA kernels needs it (nvcc is also looked for in CUDA_HOME)"
             )
     start = time.monotonic()
     link(ROOT / "python" / "unswag", SITE / "unswag")
@@ -92,3 +92,9 @@ def environment(dry: bool) -> dict[str, str]:
     package = ROOT / "python" if dry else SITE
     path = [str(ROOT), str(package), *([] if dry else [str(CARRIED)])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def find_tools() -> None:
+    """The compiler and the sanitizer of CUDA_HOME, if they are not on the PATH."""
+    if shutil.which("nvcc") is None and "CUDA_HOME" in os.environ:
+        os.environ["PATH"] += os.pathsep + os.path.join(os.environ["CUDA_HOME"], "bin")

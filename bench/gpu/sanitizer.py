@@ -40,16 +40,17 @@ def read(text: str) -> dict[str, Any]:
     namespace."""
     count = None
     blocks: list[list[str]] = []
+    inside = False
     for line in text.splitlines():
         if found := SUMMARY.search(line):
             count = int(found[1] or found[2])
         elif FINDING.match(line):
             blocks.append([line])
-        elif line.startswith("=========     ") and blocks:
+            inside = True
+        elif inside and line.startswith("=========     "):
             blocks[-1].append(line)
-        elif blocks and blocks[-1]:
-            blocks.append([])  # what follows belongs to no finding
-    blocks = [b for b in blocks if b]
+        else:
+            inside = False
     ours = [b for b in blocks if any(OURS in line for line in b)]
     return {
         "errors": count,

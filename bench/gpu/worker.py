@@ -49,7 +49,7 @@ def machine(settings: Settings) -> dict[str, Any]:
             "architecture": f"sm_{properties.major}{properties.minor}",
             "gpu_memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
             "driver": driver(),
         }
     return found

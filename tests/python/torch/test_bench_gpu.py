@@ -161,7 +161,8 @@ def summary(n):
         (SWEPT + RACE, 1, 0, 1),
         (BLOCK.replace("Invalid __global__ read", "Uninitialized __global__ memory read").format(kernel="unswag::f") + SWEPT
          + summary(1), 1, 0, 1),
-        (SWEPT + "========= A finding in words that nobody knows\n" + summary(1), 0, 0, 1),
+        (SWEPT + "========= A finding in words that nobody knows\n=========     at its place\n" + summary(1), 0, 0, 1),
+        (SWEPT + THEIRS + "========= Words that nobody knows\n=========     at unswag::f\n" + summary(2), 0, 1, 1),
     ],
 )  # fmt: skip
 def test_sanitizer_findings_are_counted(text, ours, of_others, findings):
