@@ -559,7 +559,7 @@ def streams(settings: Settings) -> dict[str, Any]:
 
 
 def again(settings: Settings) -> dict[str, Any]:
-    """Two calls give the same bits, also while another stream is busy."""
+    """Four calls give the same bits."""
     tally = Tally()
     for op in samples.OPS:
         for dtype in DTYPES:

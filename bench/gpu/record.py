@@ -1,7 +1,8 @@
 """bench/results/gpu-<name>.json: results, and at the same time what a stage that was killed goes on from.
 
-The single results lie in the file itself and not in .cache/ (bench/kept.py), because a lent machine starts bare: what comes
-back from it, and goes there again, are these files. They count for the sources they were made from, for one GPU and one torch.
+The single results lie in the file itself and not in .cache/ (bench/kept.py), because a rented machine starts bare: what
+comes back from it, and goes there again, are these files. They count for the sources they were made from, for one GPU and
+one torch.
 """
 
 from __future__ import annotations

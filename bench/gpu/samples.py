@@ -18,7 +18,6 @@ OPS = (
     "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
     "gated_backward_product", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_", "dropout",
 )  # fmt: skip
-ELEMENTWISE = tuple(op for op in OPS if op not in ("rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_"))
 WRITES = "cross_entropy_"  # over its logits
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from bench.gpu.build import BUILD
 from bench.gpu.stage import Checks, Notes, NotMeasured, Settings, holds, none
-from bench.gpu.sweep import GROUPS
 
 NAME = "gpu-sanitizer"
 TITLE = "compute-sanitizer over all kernels, dtypes and tails"
@@ -27,11 +26,11 @@ FINDING = re.compile(
 SHOWN = 10
 
 
-def command(tool: str, group: str, python: str = sys.executable) -> list[str]:
+def command(tool: str) -> list[str]:
     """What is run. Errors of API calls are PyTorch's way of asking what a device can do: not reported."""
     return [
         "compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--show-backtrace", "device", "--print-limit", "1000",
-        python, "-m", "bench.gpu.sweep", "--device", "cuda", "--group", group,
+        sys.executable, "-m", "bench.gpu.sweep", "--device", "cuda",
     ]  # fmt: skip
 
 
@@ -60,14 +59,14 @@ def read(text: str) -> dict[str, Any]:
     }
 
 
-def watched(tool: str, group: str) -> dict[str, Any]:
+def watched(tool: str) -> dict[str, Any]:
     if shutil.which("compute-sanitizer") is None:
         raise NotMeasured("compute-sanitizer is absent")
-    log = BUILD / f"{tool}-{group}.log"
+    log = BUILD / f"{tool}.log"
     # each tensor with an allocation of its own, or a write past its end would fall into PyTorch's pool
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "4"}
     with log.open("w") as f:
-        done = subprocess.run(command(tool, group), stdout=f, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(command(tool), stdout=f, stderr=subprocess.STDOUT, env=environment)
     return judged(log.read_text(errors="replace"), done.returncode)
 
 
@@ -91,18 +90,17 @@ def judged(text: str, code: int) -> dict[str, Any]:
 
 
 def pieces(settings: Settings) -> list[str]:
-    return [f"{tool} {group}" for tool in TOOLS for group in GROUPS]
+    return list(TOOLS)
 
 
 def run(piece: str, settings: Settings, notes: Notes) -> dict[str, Any]:
-    tool, group = piece.split()
     if settings.dry:
         from bench.gpu.sweep import sweep
 
-        print("not run:", *command(tool, group), flush=True)
-        found = sweep(settings.device, group) if tool == TOOLS[0] else {}
-        raise NotMeasured(f"compute-sanitizer needs a GPU; the sweep alone made {found.get('calls', 0)} calls")
-    return watched(tool, group)
+        print("not run:", *command(piece), flush=True)
+        calls = f"; the sweep alone made {sweep(settings.device)['calls']} calls" if piece == TOOLS[0] else ""
+        raise NotMeasured(f"compute-sanitizer needs a GPU{calls}")
+    return watched(piece)
 
 
 def checks(pieces: dict[str, dict[str, Any]]) -> Checks:
@@ -115,4 +113,4 @@ def table(pieces: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[tupl
         for piece, r in pieces.items()
         if "sweep" in r
     ]
-    return ("tool and ops", "calls", "findings", "in PyTorch's kernels", "s"), rows
+    return ("tool", "calls", "findings", "in PyTorch's kernels", "s"), rows

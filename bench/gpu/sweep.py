@@ -1,6 +1,6 @@
 """Every kernel once for each dtype, tail and layout, small enough for compute-sanitizer: the program that stage 2 watches.
 
-    python -m bench.gpu.sweep --device cuda --group elementwise
+    python -m bench.gpu.sweep --device cuda
 
 Inputs are made on the CPU and copied, so that few kernels but ours run. Prints how many calls were made, as JSON.
 """
@@ -17,22 +17,18 @@ import torch
 from bench.gpu import samples
 from bench.gpu.samples import DTYPES, OPS, arguments, call
 
-GROUPS = {"elementwise": samples.ELEMENTWISE, "rows": tuple(op for op in OPS if op not in samples.ELEMENTWISE)}
 # One element; tails around the 8 that a thread takes and the 32 of a packed word; more than one block; columns that are no
 # multiple of a vector.
-SHAPES = {
-    "elementwise": ((1, 1, 1), (2, 3, 7), (1, 2, 33), (2, 2, 1027), (1, 3, 2048)),
-    "rows": ((1, 1, 1), (2, 3, 7), (1, 2, 33), (3, 3, 259), (1, 5, 2048), (1, 2, 4099)),
-}
+SHAPES = ((1, 1, 1), (2, 3, 7), (1, 2, 33), (2, 2, 1027), (1, 3, 2048), (1, 2, 4099))
 STRIDED = (2, 3, 33)
 
 
-def sweep(device: str, group: str) -> dict[str, Any]:
+def sweep(device: str) -> dict[str, Any]:
     start, calls, unsupported = time.perf_counter(), 0, set()
-    for op in GROUPS[group]:
+    for op in OPS:
         for dtype in DTYPES:
             try:
-                for shape in SHAPES[group]:
+                for shape in SHAPES:
                     for args in arguments(op, dtype, shape):
                         _once(op, args, device)
                         calls += 1
@@ -62,9 +58,7 @@ def _once(op: str, args: tuple[Any, ...], device: str, lay: samples.Layout | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--group", choices=GROUPS, required=True)
-    args = parser.parse_args()
-    print(json.dumps(sweep(args.device, args.group)))
+    print(json.dumps(sweep(parser.parse_args().device)))
 
 
 if __name__ == "__main__":

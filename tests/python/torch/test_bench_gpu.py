@@ -43,12 +43,12 @@ def test_units_in_the_last_place():
     assert samples.ulps(torch.tensor([-0.0]), torch.tensor([0.0])) == 0
 
 
-def test_every_op_has_samples_and_is_swept():
+def test_every_op_has_samples_and_is_swept(monkeypatch):
     assert samples.registered() == set(samples.OPS)
-    assert sorted(op for ops in sweep.GROUPS.values() for op in ops) == sorted(samples.OPS)
-    for group in sweep.GROUPS:
-        found = sweep.sweep("cpu", group)
-        assert found["calls"] >= len(sweep.GROUPS[group]) * len(samples.DTYPES) * 8 and found["unsupported"] == []
+    seen, call = set(), sweep.call
+    monkeypatch.setattr(sweep, "call", lambda op, args: seen.add((op, args[0].dtype)) or call(op, args))
+    assert sweep.sweep("cpu")["unsupported"] == []
+    assert seen == {(op, dtype) for op in samples.OPS for dtype in samples.DTYPES}
 
 
 def test_views_on_the_device_are_those_of_the_samples(monkeypatch):
@@ -326,7 +326,7 @@ def pieces(settings): return ["good", "absent", "raises", "dies", "slow", "wrong
 def run(piece, settings, notes):
     with (HERE / "log").open("a") as f: f.write(piece + "\\n")
     print("noise on stdout")
-    if piece == "good": time.sleep(1.5)
+    if piece == "good": time.sleep(5)
     if piece == "absent": raise NotMeasured("nothing is there")
     if piece == "raises" and not (HERE / "mended").exists(): raise ValueError("no good")
     if piece == "dies" and not (HERE / "mended").exists(): os.abort()
