@@ -27,10 +27,11 @@ SHOWN = 10
 
 
 def command(tool: str) -> list[str]:
-    """What is run. Errors of API calls are PyTorch's way of asking what a device can do: not reported."""
+    """What is run. Errors of API calls are PyTorch's way of asking what a device can do: not reported. The tool waits for
+    as long as importing torch takes."""
     return [
         "compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--show-backtrace", "device", "--print-limit", "1000",
-        sys.executable, "-m", "bench.gpu.sweep", "--device", "cuda",
+        "--launch-timeout", "0", sys.executable, "-m", "bench.gpu.sweep", "--device", "cuda",
     ]  # fmt: skip
 
 
