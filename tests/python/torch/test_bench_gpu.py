@@ -261,6 +261,34 @@ def test_the_longest_context_is_found(per_token, usable, bend):
         assert found["trials"] <= 6
 
 
+@pytest.mark.parametrize("side", ["stock", "ours"])
+def test_where_no_kernel_takes_grouped_keys_they_are_repeated(monkeypatch, side):
+    from transformers.integrations import sdpa_attention
+
+    grouped, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def picky(q, k, v, **options):
+        if options.get("enable_gqa"):
+            raise RuntimeError("No available kernel. Aborting execution.")
+        grouped.append(k.shape[1] != q.shape[1])
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back afterwards
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", picky)
+    result = context.attempt(context.DRY_CASES["dry: 1 MiB"].__dict__, side, [32, 64], "cpu")
+    assert result["fits"] and result["repeated"] and len(result["losses"]) == 2
+    assert grouped and not any(grouped)
+
+
+def test_other_faults_of_a_trial_are_no_answer(monkeypatch):
+    def fault(self):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(model.Model, "step", fault)
+    with pytest.raises(RuntimeError, match="illegal"):
+        context.attempt(context.DRY_CASES["dry: 1 MiB"].__dict__, "stock", [32], "cpu")
+
+
 def test_no_context_fits():
     assert context.search(lambda lengths: {"fits": False}, 1, 2048, (2048, 8192))["tokens"] == 0
     assert context.search(lambda lengths: {"cannot": "absent"}, 1, 2048, (2048, 8192)) == {"cannot": "absent"}
