@@ -31,12 +31,15 @@ def text() -> str:
         "",
         f"- one-bit masks: {_names(_core.masks)}",
         f"- activations, alone and in gated units: {_names(_core.activations)}",
-        f"- dtypes: {_names(_core.dtypes)}; f64 in the portable row only",
+        f"- dtypes: {_names(_core.dtypes)}; of the CPU's rows only the portable one has float64",
         "",
         "## Devices",
         "",
         f"- CPU, rows of kernels chosen at run time: {_names(_core.backend_names())}",
-        "- CUDA, TPU: not yet; a tensor elsewhere is an error that says so, and surgery leaves its module alone",
+        "- CUDA devices with sm_75, sm_80, sm_90 or newer, where the build has `unswag::cuda` (`unswag doctor`): every function above, by "
+        "the same formulas; compiled, and run by host threads in place of a GPU, not on a GPU yet",
+        "- TPU: `unswag.jax`, by XLA and Pallas; what its compiler says is in docs/tpu.md, nothing was run",
+        "- elsewhere, or without those kernels: an error that says so, and surgery leaves the module alone",
     ]
     return "\n".join(rows) + "\n"
 

@@ -1,6 +1,6 @@
 // Draws by src/math/philox.hpp, and dropout by them.
 #include "backend.hpp"
-#include "cuda/map.hpp"
+#include "cuda/eight.hpp"
 #include "math/philox.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
@@ -41,6 +41,7 @@ struct Drop {
   std::uint64_t seed, offset;
   V scale;
   std::uint32_t last_dropped;
+  bool all;  // p = 0: nothing is drawn, and NaN keep their bits
   bool wide;
 
   template <class Group>
@@ -54,7 +55,7 @@ struct Drop {
       Eight<T> v = load_eight(row_of<T>(x, at.row) + 8 * at.rest, n, wide);
       UNSWAG_UNROLL
       for (int b = 0; b < 3; ++b) {
-        if (b == 2 && skip == 0) break;
+        if (all || (b == 2 && skip == 0)) break;
         const math::PhiloxBlock block = math::philox_block(seed, offset, std::uint64_t(first / 4 + b));
         UNSWAG_UNROLL
         for (int k = 0; k < 8; ++k) {
@@ -69,23 +70,16 @@ struct Drop {
   }
 };
 
-struct Same {
-  template <class V>
-  UNSWAG_HD static Values<V, 1> apply(const Values<V, 1>& x) {
-    return x;
-  }
-};
-
 template <class T>
 void drop(const Dropout& a, Stream stream) {
   using V = compute_t<T>;
-  if (a.p == 0) return map<Same, T>({a.x}, {a.y}, stream);
   const Drop<T> kernel{a.x,
                        a.y,
                        a.seed,
                        a.offset,
                        V(1 / (1 - a.p)),
                        std::uint32_t(math::dropout_threshold(a.p) - 1),
+                       a.p == 0,
                        aligned<T>(a.x) && aligned<T>(a.y)};
   const std::int64_t units = a.x.rows * divided_up(a.x.cols, 8);
   if (units) launch(kernel, divided_up(units, kernel.threads), stream);

@@ -185,7 +185,7 @@ struct Forward {
 // dx.
 template <class E, class V, bool Cast>
 struct Backward {
-  static constexpr int threads = 256, resident = sizeof(V) == 8 ? 1 : 4;
+  static constexpr int threads = 256, resident = sizeof(V) == 8 ? 1 : std::is_same_v<E, Any> ? 2 : 4;
   struct Shared {
     RowSums<V> sums;
     V rstd[together], slope[together];

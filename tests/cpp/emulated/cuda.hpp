@@ -34,7 +34,7 @@ void launch(const Kernel& kernel, std::int64_t blocks, Stream stream) {
     std::int64_t blocks;
     Shared shared;
   } context{kernel, blocks < 3 ? blocks : 3, {}};
-  const int size = waits ? (stream.threads ? stream.threads + 1 : 5) : blocks > 100 ? 2 : 1;
+  const int size = waits ? (stream.threads ? stream.threads + 1 : 3) : blocks > 100 ? 2 : 1;
   test::run_team(
       size,
       [](const test::Member& member, void* p) {
