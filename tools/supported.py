@@ -36,8 +36,8 @@ def text() -> str:
         "## Devices",
         "",
         f"- CPU, rows of kernels chosen at run time: {_names(_core.backend_names())}",
-        "- CUDA devices with sm_75, sm_80, sm_90 or newer, where the build has `unswag::cuda` (`unswag doctor`): every function above, by "
-        "the same formulas; compiled, and run by host threads in place of a GPU, not on a GPU yet",
+        "- CUDA devices with sm_75, sm_80, sm_90 or newer, where the build has `unswag::cuda` (`unswag doctor`): every "
+        "function above, by the same formulas; compiled, and run by host threads in place of a GPU, not on a GPU yet",
         "- TPU: `unswag.jax`, by XLA and Pallas; what its compiler says is in docs/tpu.md, nothing was run",
         "- elsewhere, or without those kernels: an error that says so, and surgery leaves the module alone",
     ]

@@ -51,9 +51,9 @@ void expect_same(const Matrix& got, const Matrix& wanted, const std::string& wha
 // Row 0 becomes all numbers of a 16-bit format, or floats of every exponent.
 constexpr std::int64_t all_numbers = 1 << 16;
 void fill_with_every_number(Matrix& x) {
-  for (std::uint32_t i = 0; i < all_numbers; ++i) {
+  for (std::int64_t i = 0; i < all_numbers; ++i) {
     if (x.dtype() == DType::f32) {
-      const std::uint32_t pattern = i << 16 | (i * 40503u & 0xffff);
+      const auto pattern = std::uint32_t(i << 16 | (i * 40503 & 0xffff));
       std::memcpy(static_cast<char*>(x.row(0)) + 4 * i, &pattern, 4);
     } else {
       std::memcpy(static_cast<char*>(x.row(0)) + 2 * i, &i, 2);

@@ -227,6 +227,9 @@ def attention_forward(
     (the attention is computed again in the backward, because SDPA would keep its own copy of the mask in q's dtype)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    causal = attention_mask is None and query.shape[2] > 1
+    if (attention_mask is None or isinstance(attention_mask, Spans)) and not takes_groups(query, key, value, dropout, causal):
+        key, value = (for_all_heads(t, query.shape[1]) for t in (key, value))
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
     if isinstance(attention_mask, Spans):
         size = (attention_mask.batch, attention_mask.length)
@@ -246,6 +249,28 @@ def attention_forward(
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     return MaskedAttention.apply(query, key, value, attention_mask, stock), None
+
+
+def takes_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool) -> bool:
+    """Whether SDPA has a kernel of linear memory for keys and values of fewer heads. On CUDA its memory-efficient one takes no
+    groups, so where flash attention does not run (sm_75, float32) it would build tokens x tokens."""
+    if query.shape[1] == key.shape[1] or not query.is_cuda or torch.compiler.is_compiling():
+        return True
+    from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+
+    call = SDPAParams(query, key, value, None, dropout, causal, True)
+    return can_use_flash_attention(call) or can_use_cudnn_attention(call)
+
+
+def for_all_heads(t: Tensor, heads: int) -> Tensor:
+    """t [batch, groups, length, dim], each group repeated for its heads; made again for the backward, and not kept."""
+    repeated = repeat(t, times=heads // t.shape[1])
+    stash.remember(repeated, repeat, t, times=heads // t.shape[1])
+    return repeated
+
+
+def repeat(t: Tensor, times: int) -> Tensor:
+    return t.transpose(1, 2).repeat_interleave(times, dim=2).transpose(1, 2)  # tokens outermost, as `_split` cuts them
 
 
 def _attend(

@@ -10,7 +10,8 @@ import torch
 from families import assert_close, packed, padded, plain, step
 from torch import nn
 
-from unswag.torch.patterns import restore
+import unswag
+from unswag.torch.patterns import attention, restore
 from unswag.torch.patterns.attention import Attention, MaskedAttention, Piece, Spans, Terms, _pieces, attention_mask
 from unswag.torch.patterns.probing import sealed
 
@@ -294,3 +295,23 @@ def test_a_penalty_on_gradients_through_a_masked_batch_is_an_error():
     (dv,) = torch.autograd.grad(y.sum(), v, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated once"):
         dv.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_groups_that_no_kernel_takes_are_repeated_and_not_kept(batch, monkeypatch):
+    """As on a GPU without flash attention; here the question alone is answered otherwise."""
+    model = families.build("llama")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    stock = step(model, batch())
+    unswag.apply_unswag_surgery(model)
+    kept = unswag.audit(model, **batch()).total
+    asked = []
+
+    def none_takes_them(query, key, value, dropout, causal):
+        asked.append(key.shape[1])
+        return key.shape[1] == query.shape[1]
+
+    monkeypatch.setattr(attention, "takes_groups", none_takes_them)
+    assert_close(step(model, batch()), stock, TOLERANCE)
+    assert set(asked) == {model.config.num_key_value_heads}
+    assert unswag.audit(model, **batch()).total == kept
