@@ -48,7 +48,7 @@ set_target_properties(unswag_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQU
 target_include_directories(unswag_cuda PRIVATE src)
 target_compile_definitions(unswag_cuda PRIVATE UNSWAG_ISA_NS=cuda UNSWAG_CUDA_NAMES="${names}")
 # Products and sums are fused only where a formula says fma: the bits are those of the CPU.
-target_compile_options(unswag_cuda PRIVATE -fmad=false)
+target_compile_options(unswag_cuda PRIVATE -fmad=false --threads=3)  # the architectures side by side
 target_link_libraries(unswag_cuda PUBLIC unswag::unswag PRIVATE CUDA::cudart_static)
 # src/api refers to it weakly, which does not fetch it from an archive.
 target_link_options(unswag_cuda INTERFACE LINKER:--undefined=unswag_cuda_kernels)

@@ -87,8 +87,8 @@ std::span<const Kernels* const> all_kernels() { return kRows; }
 const DeviceKernels* device_kernels() { return unswag_cuda_kernels ? unswag_cuda_kernels() : nullptr; }
 
 Status device_status(int device) {
-  if (device < Stream::current) {
-    return invalid_argument("device is ", device, "; pass the number of a CUDA device, Stream::current or Stream::cpu");
+  if (device < 0 && device != Stream::current) {
+    return invalid_argument("device is ", device, "; pass the number of a CUDA device, or Stream::current");
   }
   if (!device_kernels()) {
     return not_supported("the memory is on a CUDA device, but this build of UnSwag has CPU kernels only; build it with ",

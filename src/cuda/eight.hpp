@@ -44,7 +44,7 @@ struct Eight {
   T e[8];
 };
 
-struct alignas(16) Sixteen {
+struct __attribute__((aligned(16), may_alias)) Sixteen {
   std::uint32_t word[4];
 };
 

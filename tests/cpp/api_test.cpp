@@ -255,7 +255,8 @@ TEST(Stream, RefusesWhatCannotRun) {
   EXPECT_ERROR(mask_forward({}, {.handle = &device}), invalid_argument,
                "mask_forward: a device's stream is given, but no device; pass its number");
   EXPECT_ERROR(mask_forward({}, {.device = -3}), invalid_argument,
-               "mask_forward: device is -3; pass the number of a CUDA device, Stream::current or Stream::cpu");
+               "mask_forward: device is -3; pass the number of a CUDA device, or Stream::current");
+  EXPECT_EQ(cuda_problem(Stream::cpu), "device is -1; pass the number of a CUDA device, or Stream::current");
   // The tests do not link unswag::cuda.
   EXPECT_ERROR(mask_forward({}, {.device = 0}), not_supported,
                "mask_forward: the memory is on a CUDA device, but this build of UnSwag has CPU kernels only; build it with "
