@@ -21,8 +21,7 @@ class CrossEntropyRows {
         classes_(a.logits.cols),
         w_(static_cast<const S*>(a.class_weight.data)),
         logit_(a.logit_scale, a.softcap),
-        label_logit_(a.logit_scale, a.softcap),
-        smoothing_(a.label_smoothing / double(classes_)) {
+        label_logit_(a.logit_scale, a.softcap) {
     total_weight_ =
         Smooth && w_
             ? sum_lanes<V>(classes_, [&](V sum, std::int64_t i, std::int64_t n) { return sum + load_lanes<V>(w_ + i, n); })
@@ -43,21 +42,13 @@ class CrossEntropyRows {
     const double logit = to_double(logits[label]);
     const double z_label = label_logit_.z(logit);
     const Sums sums = walk(logits, label);
-    const math::LabelSplit split(sums.others, z_label);
-    const double w_label = weight(label);
-    const double confidence = (1 - a_.label_smoothing) * w_label;
-    double value = confidence * split.nll;
-    if (Smooth) value += smoothing_ * (total_weight_ * split.lse - sums.weighted_z);
-    *loss = S(value);
-    if (lse) *lse = S(split.lse);
+    const math::RowLoss row(sums.others, z_label, weight(label), a_.label_smoothing, double(classes_), total_weight_,
+                            sums.weighted_z, scale(r) * a_.gradient_scale * a_.logit_scale);
+    *loss = S(row.loss);
+    if (lse) *lse = S(row.lse);
     if (!a_.write_gradient) return;
-
-    const double factor = scale(r) * a_.gradient_scale * a_.logit_scale;
-    const double of_p = factor * (confidence + smoothing_ * total_weight_) / split.total;
-    write_gradient(logits, V(S(sums.others.max)), V(S(of_p)), V(S(-factor * smoothing_)));
-    const double gradient =
-        -confidence * sums.others.sum / split.total + smoothing_ * (total_weight_ * split.own / split.total - w_label);
-    logits[label] = from_double(label_logit_.times_slope(factor * gradient, logit));
+    write_gradient(logits, V(S(sums.others.max)), V(S(row.of_p)), V(S(row.of_w)));
+    logits[label] = from_double(label_logit_.times_slope(row.of_label, logit));
   }
 
  private:
@@ -140,7 +131,7 @@ class CrossEntropyRows {
   const S* w_;
   Logit<V> logit_;
   Logit<double> label_logit_;
-  double smoothing_, total_weight_;
+  double total_weight_;
 };
 
 template <class T, template <class> class Logit>

@@ -139,22 +139,16 @@ struct CrossEntropyRows {
   }
 
   UNSWAG_HD void outcome(Shared& shared, std::int64_t r, std::int64_t label, double total_weight) const {
-    const double smoothing = a.label_smoothing / double(a.logits.cols);
     const double own_logit = value<double>(row_of<T>(a.logits, r)[label]);
-    const math::LabelSplit split(others(shared), label_logit.z(own_logit));
-    const double w_label = weights() ? double(weights()[label]) : 1;
-    const double confidence = (1 - a.label_smoothing) * w_label;
-    double loss = confidence * split.nll;
-    if (Smooth) loss += smoothing * (total_weight * split.lse - shared.weighted_z);
-    write_loss(r, loss, split.lse);
     const double row_scale = a.row_scale.data ? double(static_cast<const V*>(a.row_scale.data)[r]) : 1;
-    const double factor = row_scale * a.gradient_scale * a.logit_scale;
+    const math::RowLoss row(others(shared), label_logit.z(own_logit), weights() ? double(weights()[label]) : 1,
+                            a.label_smoothing, double(a.logits.cols), total_weight, shared.weighted_z,
+                            row_scale * a.gradient_scale * a.logit_scale);
+    write_loss(r, row.loss, row.lse);
     shared.max = V(shared.others_max);
-    shared.of_p = V(factor * (confidence + smoothing * total_weight) / split.total);
-    shared.of_w = V(-factor * smoothing);
-    const double gradient =
-        -confidence * shared.others_sum / split.total + smoothing * (total_weight * split.own / split.total - w_label);
-    shared.of_label = element<T>(label_logit.times_slope(factor * gradient, own_logit));
+    shared.of_p = V(row.of_p);
+    shared.of_w = V(row.of_w);
+    shared.of_label = element<T>(label_logit.times_slope(row.of_label, own_logit));
   }
 
   template <class Group>

@@ -64,4 +64,25 @@ struct LabelSplit {
   }
 };
 
+// What is done with a row, from its sums.  The gradient, times `factor`, is  of_p exp(z_c - others.max) + of_w w_c  for all
+// classes but the label, and of_label for that.
+struct RowLoss {
+  double loss, lse, of_p, of_w, of_label;
+
+  // total_weight: W;  weighted_z: sum over c of w_c z_c, which only smoothing needs
+  UNSWAG_HD RowLoss(ExpSum others, double z_label, double w_label, double label_smoothing, double classes, double total_weight,
+                    double weighted_z, double factor) {
+    const LabelSplit split(others, z_label);
+    const double confidence = (1 - label_smoothing) * w_label, smoothing = label_smoothing / classes;
+    loss = confidence * split.nll;
+    if (label_smoothing > 0) loss += smoothing * (total_weight * split.lse - weighted_z);
+    lse = split.lse;
+    of_p = factor * (confidence + smoothing * total_weight) / split.total;
+    of_w = -factor * smoothing;
+    const double gradient =
+        -confidence * others.sum / split.total + smoothing * (total_weight * split.own / split.total - w_label);
+    of_label = factor * gradient;
+  }
+};
+
 }  // namespace unswag::math
