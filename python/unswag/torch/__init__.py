@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from unswag.torch import nn, ops
 from unswag.torch.audit import audit  # not lazily: the module of this name would hide the function
-from unswag.torch.functional import gated, geglu, gelu, leaky_relu, reglu, relu, relu6, rms_norm, silu, swiglu
+from unswag.torch.functional import dropout, gated, geglu, gelu, leaky_relu, reglu, relu, relu6, rms_norm, silu, swiglu
 from unswag.torch.stash import Stash
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = [
     "SurgeryReport",
     "apply_unswag_surgery",
     "audit",
+    "dropout",
     "gated",
     "geglu",
     "gelu",

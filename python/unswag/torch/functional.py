@@ -23,7 +23,7 @@ from torch import Tensor
 from unswag.torch import ops, stash
 from unswag.torch.autograd import once_differentiable
 
-__all__ = ["gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
+__all__ = ["dropout", "gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
 
 _DEVICES = ("cpu", "cuda", "meta")  # whether there are CUDA kernels, and for this device, the core says
 
@@ -253,3 +253,51 @@ def rms_norm(
     )  # fmt: skip
     result: Tensor = y
     return result
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------------
+
+
+def draw_seed() -> int:
+    """A seed from torch's generator of the CPU, so that nobody waits for a device: `torch.manual_seed` gives the same again,
+    and so does a checkpoint, which restores the generator before it recomputes."""
+    return int(torch.randint(1 << 62, (), device="cpu"))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    @_signature_once
+    def forward(x: Tensor, p: float, seed: int) -> Tensor:
+        return ops.dropout(x, p, seed, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
+        _, ctx.p, ctx.seed = inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return ops.dropout(dy, ctx.p, ctx.seed, 0), None, None
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """x / (1 - p) with probability 1 - p, else 0 (Srivastava et al. 2014); x itself when not training or p is 0.
+
+    Saved: nothing but a seed; the backward draws again (Philox, docs/format.md section 4). PyTorch keeps a mask of n bytes.
+    The draws are not those of `torch.nn.functional.dropout`. ValueError for p outside [0, 1); RuntimeError inside a CUDA graph,
+    whose replays would all drop the same elements.
+    """
+    _check("dropout", "x", x)
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p is {p}; pass a probability in [0, 1)")
+    if not training or p == 0:
+        return x
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dropout: a CUDA graph is being captured, and every replay would drop the same elements; use "
+            "torch.nn.functional.dropout inside graphs"
+        )
+    seed = draw_seed()
+    y: Tensor = _Dropout.apply(x, float(p), seed)
+    stash.remember(y, ops.dropout, x, p=float(p), seed=seed, offset=0)
+    return y

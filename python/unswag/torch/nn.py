@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unswag.torch import functional
 
-__all__ = ["GEGLU", "GELU", "LeakyReLU", "RMSNorm", "ReGLU", "ReLU", "ReLU6", "SiLU", "SwiGLU"]
+__all__ = ["GEGLU", "GELU", "Dropout", "LeakyReLU", "RMSNorm", "ReGLU", "ReLU", "ReLU6", "SiLU", "SwiGLU"]
 
 
 class ReLU(torch.nn.Module):
@@ -87,6 +87,22 @@ class ReGLU(torch.nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return functional.reglu(gate, up)
+
+
+class Dropout(torch.nn.Module):
+    """`functional.dropout` while training, else x. Saved: nothing."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p is {p}; pass a probability in [0, 1)")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 class RMSNorm(torch.nn.Module):

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from unswag import reference
 from unswag.torch import functional as F
@@ -498,3 +499,77 @@ def test_another_subclass_is_the_dispatcher_s_affair():
 
     x = torch.randn(3, 4).as_subclass(Tagged)
     assert isinstance(F.relu(x), torch.Tensor) and torch.equal(F.relu(x).as_subclass(torch.Tensor), torch.relu(x))
+
+
+# ---- dropout ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_is_that_of_the_format_and_its_gradient_drops_the_same(dtype, p):
+    x = torch.randn(7, 37).to(dtype).requires_grad_()
+    dy = torch.randn(7, 37).to(dtype)
+    torch.manual_seed(5)
+    y = F.dropout(x, p)
+    torch.manual_seed(5)
+    keep = torch.from_numpy(reference.dropout_keep(7, 37, p, F.draw_seed(), 0))
+    assert keep.any() and not keep.all()
+    (dx,) = torch.autograd.grad(y, x, dy)
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = torch.tensor(1 / (1 - p), dtype=wide)
+    for got, given in ((y, x.detach()), (dx, dy)):
+        assert torch.equal(got, torch.where(keep, given.to(wide) * scale, torch.zeros((), dtype=wide)).to(dtype))
+
+
+def test_dropout_keeps_nothing_and_its_output_is_made_again():
+    x, w = torch.randn(40, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        F.dropout(x)
+    assert not kept
+
+    def step():
+        torch.manual_seed(3)
+        y = F.dropout(x)
+        output = weakref.ref(y.untyped_storage())
+        z = y @ w
+        del y
+        alive = output() is not None
+        return alive, torch.autograd.grad(z.square().sum(), (x, w))
+
+    alive, plain = step()
+    assert alive
+    with Stash("exact"):
+        alive, stashed = step()
+    assert not alive
+    assert all(torch.equal(a, b) for a, b in zip(stashed, plain, strict=True))
+
+
+def test_dropout_draws_anew_and_a_checkpoint_draws_the_same():
+    x = torch.randn(50, 50, requires_grad=True)
+    torch.manual_seed(1)
+    first, second = F.dropout(x), F.dropout(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    again = torch.utils.checkpoint.checkpoint(F.dropout, x, use_reentrant=False)
+    assert torch.equal(again, first)
+    dy = torch.randn(50, 50)
+    assert torch.equal(torch.autograd.grad(again, x, dy)[0], torch.autograd.grad(first, x, dy)[0])
+
+
+def test_dropout_keeps_a_share_of_one_minus_p():
+    y = F.dropout(torch.ones(1000, 1000), 0.3)
+    share = (y != 0).double().mean().item()
+    assert abs(share - 0.7) < 5 * math.sqrt(0.3 * 0.7 / 1e6)
+    assert abs(y.double().mean().item() - 1) < 5 * math.sqrt(0.3 / 0.7 / 1e6)
+
+
+def test_dropout_outside_training_is_x():
+    x = torch.randn(3, 4)
+    assert F.dropout(x, 0.5, training=False) is x and F.dropout(x, 0.0) is x
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, math.nan, 2])
+def test_dropout_refuses_what_is_no_probability_below_1(p):
+    with pytest.raises(ValueError, match=r"p is .*; pass a probability in \[0, 1\)"):
+        F.dropout(torch.ones(3), p)

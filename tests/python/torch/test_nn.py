@@ -101,3 +101,15 @@ def test_rms_norm_errors_and_repr():
     with pytest.raises(ValueError, match="must be 8"):
         nn.RMSNorm(8, elementwise_affine=False)(torch.tensor(1.0))
     assert repr(norm) == "RMSNorm(8, eps=1e-05, weight_offset=1.0, cast_before_weight=True)"
+
+
+def test_dropout():
+    module, x = nn.Dropout(0.4), torch.randn(6, 7)
+    torch.manual_seed(2)
+    y = module(x)
+    torch.manual_seed(2)
+    assert torch.equal(y, F.dropout(x, 0.4)) and not torch.equal(y, x)
+    assert module.eval()(x) is x
+    assert repr(module) == "Dropout(p=0.4)"
+    with pytest.raises(ValueError, match="p is 1"):
+        nn.Dropout(1)

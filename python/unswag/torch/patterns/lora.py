@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unswag.torch.functional import draw_seed
 from unswag.torch.lora import Adapter, add_lora
 from unswag.torch.patterns.gated_mlp import Drawn
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward
@@ -68,9 +69,7 @@ def _forward(module: Any, x: Tensor, round_products: bool) -> Tensor:
         if name in module.lora_A:
             a, b, dropout = (getattr(module, k)[name] for k in ADAPTERS)
             p = _drops(dropout)
-            # The seed comes from torch's generator of the CPU, so that nobody waits for a device: torch.manual_seed gives the
-            # same masks again, and so does a checkpoint, which restores the generator before it recomputes.
-            seed = int(torch.randint(1 << 62, (), device="cpu")) if p else 0
+            seed = draw_seed() if p else 0
             adapters.append(Adapter(a.weight, b.weight, b.bias, module.scaling[name], p, seed))
     return add_lora(y, x, adapters, round_products=round_products)
 
