@@ -1,8 +1,8 @@
 """The tests over whole formats: how much was checked, what was not correctly rounded, how far the worst was off.
 
-It takes a quarter of an hour on 2 idle cores. Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats
+It takes three quarters of an hour on 2 cores. Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats
 through the forward of each mask (values and bits), all 2^32 pairs (x, dy) of bf16 through the backward of silu and gelu, on
-every row that runs here. A wrong bit or more than 1 ulp fails the test, and nothing is written. Writes
+every row that runs here, src/cuda by host threads among them. A wrong bit or more than 1 ulp fails the test, and nothing is written. Writes
 bench/results/exhaustive.json.
 """
 
