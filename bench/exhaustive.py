@@ -2,8 +2,8 @@
 
 It takes three quarters of an hour on 2 cores. Runs the tests of build/release that UNSWAG_EXHAUSTIVE=1 adds: all 2^32 floats
 through the forward of each mask (values and bits), all 2^32 pairs (x, dy) of bf16 through the backward of silu and gelu, on
-every row that runs here, src/cuda by host threads among them. A wrong bit or more than 1 ulp fails the test, and nothing is written. Writes
-bench/results/exhaustive.json.
+every row that runs here, src/cuda by host threads among them. A wrong bit or more than 1 ulp fails the test, and nothing is
+written. Writes bench/results/exhaustive.json.
 """
 
 from __future__ import annotations
