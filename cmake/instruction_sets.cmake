@@ -13,11 +13,12 @@ set(UNSWAG_KERNEL_OBJECTS)
 set(UNSWAG_SYMBOLS)  # the arguments of tests/cpp/symbols_test.sh
 set(UNSWAG_ROWS)  # the table of src/api/dispatch.cpp: ROW(portable) ROW(x86_64) ...
 
-# Objects unswag_cpu_<ns>.  name: as users see it; the namespace ns is the same with _ for -.  Further arguments: options.
-function(unswag_kernels name)
+# Objects unswag_cpu_<ns>.  name: as users see it; the namespace ns is the same with _ for -.  sources: the list of that name.
+# Further arguments: options.
+function(unswag_kernels name sources)
   string(REPLACE - _ ns ${name})
   set(target unswag_cpu_${ns})
-  add_library(${target} OBJECT ${UNSWAG_KERNEL_SOURCES})
+  add_library(${target} OBJECT ${${sources}})
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
   target_compile_definitions(${target} PRIVATE UNSWAG_ISA_NS=${ns} UNSWAG_ISA_NAME="${name}")
   target_compile_options(${target} PRIVATE ${UNSWAG_KERNEL_LEVEL} -fno-math-errno -fno-trapping-math -ffp-contract=off ${ARGN})
@@ -26,7 +27,7 @@ endfunction()
 
 # The same as a row of the library.
 macro(unswag_instruction_set name)
-  unswag_kernels(${name} ${ARGN})
+  unswag_kernels(${name} UNSWAG_KERNEL_SOURCES ${ARGN})
   string(REPLACE - _ ns ${name})
   list(APPEND UNSWAG_KERNEL_OBJECTS $<TARGET_OBJECTS:unswag_cpu_${ns}>)
   string(APPEND UNSWAG_ROWS " ROW(${ns})")

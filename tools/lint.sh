@@ -19,7 +19,7 @@ import re
 
 with open("build/release/compile_commands.json") as file:
     commands = json.load(file)
-# Not what nvcc compiles: clang 14 and later want a CUDA of their own versions; the row cuda-emulated has the same sources.
+# What nvcc compiles is read as the row cuda-emulated: clang-tidy does not know every CUDA.
 kept = [c for c in commands if re.search(r"-DUNSWAG_ISA_NS=(?!avx2\b|cuda_emulated\b)", c["command"]) is None]
 for c in kept:
     c["command"] = re.sub(r" -fsched\S+", "", c["command"])  # GCC's alone

@@ -39,7 +39,7 @@ void fill(const Vector& v, double value, Stream stream) {
   math::visit(v.dtype, [&](auto tag) {
     using T = typename decltype(tag)::of;
     const FillWith<T> kernel{static_cast<T*>(v.data), v.size, element<T>(value)};
-    launch(kernel, divided_up(v.size, kernel.threads), stream);
+    launch_for(kernel, v.size, stream);
   });
 }
 

@@ -68,13 +68,13 @@ struct CrossEntropyRows {
     Eight<T> all;
     UNSWAG_UNROLL
     for (int k = 0; k < 8; ++k) all.e[k] = what;
-    share(g, (a.logits.cols + 7) / 8,
+    share(g, divided_up(a.logits.cols, 8),
           [&](std::int64_t u) { store_eight(row_of<T>(a.logits, r) + 8 * u, all, columns_left(u, a.logits.cols), wide); });
   }
 
   template <class Group>
   UNSWAG_HD double sum_of_weights(const Group& g, Shared& shared) const {
-    const std::int64_t classes = a.logits.cols, all = (classes + tile_size - 1) / tile_size;
+    const std::int64_t classes = a.logits.cols, all = divided_up(classes, tile_size);
     double total = 0;
     for (std::int64_t first = 0; first < all; first += items) {
       const int count = int(all - first < items ? all - first : items);
@@ -88,7 +88,7 @@ struct CrossEntropyRows {
 
   template <class Group>
   UNSWAG_HD void row(const Group& g, Shared& shared, std::int64_t r, std::int64_t label, double total_weight) const {
-    const std::int64_t classes = a.logits.cols, all = (classes + tile_size - 1) / tile_size;
+    const std::int64_t classes = a.logits.cols, all = divided_up(classes, tile_size);
     T* logits = row_of<T>(a.logits, r);
     if (g.rank() == 0) {
       set(shared, {});
@@ -154,7 +154,7 @@ struct CrossEntropyRows {
   template <class Group>
   UNSWAG_HD void write_gradient(const Group& g, const Shared& shared, std::int64_t r, std::int64_t label) const {
     const std::int64_t classes = a.logits.cols;
-    share(g, (classes + 7) / 8, [&](std::int64_t u) {
+    share(g, divided_up(classes, 8), [&](std::int64_t u) {
       const int n = columns_left(u, classes);
       T* p = row_of<T>(a.logits, r) + 8 * u;
       const auto x = values<V>(load_eight(p, n, wide));

@@ -17,7 +17,7 @@ struct Fill {
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
-    share_grid(g, (n + 7) / 8, [&](std::int64_t u) {
+    share_grid(g, divided_up(n, 8), [&](std::int64_t u) {
       Eight<std::uint32_t> draws;
       UNSWAG_UNROLL
       for (int b = 0; b < 2; ++b) {
@@ -46,13 +46,10 @@ struct Drop {
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
-    const std::int64_t per_row = (x.cols + 7) / 8;
-    share_grid(g, x.rows * per_row, [&](std::int64_t u) {
-      const Place at = place(u, per_row);
-      const int n = columns_left(at.rest, x.cols);
-      const std::int64_t first = at.row * x.cols + 8 * at.rest;
+    share_eights(g, x.rows, divided_up(x.cols, 8), x.cols, [&](std::int64_t row, std::int64_t col, int n) {
+      const std::int64_t first = row * x.cols + col;
       const int skip = int(first % 4);  // of the draws of the first block
-      Eight<T> v = load_eight(row_of<T>(x, at.row) + 8 * at.rest, n, wide);
+      Eight<T> v = load_eight(row_of<T>(x, row) + col, n, wide);
       UNSWAG_UNROLL
       for (int b = 0; b < 3; ++b) {
         if (all || (b == 2 && skip == 0)) break;
@@ -65,7 +62,7 @@ struct Drop {
           }
         }
       }
-      store_eight(row_of<T>(y, at.row) + 8 * at.rest, v, n, wide);
+      store_eight(row_of<T>(y, row) + col, v, n, wide);
     });
   }
 };
@@ -81,15 +78,14 @@ void drop(const Dropout& a, Stream stream) {
                        std::uint32_t(math::dropout_threshold(a.p) - 1),
                        a.p == 0,
                        aligned<T>(a.x) && aligned<T>(a.y)};
-  const std::int64_t units = a.x.rows * divided_up(a.x.cols, 8);
-  if (units) launch(kernel, divided_up(units, kernel.threads), stream);
+  launch_for(kernel, a.x.rows * divided_up(a.x.cols, 8), stream);
 }
 
 }  // namespace
 
 void philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream stream) {
   const Fill kernel{out, n, seed, offset, reinterpret_cast<std::uintptr_t>(out) % 16 == 0};
-  if (n) launch(kernel, divided_up(divided_up(n, 8), kernel.threads), stream);
+  launch_for(kernel, divided_up(n, 8), stream);
 }
 
 void dropout(const Dropout& a, Stream stream) {

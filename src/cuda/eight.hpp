@@ -87,6 +87,8 @@ UNSWAG_HD inline Eight<V> values(const Eight<T>& x) {
   return v;
 }
 
+UNSWAG_HD constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // Row r of a tensor.
 template <class T, class Void>
 UNSWAG_HD inline auto row_of(const RowsOf<Void>& a, std::int64_t r) {
@@ -119,6 +121,21 @@ UNSWAG_HD inline int columns_left(std::int64_t u, std::int64_t cols) {
   return left >= 8 ? 8 : left > 0 ? int(left) : 0;
 }
 
-constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+// Calls each(row, col, n) for this worker's share, over all blocks, of `rows` rows cut into `per_row` eights: n <= 8 columns
+// from col on, none past `cols`.
+template <class Group, class Each>
+UNSWAG_HD inline void share_eights(const Group& g, std::int64_t rows, std::int64_t per_row, std::int64_t cols,
+                                   const Each& each) {
+  share_grid(g, rows * per_row, [&](std::int64_t u) {
+    const Place at = place(u, per_row);
+    each(at.row, 8 * at.rest, columns_left(at.rest, cols));
+  });
+}
+
+// Queues the kernel with a worker for each of `units`, or with fewer, which then do the work of several.
+template <class Kernel>
+void launch_for(const Kernel& kernel, std::int64_t units, Stream stream) {
+  if (units) launch(kernel, divided_up(units, Kernel::threads), stream);
+}
 
 }  // namespace unswag::UNSWAG_ISA_NS

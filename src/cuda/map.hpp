@@ -23,13 +23,11 @@ struct Map {
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
     using V = compute_t<T>;
-    const std::int64_t cols = out[0].cols, per_row = (cols + 7) / 8;
-    share_grid(g, out[0].rows * per_row, [&](std::int64_t u) {
-      const Place at = place(u, per_row);
-      const int n = columns_left(at.rest, cols);
+    const std::int64_t cols = out[0].cols;
+    share_eights(g, out[0].rows, divided_up(cols, 8), cols, [&](std::int64_t row, std::int64_t col, int n) {
       Eight<T> x[In], y[Out];
       UNSWAG_UNROLL
-      for (int i = 0; i < In; ++i) x[i] = load_eight(row_of<T>(in[i], at.row) + 8 * at.rest, n, wide);
+      for (int i = 0; i < In; ++i) x[i] = load_eight(row_of<T>(in[i], row) + col, n, wide);
       UNSWAG_UNROLL
       for (int k = 0; k < 8; ++k) {
         Values<V, In> one;
@@ -40,7 +38,7 @@ struct Map {
         for (int o = 0; o < Out; ++o) y[o].e[k] = element<T>(result.v[o]);
       }
       UNSWAG_UNROLL
-      for (int o = 0; o < Out; ++o) store_eight(row_of<T>(out[o], at.row) + 8 * at.rest, y[o], n, wide);
+      for (int o = 0; o < Out; ++o) store_eight(row_of<T>(out[o], row) + col, y[o], n, wide);
     });
   }
 };
@@ -66,8 +64,7 @@ void map(const ConstRows (&in)[In], const Rows (&out)[Out], Stream stream) {
   kernel.wide = true;
   for (const ConstRows& x : kernel.in) kernel.wide = kernel.wide && aligned<T>(x);
   for (const Rows& y : kernel.out) kernel.wide = kernel.wide && aligned<T>(y);
-  const std::int64_t units = kernel.out[0].rows * divided_up(kernel.out[0].cols, 8);
-  if (units) launch(kernel, divided_up(units, kernel.threads), stream);
+  launch_for(kernel, kernel.out[0].rows * divided_up(kernel.out[0].cols, 8), stream);
 }
 
 }  // namespace unswag::UNSWAG_ISA_NS

@@ -40,10 +40,8 @@ struct Forward {
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
-    share_grid(g, x.rows * per_row, [&](std::int64_t u) {
-      const Place at = place(u, per_row);
-      const int n = columns_left(at.rest, x.cols);
-      Eight<I> v = load_eight(row_of<I>(x, at.row) + 8 * at.rest, n, wide);
+    share_eights(g, x.rows, per_row, x.cols, [&](std::int64_t row, std::int64_t col, int n) {
+      Eight<I> v = load_eight(row_of<I>(x, row) + col, n, wide);
       unsigned bits = 0;
       UNSWAG_UNROLL
       for (int k = 0; k < 8; ++k) {
@@ -51,8 +49,8 @@ struct Forward {
         bits |= unsigned(passes && k < n) << k;
         v.e[k] = Act::value(v.e[k], passes, zero, times);
       }
-      packed.data[at.row * packed.stride + at.rest] = std::uint8_t(bits);
-      if (y.data) store_eight(row_of<I>(y, at.row) + 8 * at.rest, v, n, wide);
+      packed.data[row * packed.stride + col / 8] = std::uint8_t(bits);
+      if (y.data) store_eight(row_of<I>(y, row) + col, v, n, wide);
     });
   }
 };
@@ -71,15 +69,12 @@ struct Backward {
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
-    const std::int64_t per_row = (dy.cols + 7) / 8;
-    share_grid(g, dy.rows * per_row, [&](std::int64_t u) {
-      const Place at = place(u, per_row);
-      const int n = columns_left(at.rest, dy.cols);
-      Eight<I> v = load_eight(row_of<I>(dy, at.row) + 8 * at.rest, n, wide);
-      const unsigned bits = packed.data[at.row * packed.stride + at.rest];
+    share_eights(g, dy.rows, divided_up(dy.cols, 8), dy.cols, [&](std::int64_t row, std::int64_t col, int n) {
+      Eight<I> v = load_eight(row_of<I>(dy, row) + col, n, wide);
+      const unsigned bits = packed.data[row * packed.stride + col / 8];
       UNSWAG_UNROLL
       for (int k = 0; k < 8; ++k) v.e[k] = math::select((bits >> k & 1) != 0, v.e[k], Leaks ? times(v.e[k]) : I(0));
-      store_eight(row_of<I>(dx, at.row) + 8 * at.rest, v, n, wide);
+      store_eight(row_of<I>(dx, row) + col, v, n, wide);
     });
   }
 };
@@ -95,8 +90,7 @@ void forward(const MaskForward& args, Stream stream) {
   kernel.y.rows = kernel.x.rows;
   kernel.wide = aligned<T>(kernel.x) && (!args.y.data || aligned<T>(kernel.y));
   kernel.per_row = packed_row_bytes(kernel.x.cols, 1);
-  const std::int64_t units = kernel.x.rows * kernel.per_row;
-  if (units) launch(kernel, divided_up(units, kernel.threads), stream);
+  launch_for(kernel, kernel.x.rows * kernel.per_row, stream);
 }
 
 template <class T, bool Leaks>
@@ -108,8 +102,7 @@ void backward(const MaskBackward& args, Stream stream) {
   }
   kernel.dx.rows = kernel.dy.rows;
   kernel.wide = aligned<T>(kernel.dy) && aligned<T>(kernel.dx);
-  const std::int64_t units = kernel.dy.rows * divided_up(kernel.dy.cols, 8);
-  if (units) launch(kernel, divided_up(units, kernel.threads), stream);
+  launch_for(kernel, kernel.dy.rows * divided_up(kernel.dy.cols, 8), stream);
 }
 
 }  // namespace

@@ -113,7 +113,7 @@ struct RowSums {
   // it again.
   template <class Group, class Add>
   UNSWAG_HD void of(const Group& g, int count, std::int64_t cols, const Add& add) {
-    const std::int64_t per_row = (cols + tile_size - 1) / tile_size, all = count * per_row;
+    const std::int64_t per_row = divided_up(cols, tile_size), all = count * per_row;
     g.sync();
     share(g, count, [&](std::int64_t r) { total[r] = 0; });
     for (std::int64_t first = 0; first < all; first += items) {
@@ -147,7 +147,7 @@ struct Forward {
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Shared& shared) const {
-    const std::int64_t rows = a.x.rows, cols = a.x.cols, per_row = (cols + 7) / 8;
+    const std::int64_t rows = a.x.rows, cols = a.x.cols, per_row = divided_up(cols, 8);
     for (std::int64_t first = g.block() * together; first < rows; first += g.blocks() * together) {
       const int count = int(rows - first < together ? rows - first : together);
       if (!a.rstd_given) {
@@ -228,7 +228,7 @@ struct Backward {
       shared.slope[r] = a.dx.data ? V(math::rms_norm_slope(shared.sums.total[r], cols, rstd)) : V(0);
     });
     g.sync();
-    share(g, (cols + 7) / 8, [&](std::int64_t u) {
+    share(g, divided_up(cols, 8), [&](std::int64_t u) {
       const int n = columns_left(u, cols);
       Eight<V> w, dw;
       if (weight.w.data) w = weight.eight(8 * u, n);
@@ -285,7 +285,7 @@ struct SumOfRows {
 
 template <class To>
 void sum_rows(const SumOfRows<To>& kernel, Stream stream) {
-  launch(kernel, divided_up(kernel.parts * kernel.cols, kernel.threads), stream);
+  launch_for(kernel, kernel.parts * kernel.cols, stream);
 }
 
 // f(E{}, V{}): what a kernel is made for.  Of one type is nearly every call.
@@ -323,10 +323,10 @@ void backward(const RmsNormBackward& a, Stream stream) {
                                     {a.weight, a.weight_offset},
                                     aligned_as_it_is(a.x) && aligned_as_it_is(a.dy) && (!a.dx.data || aligned_as_it_is(a.dx))};
   if (a.x.rows) launch(kernel, tree.blocks(), stream);
-  if (!a.dw.data || a.x.cols == 0) return;
+  if (!a.dw.data) return;
   auto* blocks = static_cast<double*>(a.scratch);
   double* groups = blocks + tree.blocks() * a.x.cols;
-  if (a.x.rows) sum_rows<double>({blocks, groups, tree.blocks(), tree.groups(), tree.group(), a.x.cols}, stream);
+  sum_rows<double>({blocks, groups, tree.blocks(), tree.groups(), tree.group(), a.x.cols}, stream);
   math::visit(a.dw.dtype, [&](auto tag) {
     using To = compute_t<typename decltype(tag)::of>;  // float or double
     sum_rows<To>({groups, static_cast<To*>(a.dw.data), tree.groups(), 1, tree.groups(), a.x.cols}, stream);
