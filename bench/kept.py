@@ -6,14 +6,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.smollm2 import ROOT, SOURCES, Job, commit, fresh, say
+from bench.smollm2 import ROOT, SOURCES, Job, commit, fresh, say, write_json
 
 
 class Kept:
@@ -33,13 +31,7 @@ class Kept:
         return json.loads(path.read_text())["result"] if path.exists() else None
 
     def put(self, settings: object, result: object) -> None:
-        path = self._path(settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
-            json.dump({"settings": settings, "result": result}, f, default=dataclasses.asdict)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f.name, path)
+        write_json(self._path(settings), {"settings": settings, "result": result}, indent=None)
 
 
 def sources() -> str:

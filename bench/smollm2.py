@@ -238,15 +238,22 @@ def commit() -> str:
     return git.stdout.strip() + ("-dirty" if changed else "")
 
 
-def write(name: str, results: dict[str, Any]) -> Path:
-    """bench/results/<name>.json with the machine's description, complete or not at all."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".tmp", delete=False) as f:
-        json.dump({"date": time.strftime("%Y-%m-%d"), "machine": machine(), **results}, f, indent=1)
+def write_json(path: Path, data: object, indent: int | None = 1) -> None:
+    """The file becomes `data`, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
+        json.dump(data, f, indent=indent, default=dataclasses.asdict)
         f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
     os.chmod(f.name, 0o644)
     os.replace(f.name, path)
+
+
+def write(name: str, results: dict[str, Any]) -> Path:
+    """bench/results/<name>.json with the machine's description."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **results})
     say("wrote", path.relative_to(ROOT))
     return path
 

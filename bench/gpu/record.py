@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,11 +64,5 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        """Complete or not at all."""
         self.data["date"] = time.strftime("%Y-%m-%d")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as f:
-            json.dump(self.data, f, indent=1)
-            f.write("\n")
-        os.chmod(f.name, 0o644)
-        os.replace(f.name, self.path)
+        smollm2.write_json(self.path, self.data)
