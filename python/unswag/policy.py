@@ -22,7 +22,7 @@ EXACT = "exact"
 BLOCKS = {"int8": 8.5, "int4": 5.0, "int2": 2.25, "e4m3": 8.5, "e5m2": 8.5}  # codec: bits per element (docs/format.md)
 TWO_BITS = "2bit"  # of the role mlp: the derivative as a code of two bits, what else the backward needs in int2
 ROUNDINGS = ("nearest", "stochastic")
-CODEBOOKS = ("mm2", "mm1", "optimal", "fewbit", "resilu2", "regelu2", "dither2", "seed")
+CODEBOOKS = ("mm1", "mm2", "optimal", "fewbit", "resilu2", "regelu2", "dither2", "seed")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Policy:
     attention: str = EXACT
     checkpoint: str = EXACT
     rounding: str = "nearest"
-    codebook: str = "mm2"
+    codebook: str = "mm1"
     scale: float | None = None
 
     def __post_init__(self) -> None:
