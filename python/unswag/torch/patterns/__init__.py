@@ -3,6 +3,7 @@
 A new pattern is one file here, one line in `ALL`, one test and one row of docs/supported.md.
 """
 
+from unswag.torch.patterns.activation import Activation
 from unswag.torch.patterns.attention import Attention
 from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.lora import Lora
@@ -10,6 +11,13 @@ from unswag.torch.patterns.loss import Loss
 from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, replaced, restore
 
-ALL: tuple[Pattern, ...] = (Norm(), GatedMlp(), Lora(), Attention(), Loss())  # in the order in which they are tried
+ALL: tuple[Pattern, ...] = (
+    Norm(),
+    GatedMlp(),
+    Activation(),
+    Lora(),
+    Attention(),
+    Loss(),
+)  # in the order in which they are tried
 
 __all__ = ["ALL", "Candidate", "Pattern", "replace", "replace_forward", "replaced", "restore"]

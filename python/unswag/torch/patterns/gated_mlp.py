@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 GRID = 12.0  # pre-activations of the probes span -GRID…GRID; gelu and gelu_tanh are 5e-4 apart there, and 8e-8 near 0
+SAME = 1e-9  # a hundredth of a rounding in float32; some spell sqrt(2 / pi) with eight digits and are 1e-10 off
 ROWS = 8
 PROVEN = "_unswag_activation"  # module.__dict__[PROVEN]: the activation that was compared with ours
 
@@ -69,14 +70,14 @@ class GatedMlp:
         for name, part in others.items():
             if isinstance(part, nn.Module) and has_hooks(part):
                 return f"its activation {name} has hooks, which would not run"
-            known = [k for k, f in ACTIVATIONS.items() if _same_activation(part, f)]
+            known = [k for k, f in ACTIVATIONS.items() if same_activation(part, f)]
             if not known:
                 return f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
         reasons = []
         for (gate, up, down), act in itertools.product(orders, known):
             wiring = Wiring(gate, up, down, act, next(iter(others), None))
             if (reason := _differs(module, wiring)) is None:
-                candidate.parts["wiring"] = wiring
+                candidate.parts |= {"wiring": wiring, "covers": tuple(others)}
                 return None
             reasons.append(reason)
         return f"its forward is not down(act(gate(x)) * up(x)): {reasons[0]}"
@@ -125,15 +126,20 @@ def _orders(linears: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield gate, up, down
 
 
-def _same_activation(act: Any, known: Callable[[Tensor], Tensor]) -> bool:
-    """Values and derivatives on a grid, in fp64."""
+def same_activation(act: Any, known: Callable[[Tensor], Tensor]) -> bool:
+    return activation_distance(act, known) <= SAME
+
+
+def activation_distance(act: Any, known: Callable[[Tensor], Tensor]) -> float:
+    """How far `act`, a module or a function, is from `known`, in values and derivatives on a grid in fp64; inf for what is no
+    function of one fp64 tensor on the CPU."""
     grid = torch.linspace(-GRID, GRID, 4801, dtype=torch.float64).requires_grad_()
     call = act.forward if isinstance(act, nn.Module) else act
     try:
-        theirs = value_and_gradients(lambda: call(grid), [grid])
-    except Exception:  # no function of one fp64 tensor on the CPU
-        return False
-    return all(distance(a, b) <= 1e-10 for a, b in zip(value_and_gradients(lambda: known(grid), [grid]), theirs, strict=True))
+        theirs = value_and_gradients(lambda: call(grid.clone()), [grid])
+    except Exception:
+        return float("inf")
+    return max(distance(a, b) for a, b in zip(value_and_gradients(lambda: known(grid), [grid]), theirs, strict=True))
 
 
 def _differs(module: nn.Module, wiring: Wiring) -> str | None:
