@@ -5,6 +5,8 @@ A new pattern is one file here, one line in `ALL`, one test and one row of docs/
 
 from unswag.torch.patterns.activation import Activation
 from unswag.torch.patterns.attention import Attention
+from unswag.torch.patterns.dropout import Dropout
+from unswag.torch.patterns.experts import Experts
 from unswag.torch.patterns.fused_mlp import FusedMlp
 from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.lora import Lora
@@ -17,9 +19,11 @@ ALL: tuple[Pattern, ...] = (  # in the order in which they are tried
     Norm(),
     GatedMlp(),
     FusedMlp(),
+    Experts(),
     PlainMlp(),
     Activation(),
     Lora(),
+    Dropout(),
     Attention(),
     Loss(),
 )

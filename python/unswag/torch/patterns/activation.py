@@ -73,7 +73,7 @@ class Activation:
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
-            result: Tensor = ours(x) if _ordinary(x) else type(self).forward(self, x)
+            result: Tensor = ours(x) if ordinary(x) else type(self).forward(self, x)
             return result
 
         replace_forward(candidate.module, forward)
@@ -87,12 +87,13 @@ class Held:
     act: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs or len(args) != 1 or not _ordinary(args[0]):  # e.g. inplace=True
+        if kwargs or len(args) != 1 or not ordinary(args[0]):  # e.g. inplace=True
             return self.stock(*args, **kwargs)
         return OURS[self.act](args[0])
 
 
-def _ordinary(x: Any) -> bool:
+def ordinary(x: Any) -> bool:
+    """Whether the ops take `x`: what a stranger's forward hands on may be anything."""
     return isinstance(x, Tensor) and is_plain(x) and x.layout is torch.strided and x.dtype in ops.DTYPES
 
 
