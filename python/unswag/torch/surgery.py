@@ -132,7 +132,7 @@ def apply_unswag_surgery(
         if patched:
             _put_stash_around(model, chosen)
             patched.append(("", "stash"))
-            vars(model)[NOTES].extend(checkpoint.prepare(model, chosen))
+            vars(model)[NOTES].extend(checkpoint.prepare(model))
         with sealed():
             kept_after = _dry_run(model) if planned else None
     except BaseException:
@@ -202,7 +202,7 @@ def _plan(
 def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
     """Before each forward. Says once what it leaves, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
-    for note in checkpoint.prepare(model, policy):
+    for note in checkpoint.prepare(model):
         if note not in notes:
             notes.append(note)
             warnings.warn(f"unswag: {note}", stacklevel=4)

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from unswag.torch import ops
-from unswag.torch.functional import gelu, silu
-from unswag.torch.patterns.gated_mlp import ACTIVATIONS, SAME, activation_distance
+from unswag.torch.derivatives import Codes
+from unswag.torch.functional import activation
+from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, SAME, activation_distance, codes_of
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
 from unswag.torch.patterns.probing import distance, kind, takes_one_argument, twin, value_and_gradients
 
-OURS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
-}
+OURS = ("silu", "gelu", "gelu_tanh")  # relu is a mask, and another matter
 NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
 HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
 
@@ -54,7 +51,7 @@ class Activation:
         if reason := no_kernel(like):
             return reason
         if "held" in candidate.parts:
-            reasons = [_differs(getattr(module, k), OURS[act], like) for k, act in candidate.parts["held"].items()]
+            reasons = [_differs(getattr(module, k), act, like) for k, act in candidate.parts["held"].items()]
             return next((reason for reason in reasons if reason), None)
         if other := foreign_forward(module):
             return f"its forward was already replaced by {other}"
@@ -62,20 +59,21 @@ class Activation:
             return f"it is none of {', '.join(OURS)}"
         if getattr(module, "inplace", False):
             return "it works in place"
-        return _differs(functools.partial(type(module).forward, twin(module)), OURS[candidate.parts["act"]], like)
+        return _differs(functools.partial(type(module).forward, twin(module)), candidate.parts["act"], like)
 
     def apply(self, candidate: Candidate) -> None:
         for k, act in candidate.parts.get("held", {}).items():
-            replace(candidate.module, k, Held(getattr(candidate.module, k), act))
+            replace(candidate.module, k, Held(getattr(candidate.module, k), act, Codes()))
         if "held" in candidate.parts:
             return
-        ours = OURS[candidate.parts["act"]]
+        act = candidate.parts["act"]
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
-            result: Tensor = ours(x) if ordinary(x) else type(self).forward(self, x)
+            result: Tensor = activation(x, act, codes_of(self)) if ordinary(x) else type(self).forward(self, x)
             return result
 
+        replace(candidate.module, CODES, Codes())
         replace_forward(candidate.module, forward)
 
 
@@ -85,11 +83,12 @@ class Held:
 
     stock: Callable[..., Tensor]
     act: str
+    codes: Codes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs or len(args) != 1 or not ordinary(args[0]):  # e.g. inplace=True
             return self.stock(*args, **kwargs)
-        return OURS[self.act](args[0])
+        return activation(args[0], self.act, self.codes)
 
 
 def ordinary(x: Any) -> bool:
@@ -111,7 +110,7 @@ def _nearest(act: Any) -> tuple[float, str]:
     return min((max(activation_distance(a, f) for a in acts), name) for name, f in ACTIVATIONS.items())
 
 
-def _differs(theirs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], like: Tensor) -> str | None:
+def _differs(theirs: Callable[[Tensor], Tensor], act: str, like: Tensor) -> str | None:
     """How ours differs from theirs in the dtype of `like` and in float32, beyond roundings; or None."""
     for dtype in dict.fromkeys((like.dtype, torch.float32)):
         x = (3 * torch.randn(64, 24, device=like.device)).to(dtype).requires_grad_()
@@ -119,7 +118,7 @@ def _differs(theirs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor
             want = value_and_gradients(lambda: theirs(x), [x])  # noqa: B023
         except Exception as error:
             return f"it raises {type(error).__name__}: {error}"
-        worst = max(distance(a, b) for a, b in zip(value_and_gradients(lambda: ours(x), [x]), want, strict=True))  # noqa: B023
+        worst = max(distance(a, b) for a, b in zip(value_and_gradients(lambda: activation(x, act), [x]), want, strict=True))  # noqa: B023
         if worst > max(8 * torch.finfo(dtype).eps, SAME):
             return f"results differ by {worst:.1e} in {dtype}"
     return None

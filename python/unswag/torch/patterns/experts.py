@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from unswag.torch import stash
 from unswag.torch.autograd import once_differentiable
+from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated_halves
-from unswag.torch.patterns.gated_mlp import ACTIVATIONS, GRID, SAME
+from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, GRID, SAME, codes_of
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
 from unswag.torch.patterns.probing import distance, twin, value_and_gradients
 
@@ -65,16 +66,17 @@ class Experts:
         act, gate_first = candidate.parts["act"], candidate.parts["gate_first"]
 
         def apply_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
-            return gated_halves(gate_up, act, gate_first)
+            return gated_halves(gate_up, act, gate_first, codes_of(self))
 
         def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
             if kwargs or len(args) != 3 or not _ordinary(self, *args):
                 result: Tensor = type(self).forward(self, *args, **kwargs)
                 return result
-            return grouped(*args, self.gate_up_proj, self.down_proj, act, gate_first)
+            return grouped(*args, self.gate_up_proj, self.down_proj, act, gate_first, codes_of(self))
 
         apply_gate.__name__ = GATE  # by which a pickled method is found again: in the class, so what is loaded is unpatched
         replace(candidate.module, GATE, types.MethodType(apply_gate, candidate.module))
+        replace(candidate.module, CODES, Codes())
         if candidate.parts["whole"]:
             replace_forward(candidate.module, forward)
 
@@ -93,8 +95,9 @@ def _ordinary(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> bo
 
 
 def grouped(
-    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, gate_first: bool
-) -> Tensor:
+    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, gate_first: bool,
+    codes: Codes | None = None,
+) -> Tensor:  # fmt: skip
     """y[t] = sum over j of weights[t, j] down_e(act(gate_e(x[t])) * up_e(x[t])), e = index[t, j]; as transformers' grouped_mm.
 
     hidden [tokens, H], index and weights [tokens, k]; gate_up [experts, 2 n, H], down [experts, H, n]. Result: as hidden.
@@ -107,7 +110,7 @@ def grouped(
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
     x = rows(hidden, token)
     stash.remember(x, rows, hidden, token)
-    h = gated_halves(F.grouped_mm(x.to(gate_up.dtype), gate_up.mT, offs=ends), act, gate_first)
+    h = gated_halves(F.grouped_mm(x.to(gate_up.dtype), gate_up.mT, offs=ends), act, gate_first, codes)
     result: Tensor = _Combine.apply(h, down, weights.reshape(-1)[order], ends, order, token, k)
     return result.to(hidden.dtype)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from unswag.torch.functional import gated_halves
-from unswag.torch.patterns.gated_mlp import choose, finish, install, is_linear, others_of
+from unswag.torch.patterns.gated_mlp import choose, codes_of, finish, install, is_linear, others_of
 from unswag.torch.patterns.pattern import Candidate
 from unswag.torch.patterns.probing import takes_one_argument
 
@@ -31,7 +31,7 @@ class Wiring:
         return self.gate_up, self.down
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        return finish(module, self, gated_halves(getattr(module, self.gate_up)(x), self.act, self.gate_first))
+        return finish(module, self, gated_halves(getattr(module, self.gate_up)(x), self.act, self.gate_first, codes_of(module)))
 
 
 class FusedMlp:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward
 from unswag.torch.patterns.probing import distance, has_hooks, takes_one_argument, twin, value_and_gradients
@@ -24,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GRID = 12.0  # pre-activations of the probes span -GRID…GRID; gelu and gelu_tanh are 5e-4 apart there, and 8e-8 near 0
 SAME = 1e-9  # a hundredth of a rounding in float32; some spell sqrt(2 / pi) with eight digits and are 1e-10 off
 ROWS = 8
+CODES = "_unswag_codes"  # module.__dict__[CODES]: the codebook of its activation, under a policy that codes derivatives
 PROVEN = "_unswag_activation"  # module.__dict__[PROVEN]: the activation that was compared with ours
 
 
@@ -45,7 +47,7 @@ class Wiring:
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         gate, up = getattr(module, self.gate), getattr(module, self.up)
-        return finish(module, self, gated(gate(x), up(x), self.act))
+        return finish(module, self, gated(gate(x), up(x), self.act, codes_of(module)))
 
 
 class GatedMlp:
@@ -151,6 +153,10 @@ def choose(candidate: Candidate, wirings: Iterable[AnyWiring], others: Others, f
     return f"its forward is not {formula}: {nearest[1]}"
 
 
+def codes_of(module: nn.Module) -> Codes | None:
+    return vars(module).get(CODES)
+
+
 def install(candidate: Candidate) -> None:
     wiring: AnyWiring = candidate.parts["wiring"]
 
@@ -165,6 +171,7 @@ def install(candidate: Candidate) -> None:
         return wiring(self, x)
 
     replace(candidate.module, PROVEN, activation(candidate.module))
+    replace(candidate.module, CODES, Codes())
     replace_forward(candidate.module, forward)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from unswag.torch.functional import activation
 from unswag.torch.patterns.activation import OURS
-from unswag.torch.patterns.gated_mlp import choose, finish, install, is_linear, others_of
+from unswag.torch.patterns.gated_mlp import choose, codes_of, finish, install, is_linear, others_of
 from unswag.torch.patterns.pattern import Candidate
 from unswag.torch.patterns.probing import takes_one_argument
 
@@ -30,7 +31,7 @@ class Wiring:
         return self.fc1, self.fc2
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        return finish(module, self, OURS[self.act](getattr(module, self.fc1)(x)))
+        return finish(module, self, activation(getattr(module, self.fc1)(x), self.act, codes_of(module)))
 
 
 class PlainMlp:

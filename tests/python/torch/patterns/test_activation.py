@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
+from unswag.torch.derivatives import Codes
 from unswag.torch.patterns.activation import Activation, Held
 from unswag.torch.patterns.probing import sealed
 
@@ -101,8 +102,8 @@ def test_a_function_that_a_module_holds_is_replaced_there(function):
 
 def test_a_function_called_with_more_is_the_stock_one():
     y = torch.randn(3)
-    assert Held(F.silu, "silu")(y, inplace=True) is y
-    assert torch.equal(Held(F.gelu, "gelu")(y, approximate="tanh"), F.gelu(y, approximate="tanh"))
+    assert Held(F.silu, "silu", Codes())(y, inplace=True) is y
+    assert torch.equal(Held(F.gelu, "gelu", Codes())(y, approximate="tanh"), F.gelu(y, approximate="tanh"))
 
 
 class Near(nn.Module):
