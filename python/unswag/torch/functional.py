@@ -30,6 +30,7 @@ __all__ = [
     "activation",
     "dropout",
     "gated",
+    "gated_halves",
     "geglu",
     "gelu",
     "leaky_relu",
@@ -281,6 +282,43 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
 
 def _product(value: Tensor, up: Tensor) -> Tensor:
     return value * up
+
+
+class _GatedHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
+        ctx.act, ctx.gate_first = act, gate_first
+        ctx.save_for_backward(gate_up)
+        return gated_of_halves(gate_up, act, gate_first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        (gate_up,) = ctx.saved_tensors
+        return ops.gated_halves_backward(gate_up, dh, ctx.act, ctx.gate_first), None, None
+
+
+def gated_of_halves(gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
+    """The value of `gated_halves`, by which the stash makes it again."""
+    h: Tensor = ops.gated_forward(*ops.halves(gate_up, gate_first), act)
+    return h
+
+
+def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Codes | None = None) -> Tensor:
+    """act(gate) * up of the two halves of the last dimension, rounded once: `gated` for one Linear that makes both.
+
+    gate_up: [..., 2 n], gate first or, with `gate_first=False`, up first. Result: [..., n].
+    Saved: gate_up as it is; the gradient is made as one tensor, in place of two that would have to be joined. Under a policy as
+    in `gated`.
+    """
+    _check("gated_halves", "gate_up", gate_up)
+    gate, up = ops.halves(gate_up, gate_first)
+    if derivatives.current(codes, act, gate) is not None:
+        return gated(gate, up, act, codes)
+    stash.plays("mlp", gate_up)
+    h: Tensor = _GatedHalves.apply(gate_up, act, bool(gate_first))
+    stash.remember(h, gated_of_halves, gate_up, act=act, gate_first=bool(gate_first))
+    return h
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
