@@ -112,9 +112,9 @@ def apply_unswag_surgery(
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward, and transformers sees packed sequences only without one.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy of
-    whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If anything
-    else goes wrong the model is as it was before the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy
+    of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
+    anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -135,8 +135,8 @@ def apply_unswag_surgery(
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
         if chosen.lossy and not any(pattern.role and getattr(chosen, pattern.role) != EXACT for pattern, _ in planned):
             raise ValueError(
-                f"apply_unswag_surgery: policy {str(chosen)!r} would change nothing, because no module that plays one of its roles "
-                "was patched (policy='exact' reports why); use policy='exact'"
+                f"apply_unswag_surgery: policy {str(chosen)!r} would change nothing, because no module that plays one of its "
+                "roles was patched (policy='exact' reports why); use policy='exact'"
             )
         if patched:
             _put_stash_around(model, chosen)
