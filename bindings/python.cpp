@@ -27,12 +27,12 @@ using Size = std::int64_t;
 // The position of a name is its code, here and in the enums of unswag.hpp.
 constexpr std::array<std::string_view, 4> kDTypes{"float32", "float16", "bfloat16", "float64"};
 constexpr std::array<std::string_view, 6> kMasks{"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
-constexpr std::array<std::string_view, 4> kActivations{"silu", "gelu", "gelu_tanh", "relu"};
+constexpr std::array<std::string_view, 6> kActivations{"silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
 constexpr std::array<std::string_view, 5> kBlocks{"int8", "int4", "int2", "e4m3", "e5m2"};
 static_assert(static_cast<int>(unswag::Block::e5m2) == 4);
 static_assert(static_cast<int>(unswag::DType::f64) == 3);
 static_assert(static_cast<int>(unswag::Mask::jax_relu6) == 5);
-static_assert(static_cast<int>(unswag::Activation::relu) == 3);
+static_assert(static_cast<int>(unswag::Activation::quick_gelu) == 5);
 
 template <class List>
 nb::tuple names(const List& list) {
@@ -202,6 +202,40 @@ void rms_norm_backward(double weight_offset, bool cast_before_weight, Size rows,
                                where(device, stream, threads));
 }
 
+void layer_norm_forward(double eps, bool statistics_given, Size rows, Size cols, std::uint8_t x_dtype, Address x, Size x_stride,
+                        std::uint8_t weight_dtype, Address weight, std::uint8_t bias_dtype, Address bias, std::uint8_t y_dtype,
+                        Address y, Size y_stride, Address mean, Address rstd, int device, Address stream, int threads) {
+  const Shape s = shape(x_dtype, rows, cols);
+  run<unswag::LayerNormForward>(unswag::layer_norm_forward,
+                                {.x = s.in(x, x_stride),
+                                 .weight = {pointer<const void>(weight), dtype(weight_dtype), cols},
+                                 .bias = {pointer<const void>(bias), dtype(bias_dtype), cols},
+                                 .eps = eps,
+                                 .statistics_given = statistics_given,
+                                 .y = shape(y_dtype, rows, cols).out(y, y_stride),
+                                 .mean = {pointer<void>(mean), wide(s.dtype), rows},
+                                 .rstd = {pointer<void>(rstd), wide(s.dtype), rows}},
+                                where(device, stream, threads));
+}
+
+void layer_norm_backward(Size rows, Size cols, std::uint8_t x_dtype, Address x, Size x_stride, std::uint8_t weight_dtype,
+                         Address weight, Address mean, Address rstd, std::uint8_t dy_dtype, Address dy, Size dy_stride,
+                         Address dx, Size dx_stride, Address dw, Address db, Address scratch, int device, Address stream,
+                         int threads) {
+  const Shape s = shape(x_dtype, rows, cols);
+  run<unswag::LayerNormBackward>(unswag::layer_norm_backward,
+                                 {.x = s.in(x, x_stride),
+                                  .weight = {pointer<const void>(weight), dtype(weight_dtype), cols},
+                                  .mean = {pointer<const void>(mean), wide(s.dtype), rows},
+                                  .rstd = {pointer<const void>(rstd), wide(s.dtype), rows},
+                                  .dy = shape(dy_dtype, rows, cols).in(dy, dy_stride),
+                                  .dx = s.out(dx, dx_stride),
+                                  .dw = {pointer<void>(dw), wide(s.dtype), cols},
+                                  .db = {pointer<void>(db), wide(s.dtype), cols},
+                                  .scratch = pointer<void>(scratch)},
+                                 where(device, stream, threads));
+}
+
 void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits, Size logits_stride, Address labels,
                    Address class_weight, Address row_scale, double gradient_scale, Size ignore_index, double label_smoothing,
                    double softcap, double logit_scale, bool write_gradient, Address loss, Address lse, int device,
@@ -305,6 +339,12 @@ NB_MODULE(_core, m) {
   m.def("rms_norm_backward", &rms_norm_backward, "weight_offset"_a, "cast_before_weight"_a, "rows"_a, "cols"_a, "x_dtype"_a,
         "x"_a, "x_stride"_a, "weight_dtype"_a, "weight"_a, "rstd"_a, "dy_dtype"_a, "dy"_a, "dy_stride"_a, "dx"_a, "dx_stride"_a,
         "dw"_a, "scratch"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("layer_norm_forward", &layer_norm_forward, "eps"_a, "statistics_given"_a, "rows"_a, "cols"_a, "x_dtype"_a, "x"_a,
+        "x_stride"_a, "weight_dtype"_a, "weight"_a, "bias_dtype"_a, "bias"_a, "y_dtype"_a, "y"_a, "y_stride"_a, "mean"_a,
+        "rstd"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("layer_norm_backward", &layer_norm_backward, "rows"_a, "cols"_a, "x_dtype"_a, "x"_a, "x_stride"_a, "weight_dtype"_a,
+        "weight"_a, "mean"_a, "rstd"_a, "dy_dtype"_a, "dy"_a, "dy_stride"_a, "dx"_a, "dx_stride"_a, "dw"_a, "db"_a, "scratch"_a,
+        "device"_a, "stream"_a, "threads"_a);
   m.def("cross_entropy", &cross_entropy, "dtype"_a, "rows"_a, "cols"_a, "logits"_a, "logits_stride"_a, "labels"_a,
         "class_weight"_a, "row_scale"_a, "gradient_scale"_a, "ignore_index"_a, "label_smoothing"_a, "softcap"_a,
         "logit_scale"_a, "write_gradient"_a, "loss"_a, "lse"_a, "device"_a, "stream"_a, "threads"_a);
@@ -320,6 +360,7 @@ NB_MODULE(_core, m) {
         "y_stride"_a, "device"_a, "stream"_a, "threads"_a);
 
   m.def("rms_norm_backward_scratch", &unswag::rms_norm_backward_scratch, "rows"_a, "cols"_a);
+  m.def("layer_norm_backward_scratch", &unswag::layer_norm_backward_scratch, "rows"_a, "cols"_a);
   m.def("cuda_problem", &cuda_problem, "device"_a);
   m.def("cuda_architectures", [] { return names(unswag::cuda_architectures()); });
 

@@ -13,6 +13,8 @@ void gated_forward(const GatedForward& args, Stream stream);
 void gated_backward(const GatedBackward& args, Stream stream);
 void rms_norm_forward(const RmsNormForward& args, Stream stream);
 void rms_norm_backward(const RmsNormBackward& args, Stream stream);
+void layer_norm_forward(const LayerNormForward& args, Stream stream);
+void layer_norm_backward(const LayerNormBackward& args, Stream stream);
 void cross_entropy(const CrossEntropy& args, Stream stream);
 void block_encode(const BlockEncode& args, Stream stream);
 void block_decode(const BlockDecode& args, Stream stream);
@@ -31,6 +33,8 @@ constexpr Kernels row(const char* name, bool (*runs_here)()) {
   k.gated_backward = gated_backward;
   k.rms_norm_forward = rms_norm_forward;
   k.rms_norm_backward = rms_norm_backward;
+  k.layer_norm_forward = layer_norm_forward;
+  k.layer_norm_backward = layer_norm_backward;
   k.cross_entropy = cross_entropy;
   k.block_encode = block_encode;
   k.block_decode = block_decode;

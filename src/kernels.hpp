@@ -22,6 +22,8 @@ struct Kernels {
   void (*gated_backward)(const GatedBackward&, Stream) = nullptr;
   void (*rms_norm_forward)(const RmsNormForward&, Stream) = nullptr;
   void (*rms_norm_backward)(const RmsNormBackward&, Stream) = nullptr;
+  void (*layer_norm_forward)(const LayerNormForward&, Stream) = nullptr;
+  void (*layer_norm_backward)(const LayerNormBackward&, Stream) = nullptr;
   void (*cross_entropy)(const CrossEntropy&, Stream) = nullptr;
   void (*block_encode)(const BlockEncode&, Stream) = nullptr;
   void (*block_decode)(const BlockDecode&, Stream) = nullptr;

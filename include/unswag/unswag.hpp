@@ -47,8 +47,10 @@ struct MaskBackward {
 };
 Status mask_backward(const MaskBackward& args, Stream stream = {});
 
-// ---- smooth activations, exact: saved is x -----------------------------------------------------------------------------
-enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
+// ---- activations, exact: saved is x -------------------------------------------------------------------------------------
+//   relu2       y = max(x, 0)^2,  dx = 2 max(x, 0) dy;  relu2 of relu(x) is relu2 of x, so relu(x) may be kept instead
+//   quick_gelu  y = x / (1 + e^(-1.702 x))
+enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2, quick_gelu };
 
 struct ActivationForward {  // y = act(x)
   Activation act = Activation::silu;
@@ -117,6 +119,36 @@ struct RmsNormBackward {
 };
 Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 std::int64_t rms_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
+
+// ---- LayerNorm ---------------------------------------------------------------------------------------------------------
+//   y = (x - mean) rstd w + b,   mean = mean(x),   rstd = 1 / sqrt(mean((x - mean)^2) + eps),   rounded once
+struct LayerNormForward {
+  ConstRows x{};
+  ConstVector weight{};  // optional; any dtype
+  ConstVector bias{};    // optional; any dtype
+  double eps = 1e-5;
+  bool statistics_given = false;  // true: mean and rstd are read, not written: y again from x
+  Rows y{};                       // any floating dtype
+  Vector mean{};                  // rows values, f32 (f64 when x is f64)
+  Vector rstd{};                  // likewise
+};
+Status layer_norm_forward(const LayerNormForward& args, Stream stream = {});
+
+//   dx = rstd (g - mean(g) - xhat mean(g xhat)),  g = w dy,  xhat = (x - mean) rstd
+//   dw = sum over rows of dy xhat,  db = sum over rows of dy,  in the tree of rms_norm_backward
+struct LayerNormBackward {
+  ConstRows x{};
+  ConstVector weight{};
+  ConstVector mean{};
+  ConstVector rstd{};
+  ConstRows dy{};
+  Rows dx{};                // optional
+  Vector dw{};              // optional; cols values, f32 (f64 when x is f64)
+  Vector db{};              // likewise
+  void* scratch = nullptr;  // on a device, with dw or db: layer_norm_backward_scratch(rows, cols) bytes; its content is lost
+};
+Status layer_norm_backward(const LayerNormBackward& args, Stream stream = {});
+std::int64_t layer_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
 
 // ---- softmax cross-entropy over a chunk of logits, in one pass -----------------------------------------------------------
 //   z = softcap tanh(logit_scale logits / softcap)  (softcap 0: z = logit_scale logits),  lse = log sum exp z

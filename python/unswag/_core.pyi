@@ -150,6 +150,49 @@ def rms_norm_backward(
     stream: int,
     threads: int,
 ) -> None: ...
+def layer_norm_forward(
+    eps: float,
+    statistics_given: bool,
+    rows: int,
+    cols: int,
+    x_dtype: int,
+    x: int,
+    x_stride: int,
+    weight_dtype: int,
+    weight: int,
+    bias_dtype: int,
+    bias: int,
+    y_dtype: int,
+    y: int,
+    y_stride: int,
+    mean: int,
+    rstd: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def layer_norm_backward(
+    rows: int,
+    cols: int,
+    x_dtype: int,
+    x: int,
+    x_stride: int,
+    weight_dtype: int,
+    weight: int,
+    mean: int,
+    rstd: int,
+    dy_dtype: int,
+    dy: int,
+    dy_stride: int,
+    dx: int,
+    dx_stride: int,
+    dw: int,
+    db: int,
+    scratch: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
 def cross_entropy(
     dtype: int,
     rows: int,
@@ -218,6 +261,7 @@ def dropout(
     threads: int,
 ) -> None: ...
 def rms_norm_backward_scratch(rows: int, cols: int) -> int: ...  # bytes; needed on a device, with dw
+def layer_norm_backward_scratch(rows: int, cols: int) -> int: ...  # bytes; needed on a device, with dw or db
 def cuda_problem(device: int) -> str: ...  # "" or why kernels cannot run on this device, and what to do
 def cuda_architectures() -> tuple[str, ...]: ...  # () where this build has no CUDA kernels
 def xla_targets() -> dict[str, dict[str, object]]: ...  # XLA's platform → name → capsule of the handler

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +345,7 @@ def block_decode(packed: Bytes, codec: str, cols: int) -> Array:
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
+_QUICK_SCALE = 1.702
 
 
 def _sigmoid(x: Array) -> Array:
@@ -365,7 +367,10 @@ def activation(x: Array, act: str) -> Array:
             return x * _normal(x)
         if act == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2 u)
             return x * _sigmoid(2 * _TANH_SCALE * (x + _TANH_CUBE * x**3))
-        return np.where(x < 0, 0.0, x)
+        if act == "quick_gelu":
+            return x * _sigmoid(_QUICK_SCALE * x)
+        relu = np.where(x < 0, 0.0, x)
+        return relu * relu if act == "relu2" else relu
 
 
 def activation_derivative(x: Array, act: str) -> Array:
@@ -380,10 +385,15 @@ def activation_derivative(x: Array, act: str) -> Array:
             u = 2 * _TANH_SCALE * (x + _TANH_CUBE * x**3)
             s = _sigmoid(u)
             return s + x * s * _sigmoid(-u) * 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBE * x**2)
+        if act == "quick_gelu":
+            s = _sigmoid(_QUICK_SCALE * x)
+            return s + _QUICK_SCALE * x * s * _sigmoid(-_QUICK_SCALE * x)
+        if act == "relu2":
+            return np.where(x < 0, 0.0, 2 * x)
         return not_le_zero(x).astype(np.float64)
 
 
-# ---- math.md: gated units, RMSNorm, cross-entropy, in float64 ----------------------------------------------------------
+# ---- math.md: gated units, RMSNorm, LayerNorm, cross-entropy, in float64 -----------------------------------------------
 
 
 def gated_forward(gate: Array, up: Array, act: str) -> Array:
@@ -408,6 +418,26 @@ def rms_norm_backward(
     g = dy * (1.0 if weight is None else weight_offset + weight.astype(np.float64))
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
     return dx, (dy * xhat).sum(0)
+
+
+def layer_norm_forward(x: Array, weight: Array | None, bias: Array | None, eps: float) -> tuple[Array, Array, Array]:
+    x = x.astype(np.float64)
+    mean = x.mean(-1)
+    rstd = 1 / np.sqrt(((x - mean[:, None]) ** 2).mean(-1) + eps)
+    y = (x - mean[:, None]) * rstd[:, None]
+    if weight is not None:
+        y = y * weight.astype(np.float64)
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    return y, mean, rstd
+
+
+def layer_norm_backward(x: Array, mean: Array, rstd: Array, weight: Array | None, dy: Array) -> tuple[Array, Array, Array]:
+    """dx, dw, db."""
+    xhat = (x.astype(np.float64) - mean[:, None]) * rstd[:, None]
+    g = dy * (1.0 if weight is None else weight.astype(np.float64))
+    dx = rstd[:, None] * (g - g.mean(-1, keepdims=True) - xhat * (g * xhat).mean(-1, keepdims=True))
+    return dx, (dy * xhat).sum(0), dy.astype(np.float64).sum(0)
 
 
 def cross_entropy(
@@ -545,8 +575,8 @@ def _block_vectors(rng: np.random.Generator) -> Iterator[str]:
                 yield _line("decoded", "float64", block_decode(packed, codec, cols))
 
 
-def _gated_vectors(rng: np.random.Generator) -> Iterator[str]:
-    for act in ("silu", "gelu", "gelu_tanh", "relu"):
+def _gated_vectors(rng: np.random.Generator, acts: list[str]) -> Iterator[str]:
+    for act in acts:
         for dtype in ("float32", "bfloat16"):
             tensors = [_as((rng.standard_normal((3, 37)) * 3).astype(np.float32), dtype) for _ in range(3)]
             (gate, up, dh), (g, u, d) = zip(*tensors, strict=True)
@@ -572,6 +602,19 @@ def _rms_norm_vectors(rng: np.random.Generator) -> Iterator[str]:
             yield _line(name, "float64", truth)
 
 
+def _layer_norm_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for shift in (0.0, 30.0):  # a mean far from 0
+        x, w, b, dy = ((rng.standard_normal(shape) * 2).astype(np.float32) for shape in ((5, 67), 67, 67, (5, 67)))
+        x += np.float32(shift)
+        y, mean, rstd = layer_norm_forward(x, w, b, 1e-5)
+        dx, dw, db = layer_norm_backward(x, mean, rstd, w, dy)
+        yield "case layer_norm eps=1e-5"
+        for name, value in (("x", x), ("weight", w), ("bias", b), ("dy", dy)):
+            yield _line(name, "float32", value)
+        for name, truth in (("y", y), ("mean", mean), ("rstd", rstd), ("dx", dx), ("dw", dw), ("db", db)):
+            yield _line(name, "float64", truth)
+
+
 def _cross_entropy_vectors(rng: np.random.Generator) -> Iterator[str]:
     for smoothing, softcap, scale in ((0.0, 0.0, 1.0), (0.1, 0.0, 1.0), (0.1, 30.0, 0.5)):
         logits = (rng.standard_normal((6, 83)) * 8).astype(np.float32)
@@ -591,12 +634,16 @@ def vectors() -> dict[str, str]:
         "mask": _mask_vectors(rng, ["relu", "leaky_relu", "relu6"]),
         "philox": _philox_vectors(),
         "dropout": _dropout_vectors(rng),
-        "gated": _gated_vectors(rng),
+        "gated": chain(
+            _gated_vectors(rng, ["silu", "gelu", "gelu_tanh", "relu"]),
+            _gated_vectors(np.random.default_rng(20240301), ["relu2", "quick_gelu"]),
+        ),
         "rms_norm": _rms_norm_vectors(rng),
         "cross_entropy": _cross_entropy_vectors(rng),
         "codes": _code_vectors(rng),
         "block": _block_vectors(np.random.default_rng(9)),
         "jax_mask": _mask_vectors(rng, ["jax_relu", "jax_leaky_relu", "jax_relu6"]),
+        "layer_norm": _layer_norm_vectors(np.random.default_rng(20240302)),
     }
     return {f"{name}.txt": "\n".join([f"format {FORMAT_VERSION}", *lines, ""]) for name, lines in files.items()}
 

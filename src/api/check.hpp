@@ -139,7 +139,7 @@ class Check {
   Stream stream_;
   const DeviceKernels* device_ = nullptr;  // null: the CPU
   Status status_;
-  std::array<Operand, 8> operands_;
+  std::array<Operand, 9> operands_;
   int count_ = 0;
   bool has_f64_ = false;
   bool empty_ = false;

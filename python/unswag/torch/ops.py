@@ -453,6 +453,118 @@ def _rms_norm_backward(
     return dx, dw
 
 
+# ---- LayerNorm ------------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm_check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    _dtype("layer_norm", "x", x)
+    if x.dim() == 0:
+        raise ValueError("layer_norm: x has no dimension to normalise over; pass x of shape [..., cols]")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            _dtype("layer_norm", name, vector)
+            _vector("layer_norm", name, vector, x.shape[-1], "the last dimension of x")
+            _beside("layer_norm", name, vector, "x", x)
+
+
+def _layer_norm_y(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    y = torch.empty_like(x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format)
+    _dtype("layer_norm", "out_dtype", y)
+    return y
+
+
+def _layer_norm_statistics_check(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    for name, vector in (("mean", mean), ("rstd", rstd)):
+        _beside("layer_norm", name, vector, "x", x)
+        if vector.dtype != _wide(x.dtype) or vector.shape != x.shape[:-1]:
+            raise ValueError(
+                f"layer_norm: {name} is {vector.dtype} of shape {list(vector.shape)} but x of shape {list(x.shape)} needs "
+                f"{_wide(x.dtype)} of shape {list(x.shape[:-1])}; pass what layer_norm_forward gave"
+            )
+
+
+def _layer_norm_forward_outputs(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _layer_norm_check(x, weight, bias)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_wide(x.dtype)) for _ in range(2))
+    return _layer_norm_y(x, out_dtype), mean, rstd
+
+
+def _fill_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, mean: Tensor, rstd: Tensor, given: bool
+) -> None:
+    x_dtype, y_dtype = DTYPES[x.dtype], DTYPES[y.dtype]
+    x, rows, cols, stride = _rows(x)
+    weight, bias = _dense(weight), _dense(bias)
+    device, stream, threads = _where(x)
+    _core.layer_norm_forward(
+        eps, given, rows, cols, x_dtype, x.data_ptr(), stride, 0 if weight is None else DTYPES[weight.dtype], _address(weight),
+        0 if bias is None else DTYPES[bias.dtype], _address(bias), y_dtype, y.data_ptr(), cols, mean.data_ptr(),
+        rstd.data_ptr(), device, stream, threads,
+    )  # fmt: skip
+
+
+def _layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _no_graph("layer_norm_forward", x, weight, bias)
+    y, mean, rstd = _layer_norm_forward_outputs(x, weight, bias, eps, out_dtype)
+    _fill_layer_norm(x, weight, bias, eps, y, mean, rstd, given=False)
+    return y, mean, rstd
+
+
+def _layer_norm_apply_outputs(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    _layer_norm_check(x, weight, bias)
+    _layer_norm_statistics_check(x, mean, rstd)
+    return _layer_norm_y(x, out_dtype)
+
+
+def _layer_norm_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    _no_graph("layer_norm_apply", x, weight, bias)
+    y = _layer_norm_apply_outputs(x, mean, rstd, weight, bias, out_dtype)
+    _fill_layer_norm(x, weight, bias, 0.0, y, mean.contiguous(), rstd.contiguous(), given=True)
+    return y
+
+
+def _layer_norm_backward_outputs(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dy: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _layer_norm_check(x, weight, None)
+    _layer_norm_statistics_check(x, mean, rstd)
+    _dtype("layer_norm", "dy", dy)
+    _beside("layer_norm", "dy", dy, "x", x)
+    if dy.shape != x.shape:
+        raise ValueError(f"layer_norm: dy has shape {list(dy.shape)} but x has {list(x.shape)}; they must be equal")
+    dw, db = (x.new_empty(x.shape[-1:] if need else 0, dtype=_wide(x.dtype)) for need in (need_dw, need_db))
+    return _empty(x) if need_dx else x.new_empty(0), dw, db
+
+
+def _layer_norm_backward(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dy: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _no_graph("layer_norm_backward", x, weight, dy)
+    dx, dw, db = _layer_norm_backward_outputs(x, mean, rstd, weight, dy, need_dx, need_dw, need_db)
+    x_dtype, dy_dtype = DTYPES[x.dtype], DTYPES[dy.dtype]
+    x, rows, cols, x_stride = _rows(x)
+    dy, _, _, dy_stride = _rows(dy)
+    weight, mean, rstd = _dense(weight), mean.contiguous(), rstd.contiguous()
+    device, stream, threads = _where(x)
+    scratch = None
+    if (need_dw or need_db) and device >= 0:
+        scratch = x.new_empty(_core.layer_norm_backward_scratch(rows, cols), dtype=torch.uint8)
+    _core.layer_norm_backward(
+        rows, cols, x_dtype, x.data_ptr(), x_stride, 0 if weight is None else DTYPES[weight.dtype], _address(weight),
+        mean.data_ptr(), rstd.data_ptr(), dy_dtype, dy.data_ptr(), dy_stride, dx.data_ptr() if need_dx else 0, cols,
+        dw.data_ptr() if need_dw else 0, db.data_ptr() if need_db else 0, _address(scratch), device, stream, threads,
+    )  # fmt: skip
+    return dx, dw, db
+
+
 # ---- cross-entropy --------------------------------------------------------------------------------------------------------
 
 
@@ -634,6 +746,23 @@ rms_norm_backward = _register(
     " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)",
     _rms_norm_backward,
     _rms_norm_backward_outputs,
+)
+layer_norm_forward = _register(
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    _layer_norm_forward,
+    _layer_norm_forward_outputs,
+)
+layer_norm_apply = _register(
+    "layer_norm_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, ScalarType? out_dtype) -> Tensor",
+    _layer_norm_apply,
+    _layer_norm_apply_outputs,
+)
+layer_norm_backward = _register(
+    "layer_norm_backward(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor dy, bool need_dx, bool need_dw,"
+    " bool need_db) -> (Tensor dx, Tensor dw, Tensor db)",
+    _layer_norm_backward,
+    _layer_norm_backward_outputs,
 )
 cross_entropy_ = _register(
     "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? class_weight, Tensor? row_scale, float gradient_scale,"
