@@ -173,6 +173,37 @@ TEST_P(Golden, DropoutIsEqual) {
   }
 }
 
+TEST_P(Golden, BlocksAreEqual) {
+  const std::map<std::string, unswag::Block> codecs{{"int8", unswag::Block::int8},
+                                                    {"int4", unswag::Block::int4},
+                                                    {"int2", unswag::Block::int2},
+                                                    {"e4m3", unswag::Block::e4m3},
+                                                    {"e5m2", unswag::Block::e5m2}};
+  for (const Case& c : read("block.txt")) {
+    const Tensor &x = c.tensor.at("x"), &expected = c.tensor.at("packed"), &truth = c.tensor.at("decoded");
+    const unswag::Block codec = codecs.at(c.key.at("codec"));
+    const std::string what = c.key.at("codec") + " " + x.dtype + " " + c.key.at("stochastic");
+    ASSERT_EQ(expected.cols, unswag::block_row_bytes(codec, x.cols)) << what;
+    Tensor packed = like(expected);
+    ok(unswag::block_encode({.codec = codec,
+                             .x = x.in(),
+                             .packed = {packed.bytes.data(), expected.cols},
+                             .stochastic = c.integer("stochastic") != 0,
+                             .seed = c.integer("seed"),
+                             .offset = c.integer("offset")}));
+    EXPECT_EQ(packed.bytes, expected.bytes) << what;
+    Tensor decoded = like(x, "float32", 4);
+    ok(unswag::block_decode({.codec = codec, .packed = {expected.bytes.data(), expected.cols}, .x = decoded.out()}));
+    for (std::int64_t i = 0; i < x.size(); ++i) {
+      if (std::isnan(truth.value(i))) {
+        EXPECT_TRUE(std::isnan(decoded.value(i))) << what << " element " << i;
+      } else {
+        EXPECT_EQ(decoded.value(i), static_cast<float>(truth.value(i))) << what << " element " << i;
+      }
+    }
+  }
+}
+
 TEST_P(Golden, GatedUnits) {
   for (const Case& c : read("gated.txt")) {
     const Tensor& gate = c.tensor.at("gate");
