@@ -135,7 +135,7 @@ def apply_unswag_surgery(
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
         if chosen.lossy and not any(pattern.role and getattr(chosen, pattern.role) != EXACT for pattern, _ in planned):
             raise ValueError(
-                f"apply_unswag_surgery: policy {str(chosen)!r} would change nothing, because no module that plays one of its "
+                f"apply_unswag_surgery: policy {chosen.name!r} would change nothing, because no module that plays one of its "
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
         if patched:

@@ -59,7 +59,7 @@ def test_more_bits_are_nearer():
 def test_the_ledger_says_what_is_alive(policy):
     exact = audit(model(), **batch(TOKENS))
     ledger = audit(model(policy), **batch(TOKENS))
-    assert ledger.total == ledger.alive
+    assert ledger.total == ledger.alive - 4  # the loss itself
     assert ledger.total < 0.75 * exact.total
     roles = {row.role for row in ledger.rows if row.tier == "device" and row.bits < 16}
     assert {"mlp", "residual"} <= roles
@@ -86,8 +86,8 @@ def test_two_bits_keep_codes_and_values():
 
 def test_attention_inputs_are_kept_when_asked_for():
     exact, ours = audit(model(), **batch(TOKENS)), audit(model(Policy(attention="int8")), **batch(TOKENS))
-    coded = [r for r in ours.rows if r.role == "attention" and r.tier == "device" and r.bits < 16]
-    assert len(coded) == 2 * 3 and ours.total == ours.alive < exact.total
+    coded = [r for r in ours.rows if r.role == "attention" and r.tier == "device" and 8 < r.bits < 32]
+    assert len(coded) == 2 * 3 and ours.total == ours.alive - 4 < exact.total
     assert 0 < apart(step(model(Policy(attention="int8")))[1], step(model())[1]) < 0.02
 
 
@@ -115,8 +115,9 @@ def test_checkpoints_are_encoded_and_the_recompute_is_exact(reentrant):
         return llama
 
     exact, ours = checkpointed("exact"), checkpointed("int8")
-    kept = audit(ours, **batch(TOKENS))
-    assert kept.total == kept.alive < 0.4 * audit(exact, **batch(TOKENS)).total
+    kept, kept_exactly = audit(ours, **batch(TOKENS)), audit(exact, **batch(TOKENS))
+    assert kept.alive - kept.total == kept_exactly.alive - kept_exactly.total  # cos and sin in a closure, the loss
+    assert kept.total < 0.4 * kept_exactly.total
     rows = [r for r in kept.rows if r.role == "checkpoint" and r.tier == "device"]
     assert [r.bytes for r in rows] == [TOKENS * 2 * 34] * 3
     assert 0 < apart(step(ours)[1], step(exact)[1]) < 0.02
@@ -257,3 +258,9 @@ def test_derivative_codes_of_a_plain_activation():
     levels = x.grad.unique()
     assert 2 <= len(levels) <= 4
     assert (x.grad - torch.autograd.functional.vjp(lambda x: F.silu(x).sum(), x)[1]).norm() < 0.2 * x.grad.norm()
+
+
+def test_rows_shorter_than_a_block_are_kept_as_they_are():
+    """Heads of 16 numbers would fill half a block: 18 bits instead of 16."""
+    assert not codecs.takes("int8", torch.zeros(4, 96, 16, dtype=torch.bfloat16))
+    assert codecs.takes("int8", torch.zeros(4, 96, 16)) and codecs.takes("int4", torch.zeros(4, 96, 16, dtype=torch.bfloat16))
