@@ -16,6 +16,7 @@ An op has no derivative: a backward registered here would cost three times what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -792,10 +793,9 @@ def _dither_backward(dy: Tensor, packed: Tensor, act: str, bits: int, seed: int,
 
 def _nonzero_encode_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _dtype("nonzero_encode", "x", x)
-    rows = x.shape[:-1].numel()
-    size = torch.library.get_ctx().new_dynamic_size(max=x.numel())
+    size = torch.library.get_ctx().new_dynamic_size()
     bitmap = x.new_empty(_packed_shape(x), dtype=torch.uint8)
-    return bitmap, x.new_empty(rows + 1, dtype=torch.int64), x.new_empty(size)
+    return bitmap, x.new_empty(math.prod(x.shape[:-1]) + 1, dtype=torch.int64), x.new_empty(size)
 
 
 def _nonzero_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -828,16 +828,16 @@ def _nonzero_decode_outputs(bitmap: Tensor, offsets: Tensor, values: Tensor, sha
             f"{op}: bitmap is {bitmap.dtype} of shape {list(bitmap.shape)} but a tensor of shape {list(x.shape)} needs "
             f"torch.uint8 of shape {list(_packed_shape(x))}; pass the shape that was encoded"
         )
+    _vector(op, "values", values, values.numel(), "their number")
     if offsets.dtype != torch.int64:
         raise TypeError(f"{op}: offsets have dtype {offsets.dtype}; pass those of nonzero_encode, torch.int64")
-    _vector(op, "offsets", offsets, x.shape[:-1].numel() + 1, "the number of rows and one more")
+    _vector(op, "offsets", offsets, math.prod(x.shape[:-1]) + 1, "the number of rows and one more")
     return x
 
 
 def _nonzero_decode(bitmap: Tensor, offsets: Tensor, values: Tensor, shape: list[int]) -> Tensor:
     _no_graph("nonzero_decode", values)
     x = _nonzero_decode_outputs(bitmap, offsets, values, shape)
-    _vector("nonzero_decode", "values", values, values.numel(), "their number")
     _, rows, cols, stride = _rows(x)
     bitmap, _, _, bitmap_stride = _rows(bitmap)
     offsets, values = offsets.contiguous(), values.contiguous()
