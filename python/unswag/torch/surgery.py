@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -222,6 +223,8 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
 def _dry_run(model: nn.Module) -> float | None:
     """Bytes per token that a training step of a language model keeps: a copy of `model` runs forward on tensors that have
     shapes and no data, and what is alive then is counted. None if that cannot be done."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback for each op that has no shapes of its own
+    was, log.disabled = log.disabled, True
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
@@ -238,3 +241,5 @@ def _dry_run(model: nn.Module) -> float | None:
             return live.bytes() / DRY_TOKENS if loss.requires_grad else None
     except Exception:  # whatever a stranger's forward does on such tensors
         return None
+    finally:
+        log.disabled = was
