@@ -71,6 +71,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1], **_MAMBA_HEADS),
     "blt": dict(encoder_hash_byte_group_vocab=VOCAB),
     "cohere_compass_text": dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+    "convnext": dict(patch_size=4, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1]),
     "dbrx": dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8.0)),
     "deepseek_v2": dict(num_experts_per_tok=2),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1),
@@ -103,6 +104,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     ),
     "recurrent_gemma": dict(num_hidden_layers=3),
     "reformer": dict(axial_pos_shape=(4, 6), axial_pos_embds_dim=(16, 48), max_position_embeddings=24),
+    "resnet": dict(embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[2, 1, 2, 1], layer_type="basic"),
+    "t5": dict(decoder_start_token_id=0),
+    "wav2vec2": dict(conv_dim=(16,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
     "xlstm": dict(chunk_size=64),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(
