@@ -28,6 +28,7 @@ HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attr
 
 class Activation:
     name = "activation"
+    role = "mlp"
     saves = "its input, 16 bits per element in a 16-bit dtype; stock keeps the output too, and more where it is Python"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
