@@ -28,6 +28,8 @@ using Size = std::int64_t;
 constexpr std::array<std::string_view, 4> kDTypes{"float32", "float16", "bfloat16", "float64"};
 constexpr std::array<std::string_view, 6> kMasks{"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
 constexpr std::array<std::string_view, 4> kActivations{"silu", "gelu", "gelu_tanh", "relu"};
+constexpr std::array<std::string_view, 5> kBlocks{"int8", "int4", "int2", "e4m3", "e5m2"};
+static_assert(static_cast<int>(unswag::Block::e5m2) == 4);
 static_assert(static_cast<int>(unswag::DType::f64) == 3);
 static_assert(static_cast<int>(unswag::Mask::jax_relu6) == 5);
 static_assert(static_cast<int>(unswag::Activation::relu) == 3);
@@ -66,6 +68,8 @@ Enum code(std::uint8_t value, const char* what, const std::array<std::string_vie
 unswag::DType dtype(std::uint8_t value) { return code<unswag::DType>(value, "dtype", kDTypes); }
 unswag::Mask mask(std::uint8_t value) { return code<unswag::Mask>(value, "mask", kMasks); }
 unswag::Activation activation(std::uint8_t value) { return code<unswag::Activation>(value, "activation", kActivations); }
+
+unswag::Block block(std::uint8_t value) { return code<unswag::Block>(value, "block codec", kBlocks); }
 
 template <class T>
 T* pointer(Address address) {
@@ -220,6 +224,29 @@ void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits
                             where(device, stream, threads));
 }
 
+void block_encode(std::uint8_t codec, bool stochastic, std::uint64_t seed, std::uint64_t offset, std::uint8_t dtype_code,
+                  Size rows, Size cols, Address x, Size x_stride, Address packed, Size packed_stride, int device,
+                  Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::BlockEncode>(unswag::block_encode,
+                           {.codec = block(codec),
+                            .x = s.in(x, x_stride),
+                            .packed = {pointer<std::uint8_t>(packed), packed_stride},
+                            .stochastic = stochastic,
+                            .seed = seed,
+                            .offset = offset},
+                           where(device, stream, threads));
+}
+
+void block_decode(std::uint8_t codec, std::uint8_t dtype_code, Size rows, Size cols, Address packed, Size packed_stride,
+                  Address x, Size x_stride, int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::BlockDecode>(
+      unswag::block_decode,
+      {.codec = block(codec), .packed = {pointer<const std::uint8_t>(packed), packed_stride}, .x = s.out(x, x_stride)},
+      where(device, stream, threads));
+}
+
 void philox_fill(Address out, Size n, std::uint64_t seed, std::uint64_t offset, int device, Address stream, int threads) {
   Status status;
   {
@@ -257,6 +284,7 @@ NB_MODULE(_core, m) {
   m.attr("dtypes") = names(kDTypes);
   m.attr("masks") = names(kMasks);
   m.attr("activations") = names(kActivations);
+  m.attr("blocks") = names(kBlocks);
 
   m.def("mask_forward", &mask_forward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
@@ -280,6 +308,13 @@ NB_MODULE(_core, m) {
   m.def("cross_entropy", &cross_entropy, "dtype"_a, "rows"_a, "cols"_a, "logits"_a, "logits_stride"_a, "labels"_a,
         "class_weight"_a, "row_scale"_a, "gradient_scale"_a, "ignore_index"_a, "label_smoothing"_a, "softcap"_a,
         "logit_scale"_a, "write_gradient"_a, "loss"_a, "lse"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("block_encode", &block_encode, "codec"_a, "stochastic"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a,
+        "x_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("block_decode", &block_decode, "codec"_a, "dtype"_a, "rows"_a, "cols"_a, "packed"_a, "packed_stride"_a, "x"_a,
+        "x_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def(
+      "block_row_bytes", [](std::uint8_t codec, Size cols) { return unswag::block_row_bytes(block(codec), cols); }, "codec"_a,
+      "cols"_a);
   m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("dropout", &dropout, "p"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "device"_a, "stream"_a, "threads"_a);

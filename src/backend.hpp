@@ -14,6 +14,8 @@ void gated_backward(const GatedBackward& args, Stream stream);
 void rms_norm_forward(const RmsNormForward& args, Stream stream);
 void rms_norm_backward(const RmsNormBackward& args, Stream stream);
 void cross_entropy(const CrossEntropy& args, Stream stream);
+void block_encode(const BlockEncode& args, Stream stream);
+void block_decode(const BlockDecode& args, Stream stream);
 void philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream stream);
 void dropout(const Dropout& args, Stream stream);
 
@@ -30,6 +32,8 @@ constexpr Kernels row(const char* name, bool (*runs_here)()) {
   k.rms_norm_forward = rms_norm_forward;
   k.rms_norm_backward = rms_norm_backward;
   k.cross_entropy = cross_entropy;
+  k.block_encode = block_encode;
+  k.block_decode = block_decode;
   k.philox_fill = philox_fill;
   k.dropout = dropout;
   return k;

@@ -142,6 +142,35 @@ struct CrossEntropy {
 };
 Status cross_entropy(const CrossEntropy& args, Stream stream = {});
 
+// ---- block codecs: blocks of 16 to 64 numbers as codes of 2 to 8 bits and one scale (docs/format.md section 9)
+// --------------- int8, int4 and int2 code the block after a Walsh-Hadamard rotation, which spreads outliers; e4m3 and e5m2 are
+// 8-bit floats, for comparison.  The same bytes in every backend.  A block with a NaN or an infinity is read as NaN, all of it.
+enum class Block : std::uint8_t { int8, int4, int2, e4m3, e5m2 };
+
+// Bytes of one packed row of `cols` numbers: 8.5, 5, 2.25, 8.5 and 8.5 bits for each where cols is a multiple of the block.
+constexpr std::int64_t block_row_bytes(Block codec, std::int64_t cols) {
+  const std::int64_t n = codec == Block::int2 ? 64 : codec == Block::int4 ? 16 : 32;
+  const std::int64_t block_bytes = codec == Block::int2 ? 18 : codec == Block::int4 ? 10 : 34;
+  return ((cols / n + (cols % n != 0)) * block_bytes + 3) / 4 * 4;
+}
+
+struct BlockEncode {
+  Block codec = Block::int8;
+  ConstRows x{};
+  Packed packed{};          // block_row_bytes(codec, cols) bytes per row
+  bool stochastic = false;  // round up or down at random, x in the mean; int8, int4 and int2 only
+  std::uint64_t seed = 0;   // of its draws
+  std::uint64_t offset = 0;
+};
+Status block_encode(const BlockEncode& args, Stream stream = {});
+
+struct BlockDecode {
+  Block codec = Block::int8;
+  ConstPacked packed{};
+  Rows x{};  // any floating dtype
+};
+Status block_decode(const BlockDecode& args, Stream stream = {});
+
 // ---- random draws: Philox4x32-10 (Salmon et al., SC 2011) ---------------------------------------------------------------
 // Draw i of a stream is word i % 4 of philox(counter = offset + i / 4, key = seed).
 Status philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream stream = {});

@@ -1,6 +1,6 @@
 """The C++ core as bindings/python.cpp gives it: addresses, strides and sizes are integers; address 0 means none.
 
-Strides count elements, those of packed rows bytes. Codes are positions in `dtypes`, `masks` and `activations`.
+Strides count elements, those of packed rows bytes. Codes are positions in `dtypes`, `masks`, `activations` and `blocks`.
 Work runs on `device`: -1, the CPU, on `threads` threads (0: the library's default), or a CUDA device, where it is queued in the
 stream of the handle `stream` and every address is memory of that device. Errors: TypeError (dtype, layout), ValueError (value,
 shape), NotImplementedError (no kernel), RuntimeError (device). The global lock is released while kernels run.
@@ -10,6 +10,7 @@ shape), NotImplementedError (no kernel), RuntimeError (device). The global lock 
 dtypes: tuple[str, ...]
 masks: tuple[str, ...]
 activations: tuple[str, ...]
+blocks: tuple[str, ...]
 
 def mask_forward(
     act: int,
@@ -170,6 +171,36 @@ def cross_entropy(
     stream: int,
     threads: int,
 ) -> None: ...
+def block_encode(
+    codec: int,
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    x: int,
+    x_stride: int,
+    packed: int,
+    packed_stride: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def block_decode(
+    codec: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    packed: int,
+    packed_stride: int,
+    x: int,
+    x_stride: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def block_row_bytes(codec: int, cols: int) -> int: ...
 def philox_fill(out: int, n: int, seed: int, offset: int, device: int, stream: int, threads: int) -> None: ...
 def dropout(
     p: float,

@@ -27,10 +27,10 @@ namespace {
 constexpr const Kernels* kRows[] = {UNSWAG_ROWS};
 #undef ROW
 
-constexpr auto kEntries =
-    std::tuple(&Kernels::mask_forward, &Kernels::mask_backward, &Kernels::activation_forward, &Kernels::activation_backward,
-               &Kernels::gated_forward, &Kernels::gated_backward, &Kernels::rms_norm_forward, &Kernels::rms_norm_backward,
-               &Kernels::cross_entropy, &Kernels::philox_fill, &Kernels::dropout);
+constexpr auto kEntries = std::tuple(&Kernels::mask_forward, &Kernels::mask_backward, &Kernels::activation_forward,
+                                     &Kernels::activation_backward, &Kernels::gated_forward, &Kernels::gated_backward,
+                                     &Kernels::rms_norm_forward, &Kernels::rms_norm_backward, &Kernels::cross_entropy,
+                                     &Kernels::block_encode, &Kernels::block_decode, &Kernels::philox_fill, &Kernels::dropout);
 static_assert(sizeof(Kernels) == (2 + std::tuple_size_v<decltype(kEntries)>)*sizeof(void (*)()),
               "an entry of Kernels is missing from kEntries");
 

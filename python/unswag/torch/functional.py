@@ -160,7 +160,8 @@ class _Coded(torch.autograd.Function):
 
 
 def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
-    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked for.
+    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked
+    for.
 
     Under a policy x plays the role mlp. Under "2bit" a code of the derivative is kept instead of it, n / 4 bytes, and y, if
     somebody saves it, in int2; `codes` is where the codebook stays from call to call.
@@ -190,8 +191,8 @@ def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None 
 
     bits      1 to 4: only a code of the derivative is kept, n bits / 8 bytes. Lossy: y is exact, the gradient is not
               (docs/policies.md)
-    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (right in the mean), or a Codebook; by default
-              the best of so many bits
+    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (right in the mean), or a Codebook; by
+              default the best of so many bits
     """
     return _with_bits(x, "silu", bits, codebook)
 
@@ -266,7 +267,7 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
     """
     _check("gated", "gate", gate)
     _check("gated", "up", up)
-    code = derivatives.current(codes, act, gate)
+    code = derivatives.current(codes, act, gate, up)
     if code is not None:
         h, value = _GatedCoded.apply(gate, up, act, code)
         stash.remember(h, _product, value, up)

@@ -28,6 +28,7 @@ _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 DTYPES: dict[torch.dtype, int] = {_DTYPE_NAMES[name]: code for code, name in enumerate(_core.dtypes)}
 MASKS: dict[str, int] = {name: code for code, name in enumerate(_core.masks)}
 ACTIVATIONS: dict[str, int] = {name: code for code, name in enumerate(_core.activations)}
+BLOCKS: dict[str, int] = {name: code for code, name in enumerate(_core.blocks)}
 
 # torch's integers are signed, a seed is not.
 _64_BITS = 0xFFFF_FFFF_FFFF_FFFF
@@ -504,6 +505,55 @@ def _cross_entropy(
     return loss, lse
 
 
+# ---- block codecs -----------------------------------------------------------------------------------------------------------
+
+
+def _block_shape(op: str, x: Tensor, codec: str) -> tuple[int, ...]:
+    code = BLOCKS.get(codec)
+    if code is None:
+        raise ValueError(f"{op}: there is no block codec {codec!r}; choose from {', '.join(BLOCKS)}")
+    return (*x.shape[:-1], _core.block_row_bytes(code, x.shape[-1] if x.dim() else 1))
+
+
+def _block_encode_outputs(x: Tensor, codec: str, stochastic: bool, seed: int, offset: int) -> Tensor:
+    _dtype("block_encode", "x", x)
+    return x.new_empty(_block_shape("block_encode", x, codec), dtype=torch.uint8)
+
+
+def _block_encode(x: Tensor, codec: str, stochastic: bool, seed: int, offset: int) -> Tensor:
+    _no_graph("block_encode", x)
+    packed = _block_encode_outputs(x, codec, stochastic, seed, offset)
+    x, rows, cols, stride = _rows(x)
+    device, stream, threads = _where(x)
+    _core.block_encode(
+        BLOCKS[codec], stochastic, seed & _64_BITS, offset & _64_BITS, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride,
+        packed.data_ptr(), packed.shape[-1], device, stream, threads,
+    )  # fmt: skip
+    return packed
+
+
+def _block_decode_outputs(packed: Tensor, codec: str, cols: int, dtype: torch.dtype) -> Tensor:
+    op = "block_decode"
+    x = torch.empty((*packed.shape[:-1], cols), dtype=dtype, device=packed.device)
+    _dtype(op, "dtype", x)
+    if packed.dtype != torch.uint8 or packed.shape != _block_shape(op, x, codec):
+        raise ValueError(
+            f"{op}: packed is {packed.dtype} of shape {list(packed.shape)} but {cols} columns in {codec} need torch.uint8 of "
+            f"shape {list(_block_shape(op, x, codec))}; pass what block_encode gave, and its columns"
+        )
+    return x
+
+
+def _block_decode(packed: Tensor, codec: str, cols: int, dtype: torch.dtype) -> Tensor:
+    x = _block_decode_outputs(packed, codec, cols, dtype)
+    packed, rows, _, packed_stride = _rows(packed)
+    device, stream, threads = _where(packed)
+    _core.block_decode(
+        BLOCKS[codec], DTYPES[dtype], rows, cols, packed.data_ptr(), packed_stride, x.data_ptr(), cols, device, stream, threads
+    )
+    return x
+
+
 # ---- dropout --------------------------------------------------------------------------------------------------------------
 
 
@@ -591,6 +641,12 @@ cross_entropy_ = _register(
     " -> (Tensor loss, Tensor lse)",
     _cross_entropy,
     _cross_entropy_outputs,
+)
+block_encode = _register(
+    "block_encode(Tensor x, str codec, bool stochastic, int seed, int offset) -> Tensor", _block_encode, _block_encode_outputs
+)
+block_decode = _register(
+    "block_decode(Tensor packed, str codec, int cols, ScalarType dtype) -> Tensor", _block_decode, _block_decode_outputs
 )
 dropout = _register("dropout(Tensor x, float p, int seed, int offset) -> Tensor", _dropout, _dropout_outputs)
 

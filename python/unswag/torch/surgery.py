@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unswag.policy import Policy
+from unswag.policy import EXACT, Policy
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import LiveStorages
 from unswag.torch.patterns.loss import logits_counters
@@ -41,6 +41,7 @@ class SurgeryReport:
     bytes_per_token  (before, after): what a training step keeps for its backward pass, the loss's own gradient buffers
              aside; from a dry run of one sequence of DRY_TOKENS tokens on fake tensors, in the model's dtype without
              autocast. None where the model cannot run so.
+    policy   the policy's name and settings, and, when it is lossy, its measured error
     notes    what else was left as it is, and why: checkpointing that cannot recompute under the stash. Grows when a later
              forward finds something new
     """
@@ -50,6 +51,7 @@ class SurgeryReport:
     skipped: list[tuple[str, str]]
     bytes_per_token: tuple[float | None, float | None] = (None, None)
     notes: list[str] = field(default_factory=list)
+    policy: str = "exact"
     _logits: list[Counter[str]] = field(default_factory=list, repr=False)
 
     @property
@@ -73,6 +75,8 @@ class SurgeryReport:
             for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
                 names = [name or "the model" for name, _ in group]
                 table.add_row(str(len(names)), names[0], what if style == "" else f"left: {what}", style=style)
+        if self.policy != "exact":
+            table.add_row("", "", self.policy, style="yellow")
         if made := self.logits_made:
             uses = ", ".join(f"{use} {n}" for use, n in made.most_common())
             table.add_row(str(made.total()), "the logits", f"made in full in training, by {uses}", style="yellow")
@@ -97,7 +101,7 @@ def apply_unswag_surgery(
     Calling it again starts afresh, with the new arguments. A whole model that is pickled after the surgery comes back with its
     own forwards; operate on it again.
 
-    policy     what is kept, and how: "exact", or a `Policy`
+    policy     what is kept, and how: "exact", a lossy one by name ("int8", "int4", "2bit"), or a `Policy` (docs/policies.md)
     attention  "auto": flash-attn if it is installed and can run, else SDPA, for padded and packed batches too (packed
                batches come with position_ids and without attention_mask); "stock": as the model has it
     loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
@@ -108,9 +112,9 @@ def apply_unswag_surgery(
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward, and transformers sees packed sequences only without one.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, RuntimeError if
-    somebody has wrapped one of our forwards since an earlier call. If anything else goes wrong the model is as it was before
-    the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy
+    of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
+    anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -129,6 +133,11 @@ def apply_unswag_surgery(
         for pattern, candidate in planned:
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
+        if chosen.lossy and not any(pattern.role and getattr(chosen, pattern.role) != EXACT for pattern, _ in planned):
+            raise ValueError(
+                f"apply_unswag_surgery: policy {str(chosen)!r} would change nothing, because no module that plays one of its "
+                "roles was patched (policy='exact' reports why); use policy='exact'"
+            )
         if patched:
             _put_stash_around(model, chosen)
             patched.append(("", "stash"))
@@ -142,7 +151,10 @@ def apply_unswag_surgery(
                 replace(module, path, value)
         raise
     notes = vars(model).get(NOTES, [])
-    report = SurgeryReport(type(model).__name__, patched, skipped, (kept_before, kept_after), notes, logits_counters(model))
+    words = chosen.cost() or str(chosen)
+    report = SurgeryReport(
+        type(model).__name__, patched, skipped, (kept_before, kept_after), notes, words, logits_counters(model)
+    )  # fmt: skip
     Console().print(report)
     return report
 

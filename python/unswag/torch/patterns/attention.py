@@ -32,6 +32,7 @@ LINEAR = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_a
 
 class Attention:
     name = "attention"
+    role = "attention"
     saves = "q, k, v, the output and lse, for padded and packed batches too; stock adds tokens x tokens per layer there"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
@@ -264,6 +265,7 @@ def attention_forward(
     (the attention is computed again in the backward, because SDPA would keep its own copy of the mask in q's dtype)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    stash.plays("attention", query, key, value)
     causal = attention_mask is None and query.shape[2] > 1
     if (attention_mask is None or isinstance(attention_mask, Spans)) and not takes_groups(query, key, value, dropout, causal):
         key, value = (for_all_heads(t, query.shape[1]) for t in (key, value))

@@ -52,6 +52,7 @@ class Wiring:
 
 class GatedMlp:
     name = "gated_mlp"
+    role = "mlp"
     saves = "gate and up: 32 bits per hidden element in a 16-bit dtype; stock keeps act(gate) and the product too, 64 bits"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

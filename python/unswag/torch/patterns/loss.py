@@ -42,6 +42,7 @@ class _State:
 
 class Loss:
     name = "loss"
+    role = None
     saves = "hidden states' gradient and the head's (the loss's own buffers); no logits"
 
     def find(self, model: nn.Module) -> Iterable[Candidate]:

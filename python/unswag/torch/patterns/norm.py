@@ -49,6 +49,7 @@ class Variant:
 
 class Norm:
     name = "norm"
+    role = "residual"
     saves = "x, which the residual stream keeps anyway, and 4 bytes per row; stock keeps a float32 copy of x, and x rstd"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
