@@ -2,7 +2,8 @@
 
     alpha   one bit per element: the ReLU family, whose gradient is the incoming one or a fixed multiple of it. Exact
     exact   the input in its own dtype, and nothing beside it. Exact
-    delhi   the derivative as a code of 2 bits, of the silu and gelu of `unswag.jax`. Lossy, so never unless asked for by name
+    delhi   the derivative as a code of 2 bits, of the silu and gelu of `unswag.jax`, by a table of `unswag.codebooks`: mm2 for
+            silu and mm1 for gelu unless another is named. Lossy, so never unless asked for by name
 
     >>> protocol("relu", "tpu").name
     'alpha'

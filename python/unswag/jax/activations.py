@@ -5,8 +5,9 @@ computed in float32 and rounded once. "Saved" is what is kept from forward to ba
 kept too where the next layer needs it for a trained weight, whoever computed it. Differentiable once, in reverse mode.
 `implementation` names the kernels; 'ffi', the C++ kernels on the CPU, has no codes, and rounds in another place than XLA.
 
-A code is lossy: the values are exact, the gradients are not (`unswag.codebooks`; docs/math.md gives the errors). A code of
-0, for NaN too, means the lowest level.
+A code is lossy: the values are exact, the gradients are not (docs/math.md gives the errors). `codebook` is a name that
+`unswag.codebooks.codebook` knows ("optimal", "mm1", "mm2", "fewbit", "resilu2", "seed", …) or a Codebook, such as
+`unswag.codebooks.calibrated` makes. A code of 0, for NaN too, means the lowest level.
 """
 
 from __future__ import annotations

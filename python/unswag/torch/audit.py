@@ -168,16 +168,19 @@ class _Recorder:
         self._live = live
         self._rows: list[tuple[weakref.ref[Any], Row]] = []
 
-    def note(self, t: torch.Tensor, owner: object, tier: str) -> None:
+    def note(
+        self, t: torch.Tensor, owner: object, tier: str, role: str | None = None, packed: tuple[torch.Tensor, ...] | None = None
+    ) -> None:  # fmt: skip
         if tier == "parameter" or all(self._live.is_apart(s._cdata) for s in storages(t)):
             return
-        kept = sum(s.nbytes() for s in storages(t)) if tier == "device" else 0
+        kept = sum(s.nbytes() for part in packed or (t,) for s in storages(part)) if tier == "device" else 0
+        bits = 8.0 * t.element_size() if packed is None else 8.0 * kept / t.numel()
         row = Row(
             module=self.module,
-            role=stash.current_role() or role_of(self.module),
+            role=role or stash.current_role() or role_of(self.module),
             shape=tuple(t.shape),
             dtype=str(t.dtype).removeprefix("torch."),
-            bits=8.0 * t.element_size() if tier == "device" else 0.0,
+            bits=bits if tier == "device" else 0.0,
             tier=tier,
             bytes=kept,
         )

@@ -10,6 +10,9 @@ custom):
   so that counting, early stop and the check of metadata go on as in torch;
 * reentrant: the layer's function runs inside a stash of its own when it is recomputed.
 
+Inside the recompute everything is kept exactly, whatever the policy: it lives for one layer's backward only. What the policy's
+role "checkpoint" encodes is what a layer is recomputed from.
+
 A layer that is too large to recompute whole will be recomputed in tiles of tokens by a function with the same place here.
 """
 
@@ -25,20 +28,18 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from unswag.policy import Policy
 from unswag.torch import stash
 from unswag.torch.stash import Stash
 
 _NAME = "_gradient_checkpointing_func"
 
 
-def prepare(model: nn.Module, policy: str | Policy = "exact") -> list[str]:
+def prepare(model: nn.Module) -> list[str]:
     """Makes the model's checkpointed layers recompute under a stash. Call it before each forward: trainers put in a new
     checkpoint function whenever they switch checkpointing on. Idempotent.
 
     Returns what was left as it is and why, one sentence each, for the report.
     """
-    policy = Policy.named(policy)
     notes: dict[str, None] = {}
     for module in model.modules():
         plain = vars(module).get(_NAME)
@@ -46,7 +47,7 @@ def prepare(model: nn.Module, policy: str | Policy = "exact") -> list[str]:
             continue
         reason = _reason_to_leave(plain)
         if reason is None:
-            setattr(module, _NAME, StashedCheckpoint(plain, policy))
+            setattr(module, _NAME, StashedCheckpoint(plain))
         elif getattr(module, "gradient_checkpointing", True):
             notes[f"checkpointing is left as it is: {reason}"] = None
     return list(notes)
@@ -88,24 +89,23 @@ def _debugs(settings: dict[str, Any]) -> bool:
 class StashedCheckpoint:
     """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash."""
 
-    def __init__(self, plain: Callable[..., Any], policy: Policy) -> None:
+    def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
-        self.policy = policy
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         settings = _parts(self.plain)[1] | kwargs
         if torch.compiler.is_compiling() or "context_fn" in kwargs or _debugs(settings) or Stash.current() is None:
             return self.plain(function, *args, **kwargs)
+        stash.plays("checkpoint", *(a for a in args if isinstance(a, torch.Tensor) and a.requires_grad))
         with stash.role("checkpoint"):  # the layer's own saved tensors do not pass a door in its first forward
             if settings.get("use_reentrant") is False:
-                contexts = functools.partial(_contexts, self.policy)
-                return self.plain(function, *args, context_fn=contexts, **kwargs)
-            return self.plain(functools.partial(_run_stashed, self.policy, function), *args, **kwargs)
+                return self.plain(function, *args, context_fn=_contexts, **kwargs)
+            return self.plain(functools.partial(_run_stashed, function), *args, **kwargs)
 
 
-def _run_stashed(policy: Policy, function: Callable[..., Any], *args: Any) -> Any:
+def _run_stashed(function: Callable[..., Any], *args: Any) -> Any:
     """The function of a reentrant checkpoint. In its first forward gradients are off, and so is the stash."""
-    with Stash(policy):
+    with Stash():
         return function(*args)
 
 
@@ -126,13 +126,12 @@ class _Stand(NamedTuple):
 class _Link:
     """What the two contexts of one checkpointed call know of each other."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self) -> None:
         self.delegated = False
 
 
-def _contexts(policy: Policy) -> tuple[Any, Any]:
-    link = _Link(policy)
+def _contexts() -> tuple[Any, Any]:
+    link = _Link()
     return _first_forward(link), _Recompute(link)
 
 
@@ -159,7 +158,7 @@ class _Recompute:
         if hooks is None or not self.link.delegated:
             stash.step_aside()
         else:
-            door = Stash(self.link.policy)
+            door = Stash()
             door.enter_behind(functools.partial(_pack_recomputed, door.door, hooks[0]))
 
     def __exit__(self, *exception: object) -> None:
@@ -196,7 +195,7 @@ def _try_delegation() -> bool:
         return (x.sin() * x).exp()
 
     x = torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu", requires_grad=True)
-    link = _Link(Policy.named("exact"))
+    link = _Link()
     try:
         y = torch.utils.checkpoint.checkpoint(
             function, x, use_reentrant=False, preserve_rng_state=False,

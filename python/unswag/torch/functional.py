@@ -20,10 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unswag.torch import ops, stash
+from unswag.codebooks import Codebook
+from unswag.torch import derivatives, ops, stash
 from unswag.torch.autograd import once_differentiable
+from unswag.torch.derivatives import Code, Codes
+from unswag.torch.draws import draw_seed
 
-__all__ = ["dropout", "gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
+__all__ = [
+    "activation",
+    "dropout",
+    "gated",
+    "gated_halves",
+    "geglu",
+    "gelu",
+    "leaky_relu",
+    "reglu",
+    "relu",
+    "relu6",
+    "rms_norm",
+    "silu",
+    "swiglu",
+]
 
 _DEVICES = ("cpu", "cuda", "meta")  # whether there are CUDA kernels, and for this device, the core says
 
@@ -122,16 +139,61 @@ class _Activation(torch.autograd.Function):
         return ops.activation_backward(x, dy, ctx.act), None
 
 
-def _activation(x: Tensor, act: str) -> Tensor:
+class _Coded(torch.autograd.Function):
+    @staticmethod
+    @_signature_once
+    def forward(x: Tensor, act: str, code: Code) -> tuple[Tensor, Tensor]:
+        return code.forward(x, act)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Code], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.act, ctx.code = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        (packed,) = ctx.saved_tensors
+        return None if dy is None else ctx.code.backward(dy, packed, ctx.act), None, None
+
+
+def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
+    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked for.
+
+    Under a policy x plays the role mlp. Under "2bit" a code of the derivative is kept instead of it, n / 4 bytes, and y, if
+    somebody saves it, in int2; `codes` is where the codebook stays from call to call.
+    """
     _check(act, "x", x)
-    y: Tensor = _Activation.apply(x, act)
+    code = derivatives.current(codes, act, x)
+    if code is not None:
+        y: Tensor = _Coded.apply(x, act, code)[0]
+        stash.plays("mlp", y)
+        return y
+    stash.plays("mlp", x)
+    y = _Activation.apply(x, act)
     stash.remember(y, ops.activation_forward, x, act=act)
     return y
 
 
-def silu(x: Tensor) -> Tensor:
-    """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; under the stash y is made again from x when asked for."""
-    return _activation(x, "silu")
+def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook | None) -> Tensor:
+    _check(act, "x", x)
+    if bits is None and codebook is None:
+        return activation(x, act)
+    y: Tensor = _Coded.apply(x, act, derivatives.code(act, bits, codebook))[0]
+    return y
+
+
+def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None = None) -> Tensor:
+    """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; under the stash y is made again from x when asked for.
+
+    bits      1 to 4: only a code of the derivative is kept, n bits / 8 bytes. Lossy: y is exact, the gradient is not
+              (docs/policies.md)
+    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (right in the mean), or a Codebook; by default
+              the best of so many bits
+    """
+    return _with_bits(x, "silu", bits, codebook)
 
 
 def _gelu_name(approximate: str) -> str:
@@ -140,12 +202,14 @@ def _gelu_name(approximate: str) -> str:
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu(
+    x: Tensor, approximate: str = "none", *, bits: int | None = None, codebook: str | Codebook | None = None
+) -> Tensor:  # fmt: skip
     """x Phi(x) with the normal distribution's Phi, or with `approximate="tanh"` its tanh form (Hendrycks & Gimpel 2016).
 
-    Saved: x, n b bytes; under the stash y is made again from x when asked for.
+    Saved: x, n b bytes; under the stash y is made again from x when asked for. With `bits` and `codebook` as in `silu`.
     """
-    return _activation(x, _gelu_name(approximate))
+    return _with_bits(x, _gelu_name(approximate), bits, codebook)
 
 
 # ---- gated units ----------------------------------------------------------------------------------------------------------
@@ -166,16 +230,93 @@ class _Gated(torch.autograd.Function):
         return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None, None
 
 
-def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """act(gate) * up, rounded once (Shazeer 2020); `act` is one of silu, gelu, gelu_tanh, relu.
+class _GatedCoded(torch.autograd.Function):
+    """h = act(gate) * up, which keeps act(gate), up and a code of act'(gate). Its second result is act(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str, code: Code) -> tuple[Tensor, Tensor]:
+        ctx.act, ctx.code = act, code
+        h = ops.gated_forward(gate, up, act)
+        value, packed = code.forward(gate, act)
+        stash.plays("mlp", value, up)
+        ctx.mark_non_differentiable(value)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(packed, value, up)
+        return h, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor | None, _: None) -> tuple[Any, ...]:
+        if dh is None:
+            return None, None, None, None
+        packed, value, up = ctx.saved_tensors
+        need_gate, need_up = ctx.needs_input_grad[:2]
+        dgate = ctx.code.backward(dh * up, packed, ctx.act) if need_gate else None
+        return dgate, dh * value if need_up else None, None, None
+
+
+def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Tensor:
+    """act(gate) * up, rounded once (Shazeer 2020); `act` is one of `unswag.torch.ops.ACTIVATIONS`.
 
     gate, up: same shape, same dtype; nothing is broadcast. Result: that shape and dtype.
     Saved: gate and up, 2 n b bytes; not act(gate), and under the stash not the product, which is made again when asked for.
+
+    Under a policy gate and up play the role mlp. Under "2bit" a code of act'(gate), and act(gate) and up in int2, are kept: 6.5
+    bits per element of h; `codes` is where the codebook stays from call to call.
     """
     _check("gated", "gate", gate)
     _check("gated", "up", up)
-    h: Tensor = _Gated.apply(gate, up, act)
+    code = derivatives.current(codes, act, gate)
+    if code is not None:
+        h, value = _GatedCoded.apply(gate, up, act, code)
+        stash.remember(h, _product, value, up)
+        coded: Tensor = h
+        return coded
+    stash.plays("mlp", gate, up)
+    h = _Gated.apply(gate, up, act)
     stash.remember(h, ops.gated_forward, gate, up, act=act)
+    exact: Tensor = h
+    return exact
+
+
+def _product(value: Tensor, up: Tensor) -> Tensor:
+    return value * up
+
+
+class _GatedHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
+        ctx.act, ctx.gate_first = act, gate_first
+        ctx.save_for_backward(gate_up)
+        return gated_of_halves(gate_up, act, gate_first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        (gate_up,) = ctx.saved_tensors
+        return ops.gated_halves_backward(gate_up, dh, ctx.act, ctx.gate_first), None, None
+
+
+def gated_of_halves(gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
+    """The value of `gated_halves`, by which the stash makes it again."""
+    h: Tensor = ops.gated_forward(*ops.halves(gate_up, gate_first), act)
+    return h
+
+
+def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Codes | None = None) -> Tensor:
+    """act(gate) * up of the two halves of the last dimension, rounded once: `gated` for one Linear that makes both.
+
+    gate_up: [..., 2 n], gate first or, with `gate_first=False`, up first. Result: [..., n].
+    Saved: gate_up as it is; the gradient is made as one tensor, in place of two that would have to be joined. Under a policy as
+    in `gated`.
+    """
+    _check("gated_halves", "gate_up", gate_up)
+    gate, up = ops.halves(gate_up, gate_first)
+    if derivatives.current(codes, act, gate) is not None:
+        return gated(gate, up, act, codes)
+    stash.plays("mlp", gate_up)
+    h: Tensor = _GatedHalves.apply(gate_up, act, bool(gate_first))
+    stash.remember(h, gated_of_halves, gate_up, act=act, gate_first=bool(gate_first))
     return h
 
 
@@ -246,6 +387,7 @@ def rms_norm(
     out_dtype = out_dtype or x.dtype
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-6")
+    stash.plays("residual", x)
     y, rstd = _RmsNorm.apply(x, weight, float(eps), float(weight_offset), bool(cast_before_weight), out_dtype)
     stash.remember(
         y, ops.rms_norm_apply, x, rstd, weight,
@@ -256,12 +398,6 @@ def rms_norm(
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------------
-
-
-def draw_seed() -> int:
-    """A seed from torch's generator of the CPU, so that nobody waits for a device: `torch.manual_seed` gives the same again,
-    and so does a checkpoint, which restores the generator before it recomputes."""
-    return int(torch.randint(1 << 62, (), device="cpu"))
 
 
 class _Dropout(torch.autograd.Function):

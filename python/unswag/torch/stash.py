@@ -9,7 +9,8 @@ At the door a saved tensor is, in this order:
 1. a parameter, a view of one, or autocast's copy of one: held by reference;
 2. held already: another tensor of the same storage was kept, so this one costs nothing;
 3. the output of an op with a recipe (`remember`), or a dtype cast of one: not kept, made again from the recipe's inputs;
-4. given to the policy's codec for its role; without one it is held by reference.
+4. marked by an op as playing a role (`plays`) for which the policy has a codec: encoded once, for all who save it;
+5. held by reference.
 
 Held by reference means: an alias that shares storage and version counter, and the version. A tensor that was modified in
 place after it was saved is an error on the way out, as in plain PyTorch (a plain hook would lose that check).
@@ -41,6 +42,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from unswag.policy import Policy
+from unswag.torch import codecs
+from unswag.torch.draws import Draws, draw_seed
 
 _KEEP_MADE = 2  # tensors made again and kept for another reader, at most, per stash
 _NOTHING = torch.empty(0)
@@ -60,6 +63,19 @@ def remember(output: torch.Tensor, remake: Callable[..., torch.Tensor], *inputs:
     stash = Stash.current()
     if stash is not None and output.requires_grad:
         stash.register(output, remake, inputs, constants)
+
+
+def plays(role: str, *tensors: torch.Tensor) -> None:
+    """Says that `tensors` play `role`: whoever saves one of them while this stash is active keeps it as the policy says.
+
+    An op calls it before its `Function.apply`, for what it will save and what others may save of it. Does nothing when no stash
+    is active on this thread or its policy keeps the role exactly.
+    """
+    if torch.compiler.is_compiling():
+        return
+    stash = Stash.current()
+    if stash is not None:
+        stash.mark(role, tensors)
 
 
 class _Layout(NamedTuple):
@@ -158,9 +174,11 @@ class _Cell:
         made = self.made
         if made is None:
             made = self._make()
-            self.waiting = set(self.alive)
-            self.made = made
-            self.recent.push(self)
+            self.waiting = self.alive - {reader}
+            if self.waiting:
+                self.made = made
+                self.recent.push(self)
+            return made
         self.waiting.discard(reader)
         if not self.waiting:
             self.made = None
@@ -263,6 +281,35 @@ class _Output:
         return self.casts[key]
 
 
+class _Mark:
+    """The registry's entry for a tensor that plays a role: where it lies in its storage, and its cell once it is encoded, which
+    packed handles own."""
+
+    __slots__ = ("cell", "codec", "layout", "offset", "role", "storage", "version")
+
+    def __init__(self, t: torch.Tensor, role: str, codec: str) -> None:
+        self.storage = StorageWeakRef(t.untyped_storage())
+        self.role, self.codec = role, codec
+        self.layout, self.offset = _Layout.of(t), int(t.storage_offset())
+        self.cell: weakref.ref[_Cell] | None = None
+        self.version = 0
+
+    def whole(self, t: torch.Tensor) -> torch.Tensor | None:
+        """The marked tensor, of which `t` is all or a part in any order; None if `t` is something else in its storage."""
+        start = int(t.storage_offset()) - self.offset
+        if (t.size(), t.stride(), start) != (self.layout.size, self.layout.stride, 0):
+            last = start + sum((n - 1) * step for n, step in zip(t.size(), t.stride(), strict=True))
+            if not _fills(self.layout) or t.numel() == 0 or start < 0 or last >= self.layout.size.numel():
+                return None
+        if t.dtype != self.layout.dtype or t.is_conj() or t.is_neg():
+            return None
+        return t.detach().as_strided(self.layout.size, self.layout.stride, self.offset)
+
+
+def _decode(*packed: torch.Tensor, codec: str, layout: _Layout) -> torch.Tensor:
+    return codecs.decode(codec, packed, layout.size, layout.dtype)
+
+
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
@@ -285,8 +332,11 @@ class Recorder(Protocol):
 
     holds: _Holds  # shared by all doors while it records, so that a storage is counted once
 
-    def note(self, t: torch.Tensor, owner: object, tier: str) -> None:
-        """`t` was saved and costs what `tier` says: "device", "shared", "recipe" or "parameter"; until `owner` dies."""
+    def note(
+        self, t: torch.Tensor, owner: object, tier: str, role: str | None = None, packed: tuple[torch.Tensor, ...] | None = None
+    ) -> None:  # fmt: skip
+        """`t` was saved and costs what `tier` says: "device" (`packed` instead of itself, if that is given), "shared", "recipe"
+        or "parameter"; until `owner` dies. `role`: that of a mark."""
 
 
 class _Frame(NamedTuple):
@@ -322,6 +372,8 @@ class Stash:
         self.policy = Policy.named(policy)
         self._model = weakref.ref(model) if model is not None else None
         self._outputs: dict[int, _Output] = {}  # by storage
+        self._marks: dict[int, list[_Mark]] = {}  # by storage
+        self._draws: Draws | None = None
         self._holds: _Holds = {}
         self._recent = _Recent()
 
@@ -363,12 +415,15 @@ class Stash:
     def _open(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> _Frame:
         if _thread.recorder is not None:
             self._holds = _thread.recorder.holds
+        if self.policy.rounding == "stochastic":
+            self._draws = Draws(draw_seed())
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
         return _Frame(self, pack, owner=True)
 
     def _close(self) -> None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
         self._outputs.clear()
+        self._marks.clear()
         self._holds = {}
 
     passive = False  # True: a stash entered inside this one takes over
@@ -388,6 +443,9 @@ class Stash:
             if _thread.recorder is not None and isinstance(made_again, _Again):
                 _thread.recorder.note(t, made_again, "recipe")
             return made_again
+        coded = self._coded(t, key)
+        if coded is not None:
+            return coded
         return self._keep(t, self._hold(t, key), "device")
 
     def _keep(self, t: torch.Tensor, hold: _Hold, tier: str) -> _Kept:
@@ -457,9 +515,51 @@ class Stash:
         if output.grad_fn is not None:
             output.grad_fn.metadata[_MARK] = weakref.ref(entry)  # type: ignore[index]
 
+    def mark(self, role: str, tensors: tuple[torch.Tensor, ...]) -> None:
+        """What `plays` does, for the stash whose door is in use."""
+        codec = self.policy.codec(role)
+        if codec is None:
+            return
+        self._prune()
+        for t in tensors:
+            key = _storage_key(t)
+            if key is None or not codecs.takes(t):
+                continue
+            marks = self._marks.setdefault(key, [])
+            if not any((mark.layout, mark.offset) == (_Layout.of(t), t.storage_offset()) for mark in marks):
+                marks.append(_Mark(t, role, codec))
+
+    def _coded(self, t: torch.Tensor, key: int) -> _Again | None:
+        """A handle on the packed form of `t`, which is marked; None if it is not."""
+        for mark in self._marks.get(key, ()):
+            if mark.storage.expired():
+                continue
+            whole = mark.whole(t)
+            if whole is None:
+                continue
+            cell = None if mark.cell is None else mark.cell()
+            packed = None
+            if cell is None or mark.version != t._version:
+                packed = codecs.encode(mark.codec, whole, self._draws)
+                about = _About(mark.role, self._model)
+                layout = mark.layout if _fills(mark.layout) else mark.layout._replace(stride=_dense_stride(mark.layout.size))
+                kept = tuple(_Kept(part, about) for part in packed)
+                cell = _Cell(_decode, kept, {"codec": mark.codec, "layout": layout}, layout, self._recent)
+                mark.cell, mark.version = weakref.ref(cell), t._version
+            if (t.size(), t.stride()) == (mark.layout.size, mark.layout.stride):
+                handle = _Again(cell, cell.layout.size, cell.layout.stride, 0)
+            else:
+                handle = _Again(cell, t.size(), t.stride(), int(t.storage_offset()) - mark.offset)
+            if _thread.recorder is not None:
+                _thread.recorder.note(t, cell, "shared" if packed is None else "device", mark.role, packed)
+            return handle
+        return None
+
     def _prune(self) -> None:
         for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
             del self._outputs[key]
+        for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
+            del self._marks[key]
 
 
 def leave() -> None:
@@ -563,13 +663,26 @@ def is_plain(t: torch.Tensor) -> bool:
 
 
 def _is_dense(t: torch.Tensor) -> bool:
+    return _fills(_Layout.of(t))
+
+
+def _fills(layout: _Layout) -> bool:
     """Whether the elements fill a stretch of the storage without gaps or overlaps, in any order of dimensions."""
     step = 1
-    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.size(), strict=True) if n != 1):
+    for stride, n in sorted((s, n) for s, n in zip(layout.stride, layout.size, strict=True) if n != 1):
         if stride != step:
-            return t.numel() == 0
+            return layout.size.numel() == 0
         step *= n
     return True
+
+
+def _dense_stride(size: torch.Size) -> tuple[int, ...]:
+    """Of a contiguous tensor of that size."""
+    strides, step = [], 1
+    for n in reversed(size):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
 
 
 def _is_cast(copy: torch.Tensor, layout: _Layout) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from unswag.torch.patterns.probing import HOOKS, kind, sealed
 from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
 
-CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock")}
+CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
 DRY_TOKENS = 64
 INNER = "_unswag_forward"  # model.__dict__[INNER]: the forward on the instance before the stash was put around it
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left as it is, each sentence once
@@ -90,7 +91,12 @@ class SurgeryReport:
 
 
 def apply_unswag_surgery(
-    model: nn.Module, policy: str | Policy = "exact", attention: str = "auto", loss: str = "chunked", verify: bool = True
+    model: nn.Module,
+    policy: str | Policy = "exact",
+    attention: str = "auto",
+    loss: str = "chunked",
+    verify: bool = True,
+    dropout: str = "stock",
 ) -> SurgeryReport:
     """Makes `model` train with less activation memory, prints what it did and returns it.
 
@@ -107,21 +113,25 @@ def apply_unswag_surgery(
                batches come with position_ids and without attention_mask); "stock": as the model has it
     loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
     verify     False probes one module of each kind (same class, shapes, dtypes and settings) and trusts the others
+    dropout    "stock": draws and masks of PyTorch; "redrawn": from a seed of our own, so that no mask is kept, and losses are
+               those of another seed
 
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward, and transformers sees packed sequences only without one.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention or loss, RuntimeError if somebody
-    has wrapped one of our forwards since an earlier call. If anything else goes wrong the model is as it was before the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, RuntimeError if
+    somebody has wrapped one of our forwards since an earlier call. If anything else goes wrong the model is as it was before
+    the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
-    for argument, given in (("attention", attention), ("loss", loss)):
+    options = {"attention": attention, "loss": loss, "dropout": dropout}
+    for argument, given in options.items():
         if given not in CHOICES[argument]:
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
     chosen = Policy.named(policy)
-    stock = {name for name, option in (("attention", attention), ("loss", loss)) if option == "stock"}
+    stock = {name for name, option in options.items() if option == "stock"}
     before = _take_back(model)
     try:
         with sealed():
@@ -133,7 +143,7 @@ def apply_unswag_surgery(
         if patched:
             _put_stash_around(model, chosen)
             patched.append(("", "stash"))
-            vars(model)[NOTES].extend(checkpoint.prepare(model, chosen))
+            vars(model)[NOTES].extend(checkpoint.prepare(model))
         with sealed():
             kept_after = _dry_run(model) if planned else None
     except BaseException:
@@ -181,9 +191,12 @@ def _plan(
     """What to patch, and what to leave with its reason. Changes nothing."""
     planned: list[tuple[Pattern, Candidate]] = []
     skipped: list[tuple[str, str]] = []
+    covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
     for pattern in chosen:
         probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
         for candidate in pattern.find(model):
+            if id(candidate.module) in covered:
+                continue
             key = candidate.module if verify else kind(candidate.module)
             if key not in probed:
                 probed[key] = (pattern.probe(candidate), candidate.parts)
@@ -191,6 +204,9 @@ def _plan(
             candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
             if reason is None:
                 planned.append((pattern, candidate))
+                if "covers" in candidate.parts:
+                    covered.add(id(candidate.module))
+                    covered.update(id(getattr(candidate.module, child)) for child in candidate.parts["covers"])
             else:
                 skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped
@@ -199,7 +215,7 @@ def _plan(
 def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
     """Before each forward. Says once what it leaves, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
-    for note in checkpoint.prepare(model, policy):
+    for note in checkpoint.prepare(model):
         if note not in notes:
             notes.append(note)
             warnings.warn(f"unswag: {note}", stacklevel=4)
@@ -235,6 +251,8 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
 def _dry_run(model: nn.Module) -> float | None:
     """Bytes per token that a training step of a language model keeps: a copy of `model` runs forward on tensors that have
     shapes and no data, and what is alive then is counted. None if that cannot be done."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints each error that it raises, with its traceback
+    quiet, log.disabled = log.disabled, True
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
@@ -251,3 +269,5 @@ def _dry_run(model: nn.Module) -> float | None:
             return live.bytes() / DRY_TOKENS if loss.requires_grad else None
     except Exception:  # whatever a stranger's forward does on such tensors
         return None
+    finally:
+        log.disabled = quiet

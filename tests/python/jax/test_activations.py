@@ -116,6 +116,16 @@ def test_seed_codebook_is_the_founding_one():
     assert dx.tolist() == [0, 0, 0.5, 0.5, 1, 1]
 
 
+@pytest.mark.parametrize(("act", "name"), [("silu", "mm1"), ("silu", "mm2"), ("silu", "resilu2"), ("gelu", "regelu2"),
+                                           ("gelu_tanh", "mm1"), ("gelu_tanh", "fewbit")])  # fmt: skip
+def test_short_names(act, name):
+    x = normal((31, 8), jnp.float32)
+    book = codebooks.codebook(act, 2, name)
+    for function in (lambda v: OURS[act](v, bits=2, codebook=name), lambda v: OURS[act](v, codebook=book)):
+        levels = np.asarray(book.levels, np.float32)[reference.step_code(np.asarray(x), book.bounds)]
+        assert (np.asarray(jax.vjp(function, x)[1](jnp.ones_like(x))[0]) == levels).all()
+
+
 def test_own_codebook():
     book = Codebook(1, (0.5,), (0.25, 2.0))
     assert jax.grad(lambda v: uj.silu(v, codebook=book).sum())(jnp.array([0.5, 0.6])).tolist() == [0.25, 2.0]
@@ -128,6 +138,7 @@ def test_nan_has_the_lowest_level():
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda x: uj.silu(x, bits=5), ValueError, ["bits is 5", "1, 2, 3 or 4", "None to keep x"]),
     (lambda x: uj.silu(x, bits=2, codebook="best"), ValueError, ["no codebook 'best' of 2 bits", "ReSiLU2"]),
+    (lambda x: uj.gelu(x, bits=2, codebook="dither2"), ValueError, ["gelu: 'dither2' has no levels"]),
     (lambda x: uj.silu(x, codebook="seed"), ValueError, ["codebook is 'seed' but bits is None", "name the bits"]),
     (lambda x: uj.gelu(x, layout="rows"), ValueError, ["layout is 'rows' but bits is None"]),
     (lambda x: uj.gelu(x, bits=2, codebook=Codebook(1, (0.0,), (0.0, 1.0))), ValueError, ["bits is 2", "has 1"]),

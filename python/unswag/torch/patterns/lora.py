@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unswag.torch.functional import draw_seed
+from unswag.torch.draws import draw_seed
 from unswag.torch.lora import Adapter, add_lora
 from unswag.torch.patterns.gated_mlp import Drawn
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward

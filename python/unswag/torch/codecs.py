@@ -1,0 +1,31 @@
+"""The codecs of the door: a saved tensor in fewer bits, by the name that a policy gives (docs/format.md).
+
+Block codecs cut rows (the last dimension) into blocks with a scale of their own. A block with a NaN or an infinity comes back
+as NaN, all of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from unswag.torch import ops
+from unswag.torch.draws import Draws
+
+FEWEST = 1024  # a tensor of fewer elements is kept as it is: its packed form would save less than a call costs
+
+
+def takes(t: torch.Tensor) -> bool:
+    """Whether a codec is worth its while for `t`."""
+    return t.is_floating_point() and t.dtype in ops.DTYPES and t.numel() >= FEWEST and t.device.type in ("cpu", "cuda")
+
+
+def encode(codec: str, t: torch.Tensor, draws: Draws | None) -> tuple[torch.Tensor, ...]:
+    """The packed form of `t` [..., cols], which shares no memory with it. With `draws` rounded stochastically."""
+    seed, offset = (0, 0) if draws is None else draws.next()
+    with torch.no_grad():
+        return (ops.block_encode(t, codec, draws is not None, seed, offset),)
+
+
+def decode(codec: str, packed: tuple[torch.Tensor, ...], size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of that size and dtype, from what `encode` gave."""
+    return ops.block_decode(packed[0], codec, size[-1], dtype)

@@ -1,0 +1,117 @@
+"""The derivative of an activation as a code of 1 to 4 bits (docs/format.md section 5): what is kept instead of its input where a
+lossy policy, or the caller, says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unswag import codebooks
+from unswag.codebooks import Codebook
+from unswag.policy import TWO_BITS, Policy
+from unswag.torch import ops
+from unswag.torch.draws import draw_seed
+from unswag.torch.stash import Stash
+
+DITHER = "dither2"
+_SAMPLE = 1 << 15  # elements that a codebook is calibrated on
+_OF_ONE_ACTIVATION = {"resilu2": ("silu", "quick_gelu"), "regelu2": ("gelu", "gelu_tanh")}
+
+
+class Code(Protocol):
+    """How a derivative is written and read."""
+
+    def forward(self, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
+        """(act(x), the codes of act'(x), packed)."""
+
+    def backward(self, dy: Tensor, packed: Tensor, act: str) -> Tensor:
+        """dy times the derivative that the codes stand for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """By a codebook."""
+
+    book: Codebook
+
+    def forward(self, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
+        y, packed = ops.code_forward(x, act, list(self.book.bounds), self.book.bits, self.book.of == "derivative", True)
+        return y, packed
+
+    def backward(self, dy: Tensor, packed: Tensor, act: str) -> Tensor:
+        dx: Tensor = ops.code_backward(dy, packed, list(self.book.levels), self.book.bits)
+        return dx
+
+
+@dataclasses.dataclass(frozen=True)
+class Dithered:
+    """With subtractive dither, drawn again in the backward: right in the mean, whatever x is."""
+
+    bits: int
+    seed: int
+
+    def forward(self, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
+        y, packed = ops.dither_forward(x, act, self.bits, self.seed, 0, True)
+        return y, packed
+
+    def backward(self, dy: Tensor, packed: Tensor, act: str) -> Tensor:
+        dx: Tensor = ops.dither_backward(dy, packed, act, self.bits, self.seed, 0)
+        return dx
+
+
+def code(act: str, bits: int | None, codebook: str | Codebook | None) -> Code:
+    """What `silu(x, bits=…, codebook=…)` asks for. ValueError lists the choices."""
+    if isinstance(codebook, Codebook):
+        if bits not in (None, codebook.bits):
+            raise ValueError(f"{act}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
+        return Levels(codebook)
+    if codebook == DITHER:
+        if bits not in (None, 2):
+            raise ValueError(f"{act}: bits is {bits} but codebook {DITHER!r} has 2; leave bits out")
+        return Dithered(2, draw_seed())
+    if bits is None:
+        raise ValueError(f"{act}: codebook is {codebook!r} but bits is None, which keeps x exactly; name the bits too")
+    return Levels(codebooks.codebook(act, bits, codebook))
+
+
+class Codes:
+    """The codebook of one activation of a model under the policy "2bit": made in its first forward, and kept."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Policy, str, Levels] | None = None
+
+    def code(self, policy: Policy, act: str, x: Tensor) -> Code:
+        if policy.codebook == DITHER:
+            return Dithered(2, draw_seed())
+        if self._made is None or self._made[:2] != (policy, act):
+            self._made = (policy, act, Levels(_book(policy, act, x)))
+        return self._made[2]
+
+
+def current(codes: Codes | None, act: str, x: Tensor) -> Code | None:
+    """How the policy in use keeps act'(x); None where it keeps x."""
+    if torch.compiler.is_compiling():
+        return None
+    stash = Stash.current()
+    if stash is None or stash.policy.mlp != TWO_BITS or act not in codebooks.SMOOTH or x.is_meta or not x.numel():
+        return None
+    return (codes or Codes()).code(stash.policy, act, x)
+
+
+def _book(policy: Policy, act: str, x: Tensor) -> Codebook:
+    name = policy.codebook
+    only = _OF_ONE_ACTIVATION.get(name)
+    if only is not None and act not in only:
+        raise ValueError(f"policy: codebook {name!r} is for {only[0]}, but the model has {act}; choose 'mm2'")
+    if name not in codebooks.METHODS:
+        return codebooks.codebook(act, 2, name)
+    if policy.scale is not None:
+        return codebooks.fit(act, 2, policy.scale, name)
+    flat = x.detach().reshape(-1)
+    sample = flat[:: max(1, math.ceil(flat.numel() / _SAMPLE))].float().cpu().numpy()
+    return codebooks.calibrated(act, 2, name, sample)

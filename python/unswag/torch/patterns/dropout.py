@@ -1,0 +1,48 @@
+"""Dropout by a seed in place of a mask. Only when asked for, `dropout="redrawn"`: its draws are others than PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from unswag.torch.functional import dropout
+from unswag.torch.patterns.activation import ordinary
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward
+
+
+class Dropout:
+    name = "dropout"
+    saves = "a seed; the next Linear's input is made again too; stock keeps a mask, 8 bits per element, and the output"
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        for name, module in model.named_modules():
+            if type(module) is nn.Dropout and module.p > 0:
+                yield Candidate(name, module, {"like": like})
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module = candidate.module
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        if reason := no_kernel(candidate.parts["like"]):
+            return reason
+        if module.inplace:
+            return "it works in place"
+        return None
+
+    def apply(self, candidate: Candidate) -> None:
+        def forward(self: nn.Dropout, input: Tensor) -> Tensor:
+            if not (self.training and 0 < self.p < 1 and ordinary(input)) or not _draws(input):
+                return nn.Dropout.forward(self, input)
+            return dropout(input, self.p)
+
+        replace_forward(candidate.module, forward)
+
+
+def _draws(x: Tensor) -> bool:
+    """Whether a seed can be drawn here: not where every run would have that of the first, nor under torch.func."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,221 @@
+"""Packed experts of a mixture: down(act(gate) * up) for all experts at once, gate and up the halves of one product.
+
+Transformers runs them sorted by expert (grouped_mm), and keeps for every token and expert it goes to x, gate and up, act(gate),
+the product and the result. Here x is taken from the tokens again, the product is made again, and of the result the backward
+needs only its inner product with the gradient, which is that of the gradient before `down` with the product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unswag.torch import stash
+from unswag.torch.autograd import once_differentiable
+from unswag.torch.derivatives import Codes
+from unswag.torch.functional import gated_halves
+from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, GRID, SAME, codes_of
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
+from unswag.torch.patterns.probing import distance, twin, value_and_gradients
+
+GATE = "_apply_gate"  # transformers' name for act(gate) * up of its packed experts; grouped_mm and batched_mm call it
+WEIGHTS = ("gate_up_proj", "down_proj")  # [experts, 2 n, hidden] and [experts, hidden, n]
+MORE = ("has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")  # what `grouped` does not do
+WIDTH = 32  # of the experts of a probe
+
+
+class Experts:
+    name = "experts"
+    saves = "gate and up of each token and expert; stock keeps act(gate), the product, the input and the result for each too"
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        for name, module in model.named_modules():
+            if callable(getattr(module, GATE, None)) and all(getattr(module, k, torch.empty(0)).dim() == 3 for k in WEIGHTS):
+                yield Candidate(name, module)
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module: Any = candidate.module
+        if GATE in vars(module):
+            return f"its {GATE} was already replaced"
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        if reason := no_kernel(module.down_proj):
+            return reason
+        reasons = []
+        for gate_first, act in itertools.product((True, False), ACTIVATIONS):
+            reason = _gate_differs(module, act, gate_first)
+            if reason is None:
+                break
+            reasons.append(reason)
+        else:
+            return f"its gate is not act(gate) * up of two halves: {reasons[0]}"
+        if not _calls_gate(module):
+            return f"its experts run one by one (experts_implementation is {_implementation(module)!r}, not 'grouped_mm')"
+        whole = _implementation(module) == "grouped_mm" and _differs(module, act, gate_first) is None
+        covers = ("act_fn",) if hasattr(module, "act_fn") else ()
+        candidate.parts |= {"act": act, "gate_first": gate_first, "whole": whole, "covers": covers}
+        return None
+
+    def apply(self, candidate: Candidate) -> None:
+        act, gate_first = candidate.parts["act"], candidate.parts["gate_first"]
+
+        def apply_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
+            return gated_halves(gate_up, act, gate_first, codes_of(self))
+
+        def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            if kwargs or len(args) != 3 or not _ordinary(self, *args):
+                result: Tensor = type(self).forward(self, *args, **kwargs)
+                return result
+            return grouped(*args, self.gate_up_proj, self.down_proj, act, gate_first, codes_of(self))
+
+        apply_gate.__name__ = GATE  # by which a pickled method is found again: in the class, so what is loaded is unpatched
+        replace(candidate.module, GATE, types.MethodType(apply_gate, candidate.module))
+        replace(candidate.module, CODES, Codes())
+        if candidate.parts["whole"]:
+            replace_forward(candidate.module, forward)
+
+
+def _implementation(module: Any) -> Any:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+def _ordinary(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> bool:
+    """Whether this call is one that `grouped` computes; else transformers' own function runs."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if _implementation(module) != "grouped_mm" or any(getattr(module, k, True) for k in MORE):
+        return False
+    return all(map(is_plain, (hidden, index, weights, module.gate_up_proj, module.down_proj)))
+
+
+def grouped(
+    hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, gate_first: bool,
+    codes: Codes | None = None,
+) -> Tensor:  # fmt: skip
+    """y[t] = sum over j of weights[t, j] down_e(act(gate_e(x[t])) * up_e(x[t])), e = index[t, j]; as transformers' grouped_mm.
+
+    hidden [tokens, H], index and weights [tokens, k]; gate_up [experts, 2 n, H], down [experts, H, n]. Result: as hidden.
+    Saved: gate and up, 2 k n numbers per token, and small vectors; under the stash neither inputs nor products of the experts.
+    """
+    k = index.shape[-1]
+    expert, order = torch.sort(index.reshape(-1))
+    token = order // k
+    counts = torch.histc(expert.float() if expert.is_cpu else expert.int(), len(down), 0, len(down) - 1)
+    ends = torch.cumsum(counts, 0, dtype=torch.int32)
+    x = rows(hidden, token)
+    stash.remember(x, rows, hidden, token)
+    h = gated_halves(F.grouped_mm(x.to(gate_up.dtype), gate_up.mT, offs=ends), act, gate_first, codes)
+    result: Tensor = _Combine.apply(h, down, weights.reshape(-1)[order], ends, order, token, k)
+    return result.to(hidden.dtype)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    return x[index]
+
+
+class _Combine(torch.autograd.Function):
+    """y[t] = sum of weight[s] down_e(h[s]) over the s of token t. With d[s] = dy[t] and q[s] = d[s] down_e:
+
+        dh = weight q,    dweight = <d, down_e(h)> = <q, h>,    ddown_e = sum over the s of e of (weight d)^T h
+
+    Saved: h, which is made again, and the weights; not down_e(h)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, down: Tensor, weight: Tensor, ends: Tensor, order: Tensor, token: Tensor, k: int
+    ) -> Tensor:
+        y = F.grouped_mm(h, down.mT, offs=ends) * weight.unsqueeze(-1)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        ctx.save_for_backward(h, down, weight, ends, token)
+        return y[place].view(-1, k, y.shape[-1]).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, down, weight, ends, token = ctx.saved_tensors
+        need_dh, need_ddown, need_dweight = ctx.needs_input_grad[:3]
+        d = dy[token]
+        dh = ddown = dweight = None
+        if need_dh or need_dweight:
+            q = F.grouped_mm(d.to(h.dtype), down, offs=ends)
+            if need_dweight:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                dweight = q.to(wide, copy=True).mul_(h).sum(-1).to(weight.dtype)
+            if need_dh:
+                dh = (q * weight.unsqueeze(-1)).to(h.dtype)
+        if need_ddown:
+            ddown = F.grouped_mm((d * weight.unsqueeze(-1)).to(h.dtype).mT, h, offs=ends)
+        return dh, ddown, dweight, None, None, None, None
+
+
+def _gate_differs(module: Any, act: str, gate_first: bool) -> str | None:
+    """How act(gate) * up of the halves differs from what the module makes of gate and up, or None."""
+    like: Tensor = module.down_proj
+    for dtype in dict.fromkeys((torch.float64, like.dtype)):
+        x = (GRID * (2 * torch.rand(64, 32, device=like.device) - 1)).to(dtype).requires_grad_()
+        try:
+            theirs = value_and_gradients(lambda: getattr(type(module), GATE)(twin(module), x), [x])  # noqa: B023
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {error}"
+        ours = value_and_gradients(lambda: gated_halves(x, act, gate_first), [x])  # noqa: B023
+        worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
+        if worst > max(SAME, 8 * torch.finfo(dtype).eps):
+            return f"results differ by {worst:.1e} in {dtype}"
+    return None
+
+
+def _small(module: Any) -> tuple[Any, list[Tensor], Tensor]:
+    """A twin with four small experts, the last without a token; its inputs with gradients (hidden, weights, parameters), and
+    the index."""
+    like: Tensor = module.down_proj
+    n, turned = WIDTH, getattr(module, "is_transposed", False)
+    shapes = {"gate_up_proj": (4, n, 2 * n) if turned else (4, 2 * n, n), "down_proj": (4, n, n)}
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=like.device) * shape[-1] ** -0.5).to(like.dtype)
+
+    drawn = {k: nn.Parameter(draw(*shape)) for k, shape in shapes.items()}
+    copy: Any = twin(module, **drawn)
+    copy.__dict__["num_experts"] = 4
+    weights = torch.rand(6, 2, device=like.device).to(like.dtype).requires_grad_()
+    hidden = (3 * draw(6, n)).requires_grad_()
+    return copy, [hidden, weights, *drawn.values()], torch.tensor([[2, 0], [1, 2]] * 3, device=like.device)
+
+
+def _calls_gate(module: Any) -> bool:
+    """Whether the module's forward makes act(gate) * up by `_apply_gate`."""
+    copy, (hidden, weights, *_), index = _small(module)
+    called: list[Callable[..., Any]] = []
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        called.append(apply_gate)
+        return gate_up.chunk(2, -1)[0]
+
+    copy.__dict__[GATE] = apply_gate
+    try:
+        type(module).forward(copy, hidden, index, weights)
+    except Exception:
+        return False
+    return bool(called)
+
+
+def _differs(module: Any, act: str, gate_first: bool) -> str | None:
+    """How `grouped` differs from the module's own forward, or None."""
+    copy, leaves, index = _small(module)
+    hidden, weights, gate_up, down = leaves
+    if not _ordinary(copy, hidden, index, weights):
+        return "it has more parts"
+    try:
+        theirs = value_and_gradients(lambda: type(module).forward(copy, hidden, index, weights), leaves)
+        ours = value_and_gradients(lambda: grouped(hidden, index, weights, gate_up, down, act, gate_first), leaves)
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {error}"
+    worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
+    return None if worst <= 16 * torch.finfo(hidden.dtype).eps else f"results differ by {worst:.1e}"

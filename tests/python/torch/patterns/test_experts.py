@@ -1,0 +1,227 @@
+"""Packed experts keep gate and up alone, and route, weigh and train as transformers' own function does."""
+
+from __future__ import annotations
+
+import copy
+
+import architectures
+import pytest
+import torch
+from families import distance
+from torch import nn
+from torch.nn import functional as F
+
+from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
+from unswag.torch.patterns import experts
+from unswag.torch.patterns.experts import Experts
+from unswag.torch.patterns.probing import sealed
+
+H, WIDTH, EXPERTS = 32, 24, 5
+
+
+def build(base=object, implementation="grouped_mm", dtype=torch.float32, act=None, **settings):
+    """Experts as transformers' decorator makes them; `base` may bring an `_apply_gate`."""
+    import types
+
+    from transformers.integrations import use_experts_implementation
+
+    class Packed(base if base is not object else nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts = EXPERTS
+            self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH, H) / H**0.5)
+            self.down_proj = nn.Parameter(torch.randn(EXPERTS, H, WIDTH) / WIDTH**0.5)
+            self.act_fn = act or nn.SiLU()
+
+        def forward(self, hidden, index, weights):
+            y = torch.zeros_like(hidden)
+            for e in range(EXPERTS):
+                row, place = torch.where(index == e)
+                gate, up = F.linear(hidden[row], self.gate_up_proj[e]).chunk(2, dim=-1)
+                out = F.linear(self.act_fn(gate) * up, self.down_proj[e]) * weights[row, place, None]
+                y = y.index_add(0, row, out.to(y.dtype))
+            return y
+
+    config = types.SimpleNamespace(_experts_implementation=implementation)
+    return use_experts_implementation(Packed, **settings)(config).to(dtype)
+
+
+def inputs(tokens=11, k=3, dtype=torch.float32, weight_dtype=None, seed=1):
+    """Expert 4 gets no token."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
+    index = (
+        torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(tokens)]) if tokens else torch.empty(0, k).long()
+    )
+    weights = torch.rand(tokens, k, generator=generator).to(weight_dtype or dtype).requires_grad_()
+    return hidden, index, weights
+
+
+def candidate(module):
+    (found,) = Experts().find(nn.Sequential(module))
+    return found
+
+
+def probe(found):
+    with sealed():
+        return Experts().probe(found)
+
+
+def step(module, hidden, index, weights):
+    y = module(hidden, index, weights)
+    return [y.detach(), *torch.autograd.grad(y.float().sin().sum(), [hidden, weights, *module.parameters()])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("act", [nn.SiLU, nn.GELU, nn.ReLU])
+def test_results_equal(implementation, dtype, act):
+    module = build(implementation=implementation, dtype=dtype, act=act())
+    found = candidate(module)
+    assert probe(found) is None and found.parts["whole"] == (implementation == "grouped_mm")
+    data = inputs(dtype=dtype)
+    stock = step(module, *data)
+    Experts().apply(found)
+    for ours, theirs in zip(step(module, *data), stock, strict=True):
+        assert ours.dtype == theirs.dtype and distance(ours, theirs) <= 16 * torch.finfo(dtype).eps
+
+
+def test_in_bfloat16_no_gradient_is_further_from_the_truth_than_stock():
+    module = build(dtype=torch.bfloat16)
+    data = inputs(tokens=200, dtype=torch.bfloat16, weight_dtype=torch.float32)
+    exact = copy.deepcopy(module).double()
+    exact.config._experts_implementation = "eager"
+    truth = step(exact, *(x.detach().double().requires_grad_() if x.is_floating_point() else x for x in data))
+    exact.config._experts_implementation = "grouped_mm"
+    stock = step(module, *data)
+    found = candidate(module)
+    assert probe(found) is None
+    Experts().apply(found)
+    for ours, theirs, true in zip(step(module, *data), stock, truth, strict=True):
+        assert ours.dtype == theirs.dtype and distance(ours, true) <= 1.25 * distance(theirs, true)
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (13, 1), (7, 2)])
+def test_odd_sizes(tokens, k):
+    module, data = build(), inputs(tokens, k)
+    found = candidate(module)
+    assert probe(found) is None
+    stock = step(module, *data)
+    Experts().apply(found)
+    for ours, theirs in zip(step(module, *data), stock, strict=True):
+        assert distance(ours, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj", "hidden", "weights"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_theirs(frozen):
+    module, data = build(), inputs()
+    found = candidate(module)
+    assert probe(found) is None
+    stock = step(module, *data)
+    Experts().apply(found)
+    names = ["hidden", "weights", "gate_up_proj", "down_proj"]
+    leaves = dict(zip(names, [data[0], data[2], *module.parameters()], strict=True))
+    leaves[frozen].requires_grad_(False)
+    module(*data).sin().sum().backward()
+    assert leaves[frozen].grad is None
+    for name, want in zip(names, stock[1:], strict=True):
+        assert name == frozen or distance(leaves[name].grad, want) <= 2e-6
+
+
+class Clamped(nn.Module):  # GPT-OSS
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=7.0)) * up
+
+
+class Interleaved(nn.Module):
+    def _apply_gate(self, gate_up):
+        return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: build(Clamped), "its gate is not"),
+        (lambda: build(Interleaved), "its gate is not"),
+        (lambda: build(act=nn.Tanh()), "its gate is not"),
+        (lambda: build(implementation="eager"), "one by one"),
+    ],
+)
+def test_other_gates_and_loops_are_left_with_the_reason(make, why):
+    assert why in probe(candidate(make()))
+
+
+def test_with_more_parts_only_the_gate_is_ours():
+    module = build(has_post_expert_norm=True)
+    module.post_expert_norm = nn.LayerNorm(H)
+    found = candidate(module)
+    assert probe(found) is None and not found.parts["whole"]
+    data = inputs()
+    stock = step(module, *data)
+    Experts().apply(found)
+    assert "forward" not in vars(module)
+    for ours, theirs in zip(step(module, *data), stock, strict=True):
+        assert distance(ours, theirs) <= 2e-6
+
+
+def test_another_implementation_chosen_later_is_the_one_that_runs(monkeypatch):
+    module, data = build(), inputs()
+    found = candidate(module)
+    assert probe(found) is None
+    Experts().apply(found)
+    runs = []
+    monkeypatch.setattr(experts, "grouped", lambda *args: runs.append(1) or data[0])
+    module(*data)
+    module.config._experts_implementation = "batched_mm"
+    module(*data)
+    module.config._experts_implementation, module._is_expert_parallel = "grouped_mm", True
+    module(*data)
+    assert len(runs) == 1
+
+
+def test_gate_and_up_are_kept_and_indices():
+    module = build(dtype=torch.bfloat16)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = module
+
+        def forward(self, x, index, weights):
+            return self.experts(x, index, weights)
+
+    model = Model()
+    apply_unswag_surgery(model)
+    x, index, weights = inputs(64, 3, torch.bfloat16)
+    # order, token (int64) and the weight of each of the 3 * 64; the ends of the experts
+    small = 3 * 64 * (8 + 8 + 2) + EXPERTS * 4
+    assert audit(model, x=x, index=index, weights=weights).total == 3 * 64 * 2 * WIDTH * 2 + small
+
+
+def test_double_backward_is_refused():
+    module, data = build(), inputs()
+    found = candidate(module)
+    assert probe(found) is None
+    Experts().apply(found)
+    (g,) = torch.autograd.grad(module(*data).sum(), data[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="once"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_architectures_train_as_stock(name, implementation):
+    """float64 with transformers' loop, float32 with its grouped product, which takes no float64."""
+    dtype = torch.float64 if implementation == "eager" else torch.float32
+    model = architectures.build(name, dtype, experts_implementation=implementation)
+    batch = architectures.batch(name, dtype)
+    stock = architectures.step(model, batch)
+    report = apply_unswag_surgery(model, loss="stock")
+    patched = [pattern for _, pattern in report.patched]
+    assert patched.count("experts" if implementation == "grouped_mm" else "activation") == 2
+    assert implementation == "grouped_mm" or any("one by one" in why for _, why in report.skipped)
+    assert all(p.grad is not None for p in model.parameters())
+    architectures.assert_equal(architectures.step(model, batch), stock, 5e-6)
+    remove_unswag_surgery(model)
+    architectures.assert_equal(architectures.step(model, batch), stock, 1e-12)
