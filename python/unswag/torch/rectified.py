@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from unswag import _core
 from unswag.torch import ops, stash
-from unswag.torch.stash import Stash, _Again, _Cell, _Hold, _Kept, _Layout, _Output
+from unswag.torch.stash import Stash, _About, _Again, _Cell, _Kept, _Layout, _Output
 
 MASK, NONZEROS, OUTPUT, RECIPE = "mask", "bitmap + non-zeros", "output", "recipe"  # what a ReLU's output was kept as
 NODE = "ReluBackward0"
@@ -87,7 +87,7 @@ class _Rectified(_Output):
         self.own: weakref.ref[_Kept] | None = None
         self.mask: weakref.ref[_Kept] | None = None
         if own is not None:
-            mask = self._keep(ops.signs_encode(_flat(y, y.numel(), self.offset)))
+            (mask,) = self._pack(y, ops.signs_encode(_flat(y, y.numel(), self.offset)))
             own.give_way(self._signs(mask))
             self.own, self.mask = weakref.ref(own), weakref.ref(mask)
             kept[MASK] += 1
@@ -109,7 +109,7 @@ class _Rectified(_Output):
         packed = nonzero_encode(_flat(t, self.layout.size.numel(), self.offset))
         if packed is None:
             return False
-        bitmap, values = map(self._keep, packed)
+        bitmap, values = self._pack(t, *packed)
         constants = {"size": self.layout.size, "stride": self.layout.stride}
         self.cell = _Cell(_nonzero_again, (bitmap, values), constants, self.layout, self.door._recent)
         if own is not None and mask is not None:
@@ -134,8 +134,12 @@ class _Rectified(_Output):
             self.kept[MASK] -= 1
         self.kept[way] += 1
 
-    def _keep(self, t: Tensor) -> _Kept:
-        return self.door._keep(t, _Hold(), "device")
+    def _pack(self, y: Tensor, *packed: Tensor) -> tuple[_Kept, ...]:
+        """Handles of what is kept instead of y; the ledger's row lives as long as the first."""
+        kept = tuple(_Kept(part, _About(stash.current_role(), self.door._model)) for part in packed)
+        if stash._thread.recorder is not None:
+            stash._thread.recorder.note(y, kept[0], "device", None, packed)
+        return kept
 
     def _signs(self, bits: _Kept) -> _Again:
         """Handle on a tensor that is 1 where y is not (y <= 0), else 0."""

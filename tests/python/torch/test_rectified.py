@@ -401,12 +401,13 @@ def test_the_square_is_made_again(trained):
     assert before - other == (2 if trained else 1) * x.nbytes and held - other <= 0.2 * x.nbytes
 
 
-def test_the_ledger_counts_what_is_alive():
-    for trained, density in ((True, 0.1), (True, 1.0), (False, 0.1)):
-        x = with_density(density, 64, 512).requires_grad_()
-        ledger = audit(Mlp(lambda x: rectified(F.relu, x), trained), x=x)
-        assert ledger.alive - 4 <= ledger.total <= ledger.alive
-        assert sum(row.tier == "device" and row.bytes > 2048 for row in ledger.rows) == (2 if trained and density < 1 else 1)
+@pytest.mark.parametrize(("trained", "density", "bits"), [(True, 0.1, (4, 4.4)), (True, 1.0, (32, 32)), (False, 0.1, (1, 1))])
+def test_the_ledger_says_in_how_many_bits_and_counts_what_is_alive(trained, density, bits):
+    x = with_density(density, 64, 512).requires_grad_()
+    ledger = audit(Mlp(lambda x: rectified(F.relu, x), trained), x=x)
+    assert ledger.alive - 4 <= ledger.total <= ledger.alive
+    (row,) = [row for row in ledger.rows if row.shape == (64, 512) and row.bytes]
+    assert row.tier == "device" and bits[0] <= row.bits <= bits[1] and row.bytes == row.bits * x.numel() / 8
 
 
 def test_signs_are_written_and_read_at_every_length():
