@@ -46,6 +46,7 @@ from unswag.torch import codecs
 from unswag.torch.draws import Draws, draw_seed
 
 _KEEP_MADE = 2  # tensors made again and kept for another reader, at most, per stash
+_NOTHING = torch.empty(0)
 _MARK = "unswag"  # Node.metadata[_MARK]: weak reference to the registry entry of the node's output
 
 
@@ -89,17 +90,26 @@ class _Layout(NamedTuple):
 
 
 class _Kept:
-    """A tensor held by reference: an alias with its storage and version counter, and the version it was saved with."""
+    """A tensor held by reference: an alias with its storage and version counter, and the version it was saved with.
 
-    __slots__ = ("about", "alias", "hold", "version")
+    Where something smaller turns out to do, it can give way to another handle (`unswag.torch.rectified`).
+    """
+
+    __slots__ = ("__weakref__", "about", "alias", "hold", "instead", "version")
 
     def __init__(self, t: torch.Tensor, about: _About, hold: _Hold | None = None) -> None:
         self.alias = t.detach()  # never t itself: an op that saves its own output would own itself
         self.version = t._version
         self.about = about
         self.hold = hold
+        self.instead: _Kept | _Again | None = None
+
+    def give_way(self, instead: _Kept | _Again) -> None:
+        self.instead, self.hold, self.alias = instead, None, _NOTHING
 
     def open(self) -> torch.Tensor:
+        if self.instead is not None:
+            return self.instead.open()
         if self.alias._version != self.version:
             raise RuntimeError(self._modified())
         return self.alias
@@ -236,6 +246,7 @@ class _Again:
 class _Output:
     """The registry's entry for a remembered output. `counter` shares the output's version counter and none of its memory."""
 
+    recipe = True  # False: not made again, but kept in a form of its own (`unswag.torch.rectified`)
     __slots__ = ("__weakref__", "casts", "cell", "counter", "number", "offset", "storage", "stream", "version")
 
     def __init__(self, output: torch.Tensor, cell: _Cell) -> None:
@@ -252,7 +263,7 @@ class _Output:
     def unchanged(self) -> bool:
         return self.counter._version == self.version
 
-    def handle(self, t: torch.Tensor) -> _Again | None:
+    def handle(self, t: torch.Tensor) -> _Kept | _Again | None:
         """A handle for `t`, which shares the output's storage; None if it is not all inside the output, unmodified, or used
         in another stream."""
         if t._version != self.version or not self.unchanged() or _stream(t) != self.stream:
@@ -305,12 +316,15 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _view(cell: _Cell, t: torch.Tensor, offset: int) -> _Again | None:
     """A handle for `t`, a view that starts `offset` elements into the cell's (dense) tensor; None if it reaches outside."""
-    if t.dtype != cell.layout.dtype or t.is_conj() or t.is_neg():
-        return None
+    return _Again(cell, t.size(), t.stride(), offset) if _is_view(t, cell.layout, offset) else None
+
+
+def _is_view(t: torch.Tensor, layout: _Layout, offset: int) -> bool:
+    """Whether `t`, which starts `offset` elements behind a dense tensor of that layout, lies all inside it."""
+    if t.dtype != layout.dtype or t.is_conj() or t.is_neg():
+        return False
     last = offset + sum((n - 1) * step for n, step in zip(t.size(), t.stride(), strict=True))
-    if t.numel() and (offset < 0 or last >= cell.layout.size.numel()):
-        return None
-    return _Again(cell, t.size(), t.stride(), offset)
+    return not t.numel() or (offset >= 0 and last < layout.size.numel())
 
 
 class Recorder(Protocol):
@@ -336,6 +350,7 @@ class _Thread(threading.local):
         self.frames: list[_Frame | None] = []  # None: stepped aside
         self.recorder: Recorder | None = None
         self.role: str | None = None
+        self.kept: list[_Kept] | None = None  # of the innermost `keeping`
         self.loss_depth = 0
 
 
@@ -366,7 +381,7 @@ class Stash:
     def current() -> Stash | None:
         """The stash whose door a tensor saved now, on this thread, would pass; None if there is none."""
         frame = _thread.frames[-1] if _thread.frames else None
-        if frame is None:
+        if frame is None or (_functorch is not None and _functorch() is not None):
             return None
         hooks = _top_hooks()
         return frame.stash if hooks is not None and hooks[0] is frame.pack else None
@@ -425,27 +440,45 @@ class Stash:
             return self._keep(t, hold, "shared")
         made_again = self._from_recipe(t, key)
         if made_again is not None:
-            if _thread.recorder is not None:
+            if _thread.recorder is not None and isinstance(made_again, _Again):
                 _thread.recorder.note(t, made_again, "recipe")
             return made_again
         coded = self._coded(t, key)
         if coded is not None:
             return coded
-        hold = _Hold()
-        self._holds[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(hold))
-        return self._keep(t, hold, "device")
+        return self._keep(t, self._hold(t, key), "device")
 
     def _keep(self, t: torch.Tensor, hold: _Hold, tier: str) -> _Kept:
         if _thread.recorder is not None:
             _thread.recorder.note(t, hold, tier)
         role = "parameter" if tier == "parameter" else _thread.role
-        return _Kept(t, _About(role, self._model), hold)
+        kept = _Kept(t, _About(role, self._model), hold)
+        if _thread.kept is not None and tier == "device":
+            _thread.kept.append(kept)
+        return kept
+
+    def free(self, t: torch.Tensor) -> _Kept | _Again | None:
+        """A handle for `t` if one costs nothing: its storage is held already, or it has a recipe."""
+        key = _storage_key(t)
+        if key is None or _is_parameter(t):
+            return None
+        hold = self._held(key)
+        if hold is not None:
+            return self._keep(t, hold, "shared")
+        output = self._outputs.get(key)
+        return self._from_recipe(t, key) if output is None or output.recipe else None
+
+    def _hold(self, t: torch.Tensor, key: int) -> _Hold:
+        """Held from now on, until the last handle that shares the result dies."""
+        hold = _Hold()
+        self._holds[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(hold))
+        return hold
 
     def _held(self, key: int) -> _Hold | None:
         storage, hold = self._holds.get(key, (None, None))
         return None if storage is None or hold is None or storage.expired() else hold()
 
-    def _from_recipe(self, t: torch.Tensor, key: int) -> _Again | None:
+    def _from_recipe(self, t: torch.Tensor, key: int) -> _Kept | _Again | None:
         self._prune()
         output = self._outputs.get(key)
         if output is not None:
@@ -554,6 +587,16 @@ def role(name: str) -> Iterator[None]:
 def current_role() -> str | None:
     """The role set by `role`, if any."""
     return _thread.role
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[_Kept]]:
+    """The list it gives gets the handles of what a door on this thread keeps as it is inside."""
+    before, _thread.kept = _thread.kept, []
+    try:
+        yield _thread.kept
+    finally:
+        _thread.kept = before
 
 
 @contextlib.contextmanager

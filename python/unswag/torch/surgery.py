@@ -24,6 +24,7 @@ from unswag.torch.audit import LiveStorages
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import Candidate, Pattern, maker, replace, replace_forward, restore, values, wrapped
 from unswag.torch.patterns.probing import HOOKS, kind, sealed
+from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
@@ -53,11 +54,18 @@ class SurgeryReport:
     notes: list[str] = field(default_factory=list)
     policy: str = "exact"
     _logits: list[Counter[str]] = field(default_factory=list, repr=False)
+    _relus: list[Counter[str]] = field(default_factory=list, repr=False)
 
     @property
     def logits_made(self) -> Counter[str]:
         """How often training steps since the surgery made their logits in full after all, by what was done with them."""
         return sum(self._logits, Counter())
+
+    @property
+    def relus_kept(self) -> Counter[str]:
+        """How often training steps since the surgery kept the output of a ReLU as what: "mask", "bitmap + non-zeros", "output",
+        or not at all ("recipe"). What the next layer keeps settles it, and how many zeros there are."""
+        return +sum(self._relus, Counter())
 
     def __rich__(self) -> Table | str:
         if not self.patched and not self.skipped:
@@ -80,6 +88,9 @@ class SurgeryReport:
         if made := self.logits_made:
             uses = ", ".join(f"{use} {n}" for use, n in made.most_common())
             table.add_row(str(made.total()), "the logits", f"made in full in training, by {uses}", style="yellow")
+        if relus := self.relus_kept:
+            ways = ", ".join(f"{way} {n}" for way, n in relus.most_common())
+            table.add_row(str(relus.total()), "outputs of ReLU", f"kept in training as: {ways}", style="dim")
         return table
 
 
@@ -151,9 +162,9 @@ def apply_unswag_surgery(
                 replace(module, path, value)
         raise
     notes = vars(model).get(NOTES, [])
-    words = chosen.cost() or str(chosen)
+    words, relus = chosen.cost() or str(chosen), kept_as(model)
     report = SurgeryReport(
-        type(model).__name__, patched, skipped, (kept_before, kept_after), notes, words, logits_counters(model)
+        type(model).__name__, patched, skipped, (kept_before, kept_after), notes, words, logits_counters(model), relus
     )  # fmt: skip
     Console().print(report)
     return report

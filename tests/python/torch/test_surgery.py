@@ -645,3 +645,10 @@ def test_verify_false_trusts_no_module_that_others_patched():
     theirs = mlp.forward
     report = operate(model, verify=False)
     assert counts(report)["gated_mlp"] == 1 and vars(mlp)["forward"] is theirs
+
+
+def test_a_dry_run_that_cannot_be_done_says_nothing(capfd):
+    """Shapes alone do not say which token goes to which expert: no bytes, and none of torch's tracebacks."""
+    report = unswag.apply_unswag_surgery(families.build("mixtral", num_local_experts=4))
+    said = capfd.readouterr()
+    assert report.bytes_per_token == (None, None) and said.err == "" and "Traceback" not in said.out

@@ -5,6 +5,7 @@ A new pattern is one file here, one line in `ALL`, one test and one row of docs/
 
 from unswag.torch.patterns.activation import Activation
 from unswag.torch.patterns.attention import Attention
+from unswag.torch.patterns.batch_norm import BatchNorm
 from unswag.torch.patterns.dropout import Dropout
 from unswag.torch.patterns.experts import Experts
 from unswag.torch.patterns.fused_mlp import FusedMlp
@@ -14,6 +15,7 @@ from unswag.torch.patterns.loss import Loss
 from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, replaced, restore
 from unswag.torch.patterns.plain_mlp import PlainMlp
+from unswag.torch.patterns.relu import Relu
 
 ALL: tuple[Pattern, ...] = (  # in the order in which they are tried
     Norm(),
@@ -22,6 +24,8 @@ ALL: tuple[Pattern, ...] = (  # in the order in which they are tried
     Experts(),
     PlainMlp(),
     Activation(),
+    Relu(),
+    BatchNorm(),
     Lora(),
     Dropout(),
     Attention(),

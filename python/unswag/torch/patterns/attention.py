@@ -7,8 +7,11 @@ own dtype. Here such a batch is taken as a list of spans, each a plain SDPA call
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,6 +56,8 @@ class Attention:
             return f"its scores have a soft cap ({softcap:g}), which scaled_dot_product_attention cannot compute"
         if not module._can_set_attn_implementation() or not module._supports_sdpa:
             return "its code does not take another attention function"
+        if wanted == NAME and (where := next(filter(None, map(asks_for_sdpa, homes(module))), None)):
+            return f'its code ({where}) asks whether the attention is called "sdpa", and does something else under another name'
         candidate.parts["implementation"] = wanted
         return None
 
@@ -67,6 +72,38 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def homes(model: nn.Module) -> dict[str, None]:
+    """The Python modules of its classes, those of torch and the general ones of transformers aside."""
+    names = dict.fromkeys(cls.__module__ for m in model.modules() for cls in type(m).__mro__)
+    apart = ("torch", "builtins", "transformers")
+    return {n: None for n in names if n.partition(".")[0] not in apart or n.startswith("transformers.models.")}
+
+
+@functools.cache
+def asks_for_sdpa(home: str) -> str | None:
+    """The function in that Python module that knows both "sdpa" and the attribute with the implementation's name, or None. It
+    compares them: sparse attention, for one, folds its choice of keys into the mask for "eager" and "sdpa" only."""
+    found = list(vars(sys.modules[home]).values()) if home in sys.modules else []
+    classes = [c for c in found if inspect.isclass(c) and c.__module__ == home]
+    for member in (*found, *(m for c in classes for m in vars(c).values())):
+        if isinstance(member, property):
+            member = member.fget
+        elif isinstance(member, (staticmethod, classmethod)):
+            member = member.__func__
+        if isinstance(member, types.FunctionType):
+            function = inspect.unwrap(member)
+            if function.__module__ == home and _knows_both(function.__code__):
+                return function.__qualname__
+    return None
+
+
+def _knows_both(code: types.CodeType) -> bool:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    words = [w for c in code.co_consts for w in (c if isinstance(c, (tuple, frozenset)) else (c,))]
+    names = (*code.co_names, *code.co_varnames, *code.co_freevars)
+    return ("sdpa" in words and any(n.endswith("attn_implementation") for n in names)) or any(map(_knows_both, inner))
 
 
 def _flash_attention_runs(module: nn.Module) -> bool:

@@ -47,6 +47,11 @@ def squares(tensors, length):
     return [t for t in tensors if t.ndim >= 2 and t.shape[-1] == length and t.shape[-2] == length]
 
 
+SPARSE = dict(
+    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=8, index_topk=8,
+    index_n_heads=4, index_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+    moe_intermediate_size=48,
+)  # fmt: skip
 BATCHES = {"plain": plain, "padded": padded, "packed": packed}
 
 
@@ -176,6 +181,27 @@ def test_soft_cap_is_left_with_a_word():
     (found,) = Attention().find(families.build("gemma2"))
     with sealed():
         assert "soft cap (50)" in Attention().probe(found)
+
+
+def test_code_that_asks_for_sdpa_by_name_is_left():
+    """DeepSeek's sparse attention folds the keys it chose into the mask under the names "eager" and "sdpa" alone."""
+    model = families.build("deepseek_v32", **SPARSE)
+    (found,) = Attention().find(model)
+    with sealed():
+        reason = Attention().probe(found)
+    assert "DeepseekV32Attention.forward" in reason and "sdpa" in reason
+    stock = step(model, plain())
+    unswag.apply_unswag_surgery(model, loss="stock")
+    assert_close(step(model, plain()), stock, TOLERANCE)
+
+
+def test_which_code_asks_for_sdpa():
+    from transformers.models.falcon import modeling_falcon
+    from transformers.models.llama import modeling_llama
+
+    assert attention.asks_for_sdpa(modeling_falcon.__name__) == "FalconAttention.forward"
+    assert attention.asks_for_sdpa(modeling_llama.__name__) is None
+    assert attention.asks_for_sdpa("no.such.module") is None
 
 
 def test_a_linear_implementation_is_left():

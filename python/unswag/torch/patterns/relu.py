@@ -1,0 +1,132 @@
+"""ReLU and ReLU²: a module without weights that runs torch's relu, whatever it is called, or a function that a module holds."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace, replace_forward
+from unswag.torch.patterns.probing import takes_one_argument, twin
+from unswag.torch.rectified import rectified, squared
+from unswag.torch.stash import Stash
+
+KEPT = "_unswag_kept"  # module.__dict__[KEPT]: how often its output was kept as what, since the surgery
+FUNCTIONS = (F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SPECIAL = (float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -1e-45)
+
+Call = Callable[[nn.Module, Tensor, Counter[str]], Tensor]
+
+
+class Relu:
+    name = "relu"
+    saves = (
+        "1 bit per element; 1 bit and the non-zeros where the next layer keeps the output, or the output itself where that is "
+        "smaller; nothing where its input can be made again. Stock keeps the output, and of relu² the square too"
+    )
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        for name, module in model.named_modules():
+            if held := [k for k, v in vars(module).items() if any(v is relu for relu in FUNCTIONS)]:
+                yield Candidate(name, module, {"held": held})
+            elif (
+                {"relu", "relu_"} & set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
+                and not (module._modules or module._parameters or module._buffers)
+                and takes_one_argument(module)
+            ):
+                yield Candidate(name, module)
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module = candidate.module
+        if "held" in candidate.parts:
+            return None  # it is torch's own
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        reasons = []
+        for call in (_relu, _squared):
+            if (reason := _differs(module, call)) is None:
+                candidate.parts["call"] = call
+                return None
+            reasons.append(reason)
+        return f"it is neither relu ({reasons[0]}) nor its square ({reasons[1]})"
+
+    def apply(self, candidate: Candidate) -> None:
+        module, kept = candidate.module, Counter[str]()
+        replace(module, KEPT, kept)
+        if "held" in candidate.parts:
+            for k in candidate.parts["held"]:
+                replace(module, k, Held(vars(module)[k], kept))
+            return
+        call: Call = candidate.parts["call"]
+
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            (x,) = (*args, *kwargs.values())
+            return call(self, x, vars(self)[KEPT])
+
+        replace_forward(module, forward)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stands in an attribute in place of torch's relu."""
+
+    stock: Callable[..., Tensor]
+    kept: Counter[str]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not args or not isinstance(args[0], Tensor):
+            return self.stock(*args, **kwargs)
+        return rectified(lambda x: self.stock(x, *args[1:], **kwargs), args[0], self.kept)
+
+
+def kept_as(model: nn.Module) -> list[Counter[str]]:
+    """What the patched ReLUs of `model` count."""
+    return [vars(module)[KEPT] for module in model.modules() if KEPT in vars(module)]
+
+
+def _relu(module: nn.Module, x: Tensor, kept: Counter[str]) -> Tensor:
+    return rectified(lambda x: type(module).forward(module, x), x, kept)
+
+
+def _squared(module: nn.Module, x: Tensor, kept: Counter[str]) -> Tensor:
+    return squared(x, kept)
+
+
+def _differs(module: nn.Module, call: Call) -> str | None:
+    """How `call` under a stash differs from the module's own forward, bit by bit, or None: with special numbers in x and dy,
+    and a reader of y that keeps it or not."""
+    for dtype, training, reader in itertools.product(DTYPES, (True, False), (torch.neg, torch.sin)):
+        copy = twin(module)
+        copy.training = training
+        x = torch.cat([torch.linspace(-12, 12, 90), torch.tensor(SPECIAL)]).to(dtype)
+        dy = torch.cat([torch.tensor(SPECIAL), torch.randn(90)]).to(dtype)
+        kept: Counter[str] = Counter()
+
+        def run(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+            leaf = x.clone().requires_grad_()  # noqa: B023
+            y = f(leaf * 1)  # no leaf, so that it may work in place
+            (dx,) = torch.autograd.grad(reader(y), leaf, dy)  # noqa: B023
+            return y.detach(), dx
+
+        try:
+            theirs = run(lambda x: type(module).forward(copy, x))  # noqa: B023
+            with Stash():
+                ours = run(lambda x: call(copy, x, kept))  # noqa: B023
+        except Exception as error:  # no function of one tensor of that dtype
+            return f"it raises {type(error).__name__} for {dtype}"
+        if not all(_same_bits(a, b) for a, b in zip(ours, theirs, strict=True)):
+            return f"results differ in {dtype}"
+        if not +kept:
+            return "it keeps something else"
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

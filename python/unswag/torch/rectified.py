@@ -1,0 +1,184 @@
+"""ReLU under the stash: what is kept of its output is settled by who else saves it. Gradients are bit for bit torch's.
+
+The backward of torch's ReLU asks one thing of the output y: not (y <= 0). So, in this order:
+
+1. where x costs nothing (a recipe makes it, or somebody holds it) y is relu(x), made again: 0 bits;
+2. else ReLU itself keeps one bit per element, and as long as nobody else saves y (a frozen layer, pooling, a sum follow) that
+   is all;
+3. when somebody else saves y (a layer that is trained), y is kept for both as bitmap + non-zeros where that is smaller:
+   1 + density bits(dtype) bits, lossless, -0 and NaN are non-zeros;
+4. or else as it is, and ReLU reads it there, as in stock.
+
+Nothing is predicted: y passes the door when ReLU saves it and again when another op does, and what ReLU keeps gives way then.
+torch's own op runs forward and backward; only what it is handed as its saved result differs, where it cannot see it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from unswag import _core
+from unswag.torch import ops, stash
+from unswag.torch.stash import Stash, _About, _Again, _Cell, _Kept, _Layout, _Output
+
+MASK, NONZEROS, OUTPUT, RECIPE = "mask", "bitmap + non-zeros", "output", "recipe"  # what a ReLU's output was kept as
+NODE = "ReluBackward0"
+
+
+def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | None = None) -> Tensor:
+    """relu(x), where `relu` is torch's, in place or not, behind any name; `kept` counts what the output was kept as.
+
+    Whatever else `relu` turns out to do is done, and kept as the stash keeps it. Without a stash in use it is just called.
+    """
+    door = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else Stash.current()
+    if door is None or door.passive:
+        return relu(x)
+    kept = Counter() if kept is None else kept
+    edge = (x.grad_fn, x.output_nr)
+    source = door.free(x) if x.grad_fn is not None else None
+    with stash.keeping() as handles:
+        y = relu(x)
+    node, key = y.grad_fn, stash._storage_key(y)
+    if key is None or y.dtype not in ops.DTYPES or not stash._is_dense(y) or not _has_kernels(y):
+        return y
+    own = handles[0] if len(handles) == 1 and stash._storage_key(handles[0].alias) == key else None
+    if y.requires_grad and (own is None or node is None or node.name() != NODE):
+        return y
+    if source is None or node is None or own is None or node.next_functions != (edge,) or _is_in_place(source, key):
+        door._outputs[key] = _Rectified(door, y, own, kept)
+        return y
+    entry = _Output(y, _Cell(torch.relu, (source,), {}, _Layout.of(y), door._recent))
+    door._outputs[key] = entry
+    node.metadata[stash._MARK] = weakref.ref(entry)  # type: ignore[index]
+    own.give_way(_Again(entry.cell, y.size(), y.stride(), 0))
+    kept[RECIPE] += 1
+    return y
+
+
+def _is_in_place(source: _Kept | _Again, key: int) -> bool:
+    """Whether the source is no recipe but what ReLU has written to."""
+    return isinstance(source, _Kept) and stash._storage_key(source.alias) == key
+
+
+def squared(x: Tensor, kept: Counter[str] | None = None) -> Tensor:
+    """relu(x)². Kept is relu(x), as `rectified` says; the square is made again from it. Stock keeps both."""
+    r = rectified(torch.relu, x, kept)
+    y = torch.square(r)
+    stash.remember(y, torch.square, r)
+    return y
+
+
+class _Rectified(_Output):
+    """The registry's entry for the output of a ReLU. `own` is what ReLU itself keeps, None if it needs no gradient."""
+
+    recipe = False
+    __slots__ = ("door", "kept", "layout", "mask", "own")
+
+    def __init__(self, door: Stash, y: Tensor, own: _Kept | None, kept: Counter[str]) -> None:
+        super().__init__(y, None)  # type: ignore[arg-type]
+        self.door, self.layout, self.kept = door, _Layout.of(y), kept
+        self.own: weakref.ref[_Kept] | None = None
+        self.mask: weakref.ref[_Kept] | None = None
+        if own is not None:
+            (mask,) = self._pack(y, ops.signs_encode(_flat(y, y.numel(), self.offset)))
+            own.give_way(self._signs(mask))
+            self.own, self.mask = weakref.ref(own), weakref.ref(mask)
+            kept[MASK] += 1
+
+    def handle(self, t: Tensor) -> _Kept | _Again | None:
+        if t._version != self.version or not self.unchanged() or stash._stream(t) != self.stream:
+            return None
+        if not stash._is_view(t, self.layout, int(t.storage_offset() - self.offset)):
+            return None
+        if self.cell is None and not self._encode(t):
+            return self._leave(t)
+        return super().handle(t)
+
+    def _encode(self, t: Tensor) -> bool:
+        """Whether bitmap + non-zeros are smaller than y; then they are what is kept."""
+        own, mask = _alive(self.own), _alive(self.mask)
+        if isinstance(t, FakeTensor) or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False  # how many there are is not known
+        packed = nonzero_encode(_flat(t, self.layout.size.numel(), self.offset))
+        if packed is None:
+            return False
+        bitmap, values = self._pack(t, *packed)
+        constants = {"size": self.layout.size, "stride": self.layout.stride}
+        self.cell = _Cell(_nonzero_again, (bitmap, values), constants, self.layout, self.door._recent)
+        if own is not None and mask is not None:
+            plain = torch.equal(mask.open(), packed[0])  # else there is a -0 in y, which is kept and stops the gradient
+            own.give_way(self._signs(bitmap) if plain else _Again(self.cell, self.layout.size, self.layout.stride, 0))
+        self._count(NONZEROS)
+        return True
+
+    def _leave(self, t: Tensor) -> _Kept:
+        """Keeps y as it is, for both."""
+        whole = t.detach().as_strided(self.layout.size, self.layout.stride, self.offset)
+        hold = self.door._hold(t, t.untyped_storage()._cdata)
+        kept = self.door._keep(whole, hold, "device")
+        own = _alive(self.own)
+        if own is not None:
+            own.give_way(kept)
+        self._count(OUTPUT)
+        return self.door._keep(t, hold, "shared")
+
+    def _count(self, way: str) -> None:
+        if self.own is not None:
+            self.kept[MASK] -= 1
+        self.kept[way] += 1
+
+    def _pack(self, y: Tensor, *packed: Tensor) -> tuple[_Kept, ...]:
+        """Handles of what is kept instead of y; the ledger's row lives as long as the first."""
+        kept = tuple(_Kept(part, _About(stash.current_role(), self.door._model)) for part in packed)
+        if stash._thread.recorder is not None:
+            stash._thread.recorder.note(y, kept[0], "device", None, packed)
+        return kept
+
+    def _signs(self, bits: _Kept) -> _Again:
+        """Handle on a tensor that is 1 where y is not (y <= 0), else 0."""
+        cell = _Cell(_signs_again, (bits,), self.layout._asdict(), self.layout, self.door._recent)
+        return _Again(cell, self.layout.size, self.layout.stride, 0)
+
+
+def _has_kernels(y: Tensor) -> bool:
+    return y.is_cpu or (y.is_cuda and not _core.cuda_problem(y.device.index))
+
+
+def _alive(ref: weakref.ref[_Kept] | None) -> _Kept | None:
+    return None if ref is None else ref()
+
+
+def _flat(t: Tensor, n: int, offset: Any) -> Tensor:
+    """The n elements that lie `offset` elements into the storage of `t`, as they follow each other there."""
+    return t.detach().as_strided((n,), (1,), offset)
+
+
+def _signs_again(packed: Tensor, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return ops.signs_decode(packed, size.numel(), dtype).as_strided(size, stride)
+
+
+def _nonzero_again(bitmap: Tensor, values: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    return nonzero_decode(bitmap, values, size.numel()).as_strided(size, stride)
+
+
+# stand-in until codecs
+_INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def nonzero_encode(y: Tensor) -> tuple[Tensor, Tensor] | None:
+    bits = y.view(_INTS[y.element_size()]) != 0
+    bitmap = ops.signs_encode(bits.to(y.dtype))
+    values = y[bits]
+    return (bitmap, values) if bitmap.nbytes + values.nbytes < y.nbytes else None
+
+
+def nonzero_decode(bitmap: Tensor, values: Tensor, n: int) -> Tensor:
+    mask = ops.signs_decode(bitmap, n, values.dtype) != 0
+    return values.new_zeros(n).masked_scatter_(mask, values)
