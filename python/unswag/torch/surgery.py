@@ -120,9 +120,11 @@ def apply_unswag_surgery(
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
         if patched:
-            _put_stash_around(model, chosen)
+            notes: list[str] = []
+            for module in (model, *_backbones(model)):
+                _put_stash_around(module, chosen, notes)
             patched.append(("", "stash"))
-            vars(model)[NOTES].extend(checkpoint.prepare(model, chosen))
+            notes.extend(checkpoint.prepare(model, chosen))
         with sealed():
             kept_after = _dry_run(model) if planned else None
     except BaseException:
@@ -131,8 +133,8 @@ def apply_unswag_surgery(
             for path, value in replaced.items():
                 replace(module, path, value)
         raise
-    notes = vars(model).get(NOTES, [])
-    report = SurgeryReport(type(model).__name__, patched, skipped, (kept_before, kept_after), notes, logits_counters(model))
+    left = vars(model).get(NOTES, [])
+    report = SurgeryReport(type(model).__name__, patched, skipped, (kept_before, kept_after), left, logits_counters(model))
     Console().print(report)
     return report
 
@@ -192,9 +194,16 @@ def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
             warnings.warn(f"unswag: {note}", stacklevel=4)
 
 
-def _put_stash_around(model: nn.Module, policy: Policy) -> None:
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    """What transformers calls the base model, of `model` and of the models inside it: trainers that make their loss from hidden
+    states call it past the model's own forward (TRL does), and then its stash is the one that is entered."""
+    bases = (getattr(module, getattr(type(module), "base_model_prefix", "") or "-", None) for module in model.modules())
+    return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
+
+
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
-    replace(model, NOTES, [])
+    replace(model, NOTES, notes)
     inner = model.__dict__.get("forward")
     if inner is not None:  # of a pattern, or of whoever wrapped the model before
         replace(model, INNER, inner)
