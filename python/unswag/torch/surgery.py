@@ -236,6 +236,7 @@ def _dry_run(model: nn.Module) -> float | None:
         memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
+            vars(memo[id(p)]).update(vars(p))  # what a packed weight says of itself: bitsandbytes' quant_state
         copy = deepcopy(model, memo).train()
         for module in copy.modules():
             module.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})

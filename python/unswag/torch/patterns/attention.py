@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
@@ -144,6 +145,8 @@ def attention_mask(
     terms = _terms(function) if training and square else None
     if terms is None or (terms.packed is None and (attention_mask is None or bool(attention_mask.all()))):
         return stock()
+    if is_fake(terms.packed):  # surgery's dry run of one sequence, whose positions have no values to say so
+        return None if terms.causal and terms.window is None else stock()
     pieces = _pieces(terms, attention_mask, batch_size, q_length)
     return stock() if pieces is None else Spans(pieces, batch_size, q_length, stock)  # type: ignore[arg-type]
 
