@@ -23,7 +23,20 @@ from torch import Tensor
 from unswag.torch import ops, stash
 from unswag.torch.autograd import once_differentiable
 
-__all__ = ["dropout", "gated", "geglu", "gelu", "leaky_relu", "reglu", "relu", "relu6", "rms_norm", "silu", "swiglu"]
+__all__ = [
+    "dropout",
+    "gated",
+    "gated_halves",
+    "geglu",
+    "gelu",
+    "leaky_relu",
+    "reglu",
+    "relu",
+    "relu6",
+    "rms_norm",
+    "silu",
+    "swiglu",
+]
 
 _DEVICES = ("cpu", "cuda", "meta")  # whether there are CUDA kernels, and for this device, the core says
 
@@ -176,6 +189,38 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     _check("gated", "up", up)
     h: Tensor = _Gated.apply(gate, up, act)
     stash.remember(h, ops.gated_forward, gate, up, act=act)
+    return h
+
+
+class _GatedHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
+        ctx.act, ctx.gate_first = act, gate_first
+        ctx.save_for_backward(gate_up)
+        return gated_of_halves(gate_up, act, gate_first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        (gate_up,) = ctx.saved_tensors
+        return ops.gated_halves_backward(gate_up, dh, ctx.act, ctx.gate_first), None, None
+
+
+def gated_of_halves(gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
+    """The value of `gated_halves`, by which the stash makes it again."""
+    h: Tensor = ops.gated_forward(*ops.halves(gate_up, gate_first), act)
+    return h
+
+
+def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True) -> Tensor:
+    """act(gate) * up of the two halves of the last dimension, rounded once: `gated` for one Linear that makes both.
+
+    gate_up: [..., 2 n], gate first or, with `gate_first=False`, up first. Result: [..., n].
+    Saved: gate_up as it is; the gradient is made as one tensor, in place of two that would have to be joined.
+    """
+    _check("gated_halves", "gate_up", gate_up)
+    h: Tensor = _GatedHalves.apply(gate_up, act, bool(gate_first))
+    stash.remember(h, gated_of_halves, gate_up, act=act, gate_first=bool(gate_first))
     return h
 
 

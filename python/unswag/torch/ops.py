@@ -287,6 +287,7 @@ def _gated_backward_product_outputs(gate: Tensor, up: Tensor, dh: Tensor, act: s
 
 
 def _fill_gated_backward(gate: Tensor, up: Tensor, dh: Tensor, act: str, dgate: Tensor, dup: Tensor, h: Tensor | None) -> None:
+    """`dgate` and `dup` are contiguous, or halves of a contiguous tensor."""
     code = _code("gated_backward", act, ACTIVATIONS)
     gate, rows, cols, gate_stride = _rows(gate)
     up, _, _, up_stride = _rows(up)
@@ -294,7 +295,7 @@ def _fill_gated_backward(gate: Tensor, up: Tensor, dh: Tensor, act: str, dgate: 
     device, stream, threads = _where(gate)
     _core.gated_backward(
         code, DTYPES[gate.dtype], rows, cols, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, dh.data_ptr(), dh_stride,
-        dgate.data_ptr(), cols, dup.data_ptr(), cols, _address(h), cols, device, stream, threads,
+        dgate.data_ptr(), _rows(dgate)[3], dup.data_ptr(), _rows(dup)[3], _address(h), cols, device, stream, threads,
     )  # fmt: skip
 
 
@@ -310,6 +311,27 @@ def _gated_backward_product(gate: Tensor, up: Tensor, dh: Tensor, act: str) -> t
     dgate, dup, h = _gated_backward_product_outputs(gate, up, dh, act)
     _fill_gated_backward(gate, up, dh, act, dgate, dup, h)
     return dgate, dup, h
+
+
+def _gated_halves_backward_outputs(gate_up: Tensor, dh: Tensor, act: str, gate_first: bool) -> Tensor:
+    _dtype("gated_halves", "gate_up", gate_up)
+    _same("gated_halves", "dh", dh, "gate", halves(gate_up, gate_first)[0])
+    return _empty(gate_up)
+
+
+def _gated_halves_backward(gate_up: Tensor, dh: Tensor, act: str, gate_first: bool) -> Tensor:
+    _no_graph("gated_halves_backward", gate_up, dh)
+    gradient = _gated_halves_backward_outputs(gate_up, dh, act, gate_first)
+    _fill_gated_backward(*halves(gate_up, gate_first), dh, act, *halves(gradient, gate_first), None)
+    return gradient
+
+
+def halves(gate_up: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """(gate, up): views of the two halves of the last dimension."""
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"gated_halves: gate_up has shape {list(gate_up.shape)}; its last dimension must be even")
+    first, second = gate_up.tensor_split(2, -1)
+    return (first, second) if gate_first else (second, first)
 
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------------
@@ -539,6 +561,11 @@ gated_backward_product = _register(
     "gated_backward_product(Tensor gate, Tensor up, Tensor dh, str act) -> (Tensor dgate, Tensor dup, Tensor h)",
     _gated_backward_product,
     _gated_backward_product_outputs,
+)
+gated_halves_backward = _register(
+    "gated_halves_backward(Tensor gate_up, Tensor dh, str act, bool gate_first) -> Tensor",
+    _gated_halves_backward,
+    _gated_halves_backward_outputs,
 )
 rms_norm_forward = _register(
     "rms_norm_forward(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_before_weight, ScalarType? out_dtype)"

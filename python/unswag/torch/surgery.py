@@ -170,9 +170,12 @@ def _plan(
     """What to patch, and what to leave with its reason. Changes nothing."""
     planned: list[tuple[Pattern, Candidate]] = []
     skipped: list[tuple[str, str]] = []
+    covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
     for pattern in chosen:
         probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
         for candidate in pattern.find(model):
+            if id(candidate.module) in covered:
+                continue
             key = candidate.module if verify else kind(candidate.module)
             if key not in probed:
                 probed[key] = (pattern.probe(candidate), candidate.parts)
@@ -180,6 +183,9 @@ def _plan(
             candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
             if reason is None:
                 planned.append((pattern, candidate))
+                if "covers" in candidate.parts:
+                    covered.add(id(candidate.module))
+                    covered.update(id(getattr(candidate.module, child)) for child in candidate.parts["covers"])
             else:
                 skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped

@@ -85,6 +85,17 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(ALL[name][0], xs)  # nondet_tol 0: the same bits twice
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_halves_are_gated_and_keep_what_they_are_given(gate_first):
+    gate, up = inputs("swiglu", torch.float64, (3, 5))
+    one = torch.cat([gate, up] if gate_first else [up, gate], -1).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: F.gated_halves(x, "silu", gate_first), (one,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        h = F.gated_halves(one, "gelu", gate_first)
+    assert torch.equal(h, F.gated(gate, up, "gelu")) and [t.data_ptr() for t in kept] == [one.data_ptr()]
+
+
 def test_gradcheck_without_weight():
     (x, _) = inputs("llama", torch.float64, (3, 5))
     assert torch.autograd.gradcheck(lambda x: F.rms_norm(x, eps=1e-3), (x,))

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.native
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 OPS = (
     "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
-    "gated_backward_product", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_", "dropout",
+    "gated_backward_product", "gated_halves_backward", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward",
+    "cross_entropy_", "dropout",
 )  # fmt: skip
 READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
 
@@ -48,6 +49,8 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
         return draw(), draw(), "silu"
     if op in ("gated_backward", "gated_backward_product"):
         return draw(), draw(), draw(), "gelu_tanh"
+    if op == "gated_halves_backward":
+        return torch.cat([draw(), draw()], -1), draw(), "silu", False
     if op.startswith("rms_norm"):
         x, weight = draw(), torch.randn(shape[-1], generator=generator)
         if op == "rms_norm_forward":
@@ -230,7 +233,7 @@ NO_COLUMNS = [(0,), (2, 3, 0)]
     ("op", "shape"),
     [(op, shape) for op in OPS for shape in SMALL]
     + [(op, shape) for op in READERS for shape in NO_COLUMNS]
-    + [(op, ()) for op in READERS if not op.startswith("rms_norm")],
+    + [(op, ()) for op in READERS if not op.startswith(("rms_norm", "gated_halves"))],
 )
 def test_small_and_empty(op, shape):
     args = sample(op, shape=shape)
@@ -303,6 +306,20 @@ def test_product_again_is_the_product(backend):
         assert_same((dgate, dup), ops.gated_backward(gate, up, dh, act))
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 45), (2, 1), (1, 33), (5, 0), (0, 4), (17,)], ids=str)
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_halves_are_gate_and_up(backend, shape, gate_first):
+    """The same bits, into one tensor, from halves of one tensor and of a strided view of one."""
+    gate, up, dh = torch.randn(3, *shape).to(torch.bfloat16)
+    one = torch.cat([gate, up] if gate_first else [up, gate], -1)
+    for gate_up in (one, torch.stack([one, one], -1)[..., 0], torch.cat([one, one[..., :3]], -1)[..., : one.shape[-1]]):
+        for act in ops.ACTIVATIONS:
+            want = ops.gated_backward(gate, up, dh, act)
+            assert_same(
+                torch.cat(want if gate_first else want[::-1], -1), ops.gated_halves_backward(gate_up, dh, act, gate_first)
+            )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_again_is_the_norm(backend, dtype):
     x, weight = torch.randn(6, 45).to(dtype), torch.randn(45)
@@ -351,6 +368,7 @@ WRONG = [
     (lambda: ops.gated_forward(X, X[:, :1], "silu"), ValueError, "nothing is broadcast"),
     (lambda: ops.gated_forward(X, X.double(), "silu"), TypeError, r"convert one, e.g. up.to\(torch.float32\)"),
     (lambda: ops.gated_backward(X, X, X[0], "silu"), ValueError, "dh has shape"),
+    (lambda: ops.gated_halves_backward(X, X, "silu", True), ValueError, "its last dimension must be even"),
     (lambda: ops.mask_backward(X, torch.zeros(2, 3, dtype=torch.uint8), "relu", 0.0), ValueError, r"shape \[2, 4\]"),
     (lambda: ops.mask_backward(X, torch.zeros(2, 4), "relu", 0.0), ValueError, "packed is torch.float32"),
     (lambda: ops.rms_norm_forward(X, torch.ones(2), 1e-6, 0.0, True, None), ValueError, r"pass a weight of shape \[3\]"),

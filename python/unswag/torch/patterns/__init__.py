@@ -3,13 +3,25 @@
 A new pattern is one file here, one line in `ALL`, one test and one row of docs/supported.md.
 """
 
+from unswag.torch.patterns.activation import Activation
 from unswag.torch.patterns.attention import Attention
+from unswag.torch.patterns.fused_mlp import FusedMlp
 from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.lora import Lora
 from unswag.torch.patterns.loss import Loss
 from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, replaced, restore
+from unswag.torch.patterns.plain_mlp import PlainMlp
 
-ALL: tuple[Pattern, ...] = (Norm(), GatedMlp(), Lora(), Attention(), Loss())  # in the order in which they are tried
+ALL: tuple[Pattern, ...] = (  # in the order in which they are tried
+    Norm(),
+    GatedMlp(),
+    FusedMlp(),
+    PlainMlp(),
+    Activation(),
+    Lora(),
+    Attention(),
+    Loss(),
+)
 
 __all__ = ["ALL", "Candidate", "Pattern", "replace", "replace_forward", "replaced", "restore"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 GRID = 12.0  # pre-activations of the probes span -GRID…GRID; gelu and gelu_tanh are 5e-4 apart there, and 8e-8 near 0
+SAME = 1e-9  # a hundredth of a rounding in float32; some spell sqrt(2 / pi) with eight digits and are 1e-10 off
 ROWS = 8
 PROVEN = "_unswag_activation"  # module.__dict__[PROVEN]: the activation that was compared with ours
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Which child is which, the activation between them, and the attribute that holds it, if any."""
+    """Which child is which, the activation and the attribute that holds it, if any; and the dropouts, if any."""
 
     gate: str
     up: str
     down: str
     act: str
     held: str | None
+    on_h: str | None  # the dropout on the product
+    on_y: str | None  # the dropout on the result
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.gate, self.up, self.down
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        gate, up, down = (getattr(module, name) for name in (self.gate, self.up, self.down))
-        return down(gated(gate(x), up(x), self.act))
-
-    def activation(self, module: nn.Module) -> Any:
-        return getattr(module, self.held) if self.held else None
+        gate, up = getattr(module, self.gate), getattr(module, self.up)
+        return finish(module, self, gated(gate(x), up(x), self.act))
 
 
 class GatedMlp:
@@ -50,54 +54,123 @@ class GatedMlp:
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         for name, module in model.named_modules():
-            linears = {k: m for k, m in module.named_children() if _is_linear(m)}
+            linears = {k: m for k, m in module.named_children() if is_linear(m)}
             if len(linears) == 3 and takes_one_argument(module) and (orders := list(_orders(linears))):
                 yield Candidate(name, module, {"orders": orders})
 
     def probe(self, candidate: Candidate) -> str | None:
-        module, orders = candidate.module, candidate.parts["orders"]
-        if other := foreign_forward(module):
-            return f"its forward was already replaced by {other}"
-        if reason := no_kernel(next(module.parameters(), None)):
-            return reason
-        others = {k: m for k, m in module.named_children() if k not in orders[0]}
-        others |= {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
-        own = [k for k, _ in itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))]
-        if own or len(others) > 1:
-            return f"it has more parts than three Linears and an activation: {', '.join((*others, *own))}"
-        known: list[str] = list(ACTIVATIONS)
-        for name, part in others.items():
-            if isinstance(part, nn.Module) and has_hooks(part):
-                return f"its activation {name} has hooks, which would not run"
-            known = [k for k, f in ACTIVATIONS.items() if _same_activation(part, f)]
-            if not known:
-                return f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
-        reasons = []
-        for (gate, up, down), act in itertools.product(orders, known):
-            wiring = Wiring(gate, up, down, act, next(iter(others), None))
-            if (reason := _differs(module, wiring)) is None:
-                candidate.parts["wiring"] = wiring
-                return None
-            reasons.append(reason)
-        return f"its forward is not down(act(gate(x)) * up(x)): {reasons[0]}"
+        orders = candidate.parts["orders"]
+        others = others_of(candidate.module, orders[0])
+        if isinstance(others, str):
+            return others
+        wirings = (
+            Wiring(gate, up, down, act, others.held, on_h, on_y)
+            for (on_h, on_y), (gate, up, down), act in itertools.product(others.places(), orders, others.known)
+        )
+        return choose(candidate, wirings, others, "down(act(gate(x)) * up(x))")
 
     def apply(self, candidate: Candidate) -> None:
-        wiring: Wiring = candidate.parts["wiring"]
+        install(candidate)
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            act = wiring.activation(self)
-            if act is not vars(self)[PROVEN] or (isinstance(act, nn.Module) and has_hooks(act)):  # changed since the surgery
-                return type(self).forward(self, x)
-            return wiring(self, x)
 
-        replace(candidate.module, PROVEN, wiring.activation(candidate.module))
-        replace_forward(candidate.module, forward)
+# ---- what the patterns of MLPs share ----------------------------------------------------------------------------------------
+
+
+class AnyWiring(Protocol):
+    """Calls the children of a module as modules: y = on_y(down(on_h(h))), with h from x by its own rule."""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the Linears; the pre-activation comes from the first, the result from the last."""
+
+    @property
+    def held(self) -> str | None:
+        """The attribute that holds the activation."""
+
+    @property
+    def on_h(self) -> str | None: ...
+
+    @property
+    def on_y(self) -> str | None: ...
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor: ...
+
+
+def finish(module: nn.Module, wiring: AnyWiring, h: Tensor) -> Tensor:
+    for name in (wiring.on_h, wiring.linears[-1], wiring.on_y):
+        if name:
+            h = getattr(module, name)(h)
+    return h
+
+
+@dataclass(frozen=True)
+class Others:
+    """What a module has beside its Linears."""
+
+    held: str | None  # the attribute of the activation
+    known: list[str]  # what that may be; all, where it is no attribute
+    dropouts: list[str]
+
+    def places(self) -> list[tuple[str | None, str | None]]:
+        """The (on_h, on_y) to try."""
+        names = (None, *self.dropouts)
+        return [(on_h, on_y) for on_h in reversed(names) for on_y in names]
+
+
+def others_of(module: nn.Module, linears: Sequence[str]) -> Others | str:
+    """The parts of an MLP with these Linears, or the reason why it is none."""
+    if other := foreign_forward(module):
+        return f"its forward was already replaced by {other}"
+    if reason := no_kernel(next(module.parameters(), None)):
+        return reason
+    others = {k: m for k, m in module.named_children() if k not in linears}
+    others |= {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
+    dropouts = [k for k, m in others.items() if type(m) is nn.Dropout]
+    acts = [k for k in others if k not in dropouts]
+    own = [k for k, _ in itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))]
+    if own or len(acts) > 1 or len(dropouts) > 2:
+        return f"it has more parts than its Linears, an activation and dropouts: {', '.join((*others, *own))}"
+    known: list[str] = list(ACTIVATIONS)
+    for name in acts:
+        if isinstance(others[name], nn.Module) and has_hooks(others[name]):
+            return f"its activation {name} has hooks, which would not run"
+        known = [k for k, f in ACTIVATIONS.items() if same_activation(others[name], f)]
+        if not known:
+            return f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
+    return Others(next(iter(acts), None), known, dropouts)
+
+
+def choose(candidate: Candidate, wirings: Iterable[AnyWiring], others: Others, formula: str) -> str | None:
+    """Gives the candidate the first wiring that computes what its module computes; else says why the nearest does not."""
+    nearest = (-1, "")
+    for wiring in wirings:
+        if (failed := _differs(candidate.module, wiring)) is None:
+            candidate.parts |= {"wiring": wiring, "covers": (others.held,) if others.held else ()}
+            return None
+        nearest = max(nearest, failed, key=lambda f: f[0])
+    return f"its forward is not {formula}: {nearest[1]}"
+
+
+def install(candidate: Candidate) -> None:
+    wiring: AnyWiring = candidate.parts["wiring"]
+
+    def activation(module: nn.Module) -> Any:
+        return getattr(module, wiring.held) if wiring.held else None
+
+    def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        act = activation(self)
+        if act is not vars(self)[PROVEN] or (isinstance(act, nn.Module) and has_hooks(act)):  # changed since the surgery
+            return type(self).forward(self, x)
+        return wiring(self, x)
+
+    replace(candidate.module, PROVEN, activation(candidate.module))
+    replace_forward(candidate.module, forward)
 
 
 class Drawn(nn.Module):
     """Stands in for a Linear of any kind (LoRA, 4-bit, sharded) in a probe: y[j] = x[index[j]] scale[j] + shift[j]. It has
-    the shapes of the Linear it stands for, costs next to nothing at any size, and has no weight to be read past it."""
+    the shapes of the Linear it stands for and costs next to nothing at any size. Its weight says its dtype and nothing else."""
 
     def __init__(self, linear: Any, shifts: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -109,11 +182,39 @@ class Drawn(nn.Module):
             (shifts * torch.linspace(-1, 1, n, device=device)[torch.randperm(n, device=device)]).to(dtype)
         )
 
+    @property
+    def weight(self) -> Tensor:
+        return self.scale.detach().as_subclass(Unread)
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.scale.dtype:
+            raise TypeError(f"a Linear of {self.scale.dtype} got {x.dtype}")
         return x[..., self.index] * self.scale + self.shift
 
 
-def _is_linear(module: nn.Module) -> bool:
+class Unread(Tensor):
+    """A weight of which only the dtype may be asked."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function != Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            raise TypeError("it reads the weight of a Linear")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Bent(nn.Module):
+    """Stands in for a dropout in a probe: commutes with positive factors, as a dropout does, and else with nothing that it
+    meets in an MLP, so its place shows."""
+
+    def __init__(self, bend: float) -> None:
+        super().__init__()
+        self.bend = bend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.bend * x.abs()
+
+
+def is_linear(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
@@ -125,37 +226,52 @@ def _orders(linears: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield gate, up, down
 
 
-def _same_activation(act: Any, known: Callable[[Tensor], Tensor]) -> bool:
-    """Values and derivatives on a grid, in fp64."""
+def same_activation(act: Any, known: Callable[[Tensor], Tensor]) -> bool:
+    return activation_distance(act, known) <= SAME
+
+
+def activation_distance(act: Any, known: Callable[[Tensor], Tensor]) -> float:
+    """How far `act`, a module or a function, is from `known`, in values and derivatives on a grid in fp64; inf for what is no
+    function of one fp64 tensor on the CPU."""
     grid = torch.linspace(-GRID, GRID, 4801, dtype=torch.float64).requires_grad_()
     call = act.forward if isinstance(act, nn.Module) else act
     try:
-        theirs = value_and_gradients(lambda: call(grid), [grid])
-    except Exception:  # no function of one fp64 tensor on the CPU
-        return False
-    return all(distance(a, b) <= 1e-10 for a, b in zip(value_and_gradients(lambda: known(grid), [grid]), theirs, strict=True))
+        theirs = value_and_gradients(lambda: call(grid.clone()), [grid])
+    except Exception:
+        return float("inf")
+    return max(distance(a, b) for a, b in zip(value_and_gradients(lambda: known(grid), [grid]), theirs, strict=True))
 
 
-def _differs(module: nn.Module, wiring: Wiring) -> str | None:
-    """How `wiring` differs from the module's own forward, or None: with drawn Linears and pre-activations all over the grid,
-    training and not; in fp64, and for the dtypes of the results in the module's own dtype."""
+def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
+    """In which case and how `wiring` differs from the module's own forward, or None: with drawn Linears and pre-activations
+    all over the grid, training and not; in fp64, and for the dtypes of the results in the module's own dtypes."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    for dtype, training in itertools.product(dict.fromkeys((torch.float64, like.dtype)), (True, False)):
+    for case, (wide, training) in enumerate(itertools.product((True, False), (True, False))):
         children: dict[str, nn.Module] = {
-            name: Drawn(getattr(module, name), GRID if name == wiring.gate else 1.0, dtype, like.device)
-            for name in (wiring.gate, wiring.up, wiring.down)
+            k: Bent(1 / (i + 3)) if type(m) is nn.Dropout else twin(m)
+            for i, (k, m) in enumerate(module.named_children())
+            if k not in wiring.linears
         }
-        children |= {k: twin(m) for k, m in module.named_children() if k not in children}
+        dtypes = []
+        for name in wiring.linears:
+            linear = getattr(module, name)
+            own = next((p.dtype for p in linear.parameters() if p.is_floating_point()), like.dtype)
+            dtypes.append(torch.float64 if wide else own)
+            children[name] = Drawn(linear, GRID if name == wiring.linears[0] else 1.0, dtypes[-1], like.device)
         copy = twin(module, **children)
         copy.training = training
         leaves = list(copy.parameters())
-        x = torch.randn(ROWS, getattr(module, wiring.gate).in_features, device=like.device).to(dtype).requires_grad_()
+        first = getattr(module, wiring.linears[0])
+        x = torch.randn(ROWS, first.in_features, device=like.device).to(dtypes[0]).requires_grad_()
         try:
             theirs = value_and_gradients(lambda: type(module).forward(copy, x), [x, *leaves])  # noqa: B023
         except Exception as error:
-            return f"it does not call three Linears ({type(error).__name__}: {error})"
-        ours = value_and_gradients(lambda: wiring(copy, x), [x, *leaves])  # noqa: B023
+            return case, f"it does not call its Linears ({type(error).__name__}: {error})"
+        try:
+            ours = value_and_gradients(lambda: wiring(copy, x), [x, *leaves])  # noqa: B023
+        except TypeError as error:
+            return case, f"it casts between its Linears ({error})"
         worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
-        if worst > (1e-10 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps):
-            return f"results differ by {worst:.1e} in {dtype}"
+        if worst > max(SAME, *(8 * torch.finfo(dtype).eps for dtype in dtypes)):
+            return case, f"results differ by {worst:.1e} in {dtypes[0]}"
     return None

@@ -32,7 +32,8 @@ class Candidate:
 
     name     dotted name of the module in the model, "" for the model itself
     module   the module whose forward (or other attribute) would be replaced
-    parts    what `find` saw and `probe` chose, for `apply`: the pattern's own business
+    parts    what `find` saw and `probe` chose, for `apply`: the pattern's own business; but parts["covers"] names the children
+             that the replacement no longer calls, and tells later patterns that they and the module itself are done with
     """
 
     name: str

@@ -95,6 +95,49 @@ def test_parts_and_activation_are_found_and_the_results_equal(make, wiring, dtyp
         assert ours.dtype == theirs.dtype and distance(ours, theirs) <= tolerance
 
 
+class Dropping(Mlp):
+    """T5 has the first alone; its Linear may be wider than the rest, of which the weight's dtype tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Dropout(0.3), nn.Dropout(0.2)
+
+    def forward(self, x):
+        h = self.first(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if isinstance(self.down_proj.weight, torch.Tensor) and h.dtype != self.down_proj.weight.dtype:
+            h = h.to(self.down_proj.weight.dtype)
+        return self.last(self.down_proj(h))
+
+
+def test_dropouts_keep_their_place_and_their_draws():
+    found = candidate(Dropping())
+    assert probe(found) is None
+    assert (found.parts["wiring"].on_h, found.parts["wiring"].on_y) == ("first", "last")
+    module, x = found.module, torch.randn(5, H)
+
+    def run():
+        torch.manual_seed(3)
+        y = module(x)
+        return y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))
+
+    stock = run()
+    GatedMlp().apply(found)
+    for ours, theirs in zip(run(), stock, strict=True):
+        assert distance(ours, theirs) <= 1e-6
+
+
+class DropsTheGate(Dropping):
+    def forward(self, x):
+        return self.down_proj(self.last(self.first(self.act_fn(self.gate_proj(x))) * self.up_proj(x)))
+
+
+def test_a_cast_between_the_linears_is_left():
+    module = Dropping().bfloat16()
+    module.down_proj.float()
+    (found,) = GatedMlp().find(nn.Sequential(module))
+    assert "casts between its Linears" in probe(found)
+
+
 class SubNorm(Mlp):  # BitNet
     def __init__(self):
         super().__init__()
@@ -163,12 +206,13 @@ class OneSided(nn.Module):  # silu below 8: a probe with small numbers would not
 
 
 LEFT = {
+    DropsTheGate: "not down",
     SubNorm: "ffn_sub_norm",
     Multiplied: "not down",
     Dropped: "not down",
     Shifted: "not down",
     OwnScale: "scale",
-    ReachesIn: "does not call three Linears",
+    ReachesIn: "does not call its Linears",
     NoActivation: "not down",
     EvalOnly: "not down",
     TrainingOnly: "not down",

@@ -1,0 +1,124 @@
+"""Activation: silu or gelu in any spelling, as a module or as a function that a module holds.
+
+This is the activation of nearly every plain MLP, fc2(act(fc1(x))). The forward around it stays as it is, dropouts, residuals
+and casts with it, so the wiring needs no proof; the Linear behind keeps nothing, because the output is made again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unswag.torch import ops
+from unswag.torch.functional import gelu, silu
+from unswag.torch.patterns.gated_mlp import ACTIVATIONS, SAME, activation_distance
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
+from unswag.torch.patterns.probing import distance, kind, takes_one_argument, twin, value_and_gradients
+
+OURS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
+}
+NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
+HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
+
+
+class Activation:
+    name = "activation"
+    saves = "its input, 16 bits per element in a 16-bit dtype; stock keeps the output too, and more where it is Python"
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        nearest: dict[Hashable, tuple[float, str]] = {}  # by kind, as long as the model lives
+        for name, module in model.named_modules():
+            if not (module._modules or module._parameters or module._buffers) and takes_one_argument(module):
+                same = kind(module)
+                if same not in nearest:
+                    nearest[same] = _nearest(module)
+                apart, act = nearest[same]
+                if apart <= NEAR and act in OURS:
+                    yield Candidate(name, module, {"act": act, "apart": apart, "like": like})
+                    continue
+            held = {k: act for k, v in vars(module).items() if _is_function(v) for apart, act in [_nearest(v)] if apart <= SAME}
+            if held := {k: act for k, act in held.items() if act in OURS}:
+                yield Candidate(name, module, {"held": held, "like": like})
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module, like = candidate.module, candidate.parts["like"]
+        if reason := no_kernel(like):
+            return reason
+        if "held" in candidate.parts:
+            reasons = [_differs(getattr(module, k), OURS[act], like) for k, act in candidate.parts["held"].items()]
+            return next((reason for reason in reasons if reason), None)
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        if candidate.parts["apart"] > SAME:
+            return f"it is none of {', '.join(OURS)}"
+        if getattr(module, "inplace", False):
+            return "it works in place"
+        return _differs(functools.partial(type(module).forward, twin(module)), OURS[candidate.parts["act"]], like)
+
+    def apply(self, candidate: Candidate) -> None:
+        for k, act in candidate.parts.get("held", {}).items():
+            replace(candidate.module, k, Held(getattr(candidate.module, k), act))
+        if "held" in candidate.parts:
+            return
+        ours = OURS[candidate.parts["act"]]
+
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            (x,) = (*args, *kwargs.values())
+            result: Tensor = ours(x) if _ordinary(x) else type(self).forward(self, x)
+            return result
+
+        replace_forward(candidate.module, forward)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stands in an attribute in place of the function `stock`."""
+
+    stock: Callable[..., Tensor]
+    act: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs or len(args) != 1 or not _ordinary(args[0]):  # e.g. inplace=True
+            return self.stock(*args, **kwargs)
+        return OURS[self.act](args[0])
+
+
+def _ordinary(x: Any) -> bool:
+    return isinstance(x, Tensor) and is_plain(x) and x.layout is torch.strided and x.dtype in ops.DTYPES
+
+
+def _is_function(value: Any) -> bool:
+    function = value.func if isinstance(value, functools.partial) else value
+    return callable(function) and getattr(function, "__module__", None) in HOMES
+
+
+def _nearest(act: Any) -> tuple[float, str]:
+    """How near it is to the nearest of the known activations, and which that is; of a module, in training and not."""
+    acts = [act]
+    if isinstance(act, nn.Module):
+        acts = [twin(act), twin(act)]
+        acts[0].training, acts[1].training = True, False
+    return min((max(activation_distance(a, f) for a in acts), name) for name, f in ACTIVATIONS.items())
+
+
+def _differs(theirs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], like: Tensor) -> str | None:
+    """How ours differs from theirs in the dtype of `like` and in float32, beyond roundings; or None."""
+    for dtype in dict.fromkeys((like.dtype, torch.float32)):
+        x = (3 * torch.randn(64, 24, device=like.device)).to(dtype).requires_grad_()
+        try:
+            want = value_and_gradients(lambda: theirs(x), [x])  # noqa: B023
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {error}"
+        worst = max(distance(a, b) for a, b in zip(value_and_gradients(lambda: ours(x), [x]), want, strict=True))  # noqa: B023
+        if worst > max(8 * torch.finfo(dtype).eps, SAME):
+            return f"results differ by {worst:.1e} in {dtype}"
+    return None
