@@ -224,7 +224,7 @@ def _plan(
     return planned, skipped
 
 
-def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
+def _prepare_checkpoints(model: nn.Module) -> None:
     """Before each forward. Says once what it leaves, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
     for note in checkpoint.prepare(model):
@@ -252,7 +252,7 @@ def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> Non
     place = list(bound.parameters).index("use_cache") if "use_cache" in bound.parameters else len(bound.parameters)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _prepare_checkpoints(self, policy)
+        _prepare_checkpoints(self)
         trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
         if takes_use_cache and trains and len(args) <= place:
             kwargs.setdefault("use_cache", False)
