@@ -167,6 +167,12 @@ def test_a_policy_that_changes_nothing_is_an_error():
     assert not any("_unswag" in key for m in linear.modules() for key in vars(m))
 
 
+@pytest.mark.parametrize("policy", ["exact", *LOSSY])
+def test_the_dry_run_counts_packed_forms(policy):
+    before, after = model(policy).report.bytes_per_token
+    assert after < (0.9 if policy == "exact" else 0.6) * before
+
+
 def test_the_report_says_that_it_is_lossy_and_by_how_much(capsys):
     apply_unswag_surgery(tiny_llama(), policy="int4")
     printed = " ".join(capsys.readouterr().out.split())
