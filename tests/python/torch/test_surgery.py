@@ -31,7 +31,7 @@ PATCHES = {  # family: how many of each pattern two layers have
     "qwen2": dict(norm=5, gated_mlp=2, attention=1),
     "qwen3": dict(norm=9, gated_mlp=2, attention=1),
     "mistral": dict(norm=5, gated_mlp=2, attention=1),
-    "bitnet": dict(norm=9, attention=1),  # its MLPs have a norm inside
+    "bitnet": dict(norm=9, relu=2, attention=1),  # its MLPs have a norm inside
     "lfm2": dict(norm=9, gated_mlp=2, attention=1),  # calls F.silu, no activation attribute
     "gpt2": dict(activation=2, attention=1, layer_norm=5),
 }
