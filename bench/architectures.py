@@ -47,7 +47,7 @@ SAME = 2e-5  # from stock, with stock's loss
 WORSE = 1.25  # as far from fp64 as stock
 FLOOR = 1e-6
 FLIPPED = 1e-3  # a stock gradient this far from fp64 took another path
-MLP = ("gated_mlp", "fused_mlp", "plain_mlp", "experts", "activation")  # the patterns that an MLP is patched by
+MLP = ("gated_mlp", "fused_mlp", "plain_mlp", "experts", "activation", "relu")  # the patterns that an MLP is patched by
 
 TASKS = {  # AutoModel classes of the heads, and what their batch looks like
     "masked LM": ("AutoModelForMaskedLM", "tokens"),
