@@ -150,7 +150,7 @@ class Case:
 
 
 def _cases(module: nn.Module, weight: str | None, like: Tensor, elements: int) -> Iterator[Case]:
-    cols = like.numel() if weight else 256
+    cols = like.numel() if weight else getattr(module, "normalized_shape", (256,))[-1]  # torch's takes no other width
     rows = max(2, elements // cols)
     own = like.dtype
     generator = torch.Generator(like.device).manual_seed(2)

@@ -172,7 +172,7 @@ def test_layer_norms_are_no_candidates():
 
 
 def test_torch_rms_norm_with_and_without_eps():
-    for module in (nn.RMSNorm(COLS, eps=1e-5), nn.RMSNorm(COLS)):
+    for module in (nn.RMSNorm(COLS, eps=1e-5), nn.RMSNorm(COLS), nn.RMSNorm(COLS, eps=1e-5, elementwise_affine=False)):
         found = candidate(module)
         assert probe(found) is None
         x = torch.randn(4, COLS)
