@@ -72,7 +72,7 @@ def test_sft_on_four_bits(tmp_path, monkeypatch):
     stock = train(tmp_path, lora=True, packed_weights=True)
     doors = Doors(monkeypatch.setattr)
     ours = train(tmp_path, "after", lora=True, packed_weights=True)
-    assert_same(ours._replace(moved=stock.moved), stock, 1e-3)
+    assert ours.losses == pytest.approx(stock.losses, rel=1e-3) and ours.warnings <= stock.warnings
     assert doors.again > 0
 
 
