@@ -65,10 +65,10 @@ def _architectures(results: dict[str, Any]) -> list[str]:
         f"{', '.join(f'{n} {verdict}' for verdict, n in counts.items())}; "
         f"the MLP is patched in {sum(bool(case.get('mlp')) for case in causal)} of {len(causal)} types of causal models.",
         "",
-        "Saved bytes are those of the small model, per token of a batch without padding, stock → UnSwag: long sequences, large "
-        "vocabularies and bf16 save more. The number is how many modules were patched.",
+        "Saved bytes are those of the small model, per token (of images and sounds, per label), stock → UnSwag; long sequences "
+        "and large vocabularies save more. The numbers beside patterns are modules.",
         "",
-        "| type | MLP | what else was patched | saved bytes | left, and why |",
+        "| type | MLP, activations | what else was patched | saved bytes | left, and why |",
         "|---|---|---|---|---|",
     ]
     for case in cases:

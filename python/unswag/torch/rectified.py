@@ -2,7 +2,7 @@
 
 The backward of torch's ReLU asks one thing of the output y: not (y <= 0). So, in this order:
 
-1. where x costs nothing (a recipe makes it, or somebody holds it) y is relu(x), made again: 0 bits;
+1. where x costs nothing (a recipe makes it, somebody holds it, or it is a sum of two such) y is relu(x), made again: 0 bits;
 2. else ReLU itself keeps one bit per element, and as long as nobody else saves y (a frozen layer, pooling, a sum follow) that
    is all;
 3. when somebody else saves y (a layer that is trained), y is kept for both as bitmap + non-zeros where that is smaller:
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from unswag import _core
 from unswag.torch import ops, stash
@@ -42,7 +43,11 @@ def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | 
         return relu(x)
     kept = Counter() if kept is None else kept
     edge = (x.grad_fn, x.output_nr)
-    source = door.free(x) if x.grad_fn is not None else None
+    source, chained = None, False
+    if x.grad_fn is not None:
+        source = door.free(x)
+        if source is None:
+            source, chained = _sum(door, x), True
     with stash.keeping() as handles:
         y = relu(x)
     node, key = y.grad_fn, stash._storage_key(y)
@@ -52,14 +57,42 @@ def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | 
     if y.requires_grad and (own is None or node is None or node.name() != NODE):
         return y
     if source is None or node is None or own is None or node.next_functions != (edge,) or _is_in_place(source, key):
-        door._outputs[key] = _Rectified(door, y, own, kept)
-        return y
-    entry = _Output(y, _Cell(torch.relu, (source,), {}, _Layout.of(y), door._recent))
+        entry: _Output = _Rectified(door, y, own, kept)
+    else:
+        entry = _Output(y, _Cell(torch.relu, (source,), {}, _Layout.of(y), door._recent), chained)
+        own.give_way(_Again(entry.cell, y.size(), y.stride(), 0))
+        kept[RECIPE] += 1
     door._outputs[key] = entry
-    node.metadata[stash._MARK] = weakref.ref(entry)  # type: ignore[index]
-    own.give_way(_Again(entry.cell, y.size(), y.stride(), 0))
-    kept[RECIPE] += 1
+    if node is not None:
+        node.metadata[stash._MARK] = weakref.ref(entry)  # type: ignore[index]
     return y
+
+
+def _sum(door: Stash, x: Tensor) -> _Again | None:
+    """A handle for x = a + b where both cost nothing, as in a residual block: the output of BatchNorm, and that of a ReLU which
+    is kept anyway. Neither may be such a sum's, so that making one never makes a chain of others."""
+    node: Any = x.grad_fn
+    if node.name() != "AddBackward0" or node._saved_alpha != 1:
+        return None
+    here, handles, written = StorageWeakRef(x.untyped_storage()).cdata, [], 0
+    for operand, number in node.next_functions:
+        mark = None if operand is None else operand.metadata.get(stash._MARK)
+        entry: _Output | None = None if mark is None else mark()
+        if entry is None or entry.cell is None or entry.chained or entry.number != number or entry.stream != stash._stream(x):
+            return None
+        in_place = entry.storage.cdata == here
+        layout = entry.cell.layout
+        if entry.counter._version != entry.version + in_place or not _alike(layout, x):
+            return None
+        written += in_place
+        handles.append(_Again(entry.cell, layout.size, layout.stride, 0))
+    if not written and x._version:  # changed since
+        return None
+    return _Again(_Cell(torch.add, tuple(handles), {}, _Layout.of(x), door._recent), x.size(), x.stride(), 0)
+
+
+def _alike(layout: _Layout, x: Tensor) -> bool:
+    return (layout.size, layout.dtype, layout.device) == (x.size(), x.dtype, x.device)
 
 
 def _is_in_place(source: _Kept | _Again, key: int) -> bool:

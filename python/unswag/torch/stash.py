@@ -247,9 +247,9 @@ class _Output:
     """The registry's entry for a remembered output. `counter` shares the output's version counter and none of its memory."""
 
     recipe = True  # False: not made again, but kept in a form of its own (`unswag.torch.rectified`)
-    __slots__ = ("__weakref__", "casts", "cell", "counter", "number", "offset", "storage", "stream", "version")
+    __slots__ = ("__weakref__", "casts", "cell", "chained", "counter", "number", "offset", "storage", "stream", "version")
 
-    def __init__(self, output: torch.Tensor, cell: _Cell) -> None:
+    def __init__(self, output: torch.Tensor, cell: _Cell, chained: bool = False) -> None:
         self.storage = StorageWeakRef(output.untyped_storage())
         self.version = output._version
         self.counter = output.detach()
@@ -258,6 +258,7 @@ class _Output:
         self.number = output.output_nr  # among the outputs of its node
         self.stream = _stream(output)
         self.cell = cell
+        self.chained = chained  # made from another such output: no third is made from it (`unswag.torch.rectified`)
         self.casts: dict[torch.dtype, _Cell] = {}
 
     def unchanged(self) -> bool:
@@ -491,6 +492,7 @@ class Stash:
         output = None if mark is None else mark()
         if (
             output is None
+            or not output.recipe
             or output.number != number
             or not output.unchanged()
             or _stream(t) != output.stream

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from unswag import Policy, apply_unswag_surgery, audit
 from unswag.torch import codecs, functional, stash
+from unswag.torch.draws import Draws
 from unswag.torch.stash import Stash
 
 pytestmark = pytest.mark.native
@@ -80,6 +81,7 @@ def test_two_bits_keep_codes_and_values():
     rows = audit(model("2bit"), **batch(TOKENS)).rows
     codes = [r for r in rows if r.dtype == "uint8" and r.tier == "device"]
     assert [r.bytes for r in codes] == [TOKENS * 44] * 2  # 176 codes of two bits
+    assert len([r for r in rows if r.tier == "recipe" and r.shape[-1] == 176]) == 2  # the products, for their next Linear
     values = [r for r in rows if r.role == "mlp" and r.tier == "device" and r.bits < 16 and r.dtype != "uint8"]
     assert [r.bytes for r in values] == [TOKENS * 56] * 4  # 3 blocks of 18 bytes, padded
 
@@ -133,6 +135,12 @@ def test_stochastic_rounding_follows_the_seed_and_is_right_in_the_mean():
     runs = [step(llama, seed=s)[1] for s in range(40)]
     mean = {n: sum(run[n] for run in runs) / len(runs) for n in exact}
     assert apart(mean, exact) < 0.45 * apart(first, exact)  # the part that is left is second order: products of two errors
+
+
+def test_each_tensor_of_a_forward_has_draws_of_its_own():
+    x, draws = torch.randn(64, 64), Draws(3)
+    first, second = (codecs.encode("int4", x, draws)[0] for _ in range(2))
+    assert not torch.equal(first, second) and torch.equal(first, codecs.encode("int4", x, Draws(3))[0])
 
 
 @pytest.mark.parametrize("book", ["mm2", "optimal", "fewbit", "resilu2", "dither2", "seed"])

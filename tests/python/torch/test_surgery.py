@@ -33,7 +33,7 @@ PATCHES = {  # family: how many of each pattern two layers have
     "mistral": dict(norm=5, gated_mlp=2, attention=1),
     "bitnet": dict(norm=9, relu=2, attention=1),  # its MLPs have a norm inside
     "lfm2": dict(norm=9, gated_mlp=2, attention=1),  # calls F.silu, no activation attribute
-    "gpt2": dict(activation=2, attention=1),
+    "gpt2": dict(activation=2, attention=1, layer_norm=5),
 }
 
 

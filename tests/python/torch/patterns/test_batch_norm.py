@@ -159,6 +159,64 @@ def test_resnet_blocks_keep_less_and_count_statistics_once(mode, inplace, dtype)
     assert all(torch.equal(a, b) for a, b in zip(step(ours, batch), step(stock, batch), strict=True))
 
 
+def test_every_other_sum_of_a_residual_chain_is_made_again():
+    ours = Net()
+    apply_unswag_surgery(ours)
+    step(ours, data())
+    kept = [dict(+block.relu._unswag_kept) for block in ours.blocks]
+    # the ReLU after bn1 always; that after the sum where the block's input is kept, and is itself no such sum
+    assert kept == [{"recipe": 1, "bitmap + non-zeros": 1}, {"recipe": 2}, {"recipe": 1, "mask": 1}]
+
+
+class Odd(nn.Module):
+    """A block whose sum is not what the graph says, or is another."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.way = Block(8, False), way
+
+    def forward(self, x):
+        block = self.block
+        x = block.relu(block.bn1(block.conv1(x)))
+        out = block.bn2(block.conv2(x))
+        if self.way == "in place":
+            out += x
+        elif self.way == "before":
+            out.detach().mul_(2)
+            out += x
+        elif self.way == "after":
+            out = out + x
+            out.detach().mul_(2)
+        elif self.way == "operand":
+            x.detach().mul_(2)
+            out = out + x
+        elif self.way == "alpha":
+            out = torch.add(out, x, alpha=2)
+        elif self.way == "broadcast":
+            out = out + block.bn2(block.conv2(x)[:1])
+        elif self.way == "twice":
+            out = out + out
+        return F.conv2d(block.relu(out), block.conv1.weight).square().sum()
+
+
+@pytest.mark.parametrize("way", ["in place", "before", "after", "operand", "alpha", "broadcast", "twice"])
+def test_a_sum_is_made_again_only_from_what_it_was_made_of(way):
+    x = torch.randn(2, 8, 6, 6)
+    stock, ours = Odd(way), Odd(way)
+    apply_unswag_surgery(ours)
+    loss = ours(x)
+    recipes = ours.block.relu._unswag_kept["recipe"]
+    assert recipes == (2 if way == "in place" else 1)
+    if way == "operand":  # stock refuses: the ReLU's own result was changed
+        with pytest.raises(RuntimeError, match="inplace"):
+            stock(x).backward()
+        return
+    loss.backward()
+    stock(x).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), stock.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_checkpointed_blocks(inplace, reentrant):
