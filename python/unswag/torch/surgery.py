@@ -150,9 +150,11 @@ def apply_unswag_surgery(
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
         if patched:
-            _put_stash_around(model, chosen)
+            notes: list[str] = []
+            for module in (model, *_backbones(model)):
+                _put_stash_around(module, chosen, notes)
             patched.append(("", "stash"))
-            vars(model)[NOTES].extend(checkpoint.prepare(model))
+            notes.extend(checkpoint.prepare(model))
         with sealed():
             kept_after = _dry_run(model) if planned else None
     except BaseException:
@@ -161,10 +163,10 @@ def apply_unswag_surgery(
             for path, value in replaced.items():
                 replace(module, path, value)
         raise
-    notes = vars(model).get(NOTES, [])
+    left = vars(model).get(NOTES, [])
     words, relus = chosen.cost() or str(chosen), kept_as(model)
     report = SurgeryReport(
-        type(model).__name__, patched, skipped, (kept_before, kept_after), notes, words, logits_counters(model), relus
+        type(model).__name__, patched, skipped, (kept_before, kept_after), left, words, logits_counters(model), relus
     )  # fmt: skip
     Console().print(report)
     return report
@@ -222,7 +224,7 @@ def _plan(
     return planned, skipped
 
 
-def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
+def _prepare_checkpoints(model: nn.Module) -> None:
     """Before each forward. Says once what it leaves, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
     for note in checkpoint.prepare(model):
@@ -231,9 +233,16 @@ def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
             warnings.warn(f"unswag: {note}", stacklevel=4)
 
 
-def _put_stash_around(model: nn.Module, policy: Policy) -> None:
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    """What transformers calls the base model, of `model` and of the models inside it: trainers that make their loss from hidden
+    states call it past the model's own forward (TRL does), and then its stash is the one that is entered."""
+    bases = (getattr(module, getattr(type(module), "base_model_prefix", "") or "-", None) for module in model.modules())
+    return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
+
+
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
-    replace(model, NOTES, [])
+    replace(model, NOTES, notes)
     inner = model.__dict__.get("forward")
     if inner is not None:  # of a pattern, or of whoever wrapped the model before
         replace(model, INNER, inner)
@@ -243,7 +252,7 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
     place = list(bound.parameters).index("use_cache") if "use_cache" in bound.parameters else len(bound.parameters)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _prepare_checkpoints(self, policy)
+        _prepare_checkpoints(self)
         trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
         if takes_use_cache and trains and len(args) <= place:
             kwargs.setdefault("use_cache", False)
@@ -268,6 +277,7 @@ def _dry_run(model: nn.Module) -> float | None:
         memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
+            vars(memo[id(p)]).update(vars(p))  # what a packed weight says of itself: bitsandbytes' quant_state
         copy = deepcopy(model, memo).train()
         for module in copy.modules():
             module.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})

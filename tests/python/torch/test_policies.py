@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from unswag import Policy, apply_unswag_surgery, audit
 from unswag.torch import codecs, functional, stash
+from unswag.torch.draws import Draws
 from unswag.torch.stash import Stash
 
 pytestmark = pytest.mark.native
@@ -80,6 +81,7 @@ def test_two_bits_keep_codes_and_values():
     rows = audit(model("2bit"), **batch(TOKENS)).rows
     codes = [r for r in rows if r.dtype == "uint8" and r.tier == "device"]
     assert [r.bytes for r in codes] == [TOKENS * 44] * 2  # 176 codes of two bits
+    assert len([r for r in rows if r.tier == "recipe" and r.shape[-1] == 176]) == 2  # the products, for their next Linear
     values = [r for r in rows if r.role == "mlp" and r.tier == "device" and r.bits < 16 and r.dtype != "uint8"]
     assert [r.bytes for r in values] == [TOKENS * 56] * 4  # 3 blocks of 18 bytes, padded
 
@@ -135,6 +137,12 @@ def test_stochastic_rounding_follows_the_seed_and_is_right_in_the_mean():
     assert apart(mean, exact) < 0.45 * apart(first, exact)  # the part that is left is second order: products of two errors
 
 
+def test_each_tensor_of_a_forward_has_draws_of_its_own():
+    x, draws = torch.randn(64, 64), Draws(3)
+    first, second = (codecs.encode("int4", x, draws)[0] for _ in range(2))
+    assert not torch.equal(first, second) and torch.equal(first, codecs.encode("int4", x, Draws(3))[0])
+
+
 @pytest.mark.parametrize("book", ["mm2", "optimal", "fewbit", "resilu2", "dither2", "seed"])
 def test_codebooks_of_two_bits(book):
     policy = dataclasses.replace(Policy.named("2bit"), codebook=book)
@@ -165,6 +173,12 @@ def test_a_policy_that_changes_nothing_is_an_error():
     with pytest.raises(ValueError, match="policy 'int8' would change nothing"), contextlib.redirect_stdout(io.StringIO()):
         apply_unswag_surgery(linear, policy="int8")
     assert not any("_unswag" in key for m in linear.modules() for key in vars(m))
+
+
+@pytest.mark.parametrize("policy", ["exact", *LOSSY])
+def test_the_dry_run_counts_packed_forms(policy):
+    before, after = model(policy).report.bytes_per_token
+    assert after < (0.9 if policy == "exact" else 0.6) * before
 
 
 def test_the_report_says_that_it_is_lossy_and_by_how_much(capsys):

@@ -51,7 +51,9 @@ class Pattern(Protocol):
 
     name: str
     saves: str
-    role: str | None
+
+    @property
+    def role(self) -> str | None: ...
 
     def find(self, model: nn.Module) -> Iterable[Candidate]:
         """The places in `model` with the right structure. Looks, changes nothing."""

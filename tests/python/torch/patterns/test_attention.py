@@ -12,7 +12,7 @@ from torch import nn
 
 import unswag
 from unswag.torch.patterns import attention, restore
-from unswag.torch.patterns.attention import Attention, MaskedAttention, Piece, Spans, Terms, _pieces, attention_mask
+from unswag.torch.patterns.attention import Attention, AttentionAgain, Piece, Spans, Terms, _pieces, attention_mask
 from unswag.torch.patterns.probing import sealed
 
 TOLERANCE = 2e-6  # fp32, other orders of summation
@@ -104,6 +104,51 @@ def test_a_window_under_autocast():
         stock = step(model, plain())
         ours = step(patched(model), plain())
     assert_close(ours, stock, 2e-2)
+
+
+DROPPING = {"llama": dict(attention_dropout=0.3), "gpt2": dict(attn_pdrop=0.3, resid_pdrop=0.1)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_draws_what_stock_draws_and_keeps_no_squares(family, batch, checkpointing):
+    """On the CPU: forward and backward of ours take as many draws from torch's generator as stock's, and the same."""
+    model = families.build(family, **DROPPING[family])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return step(model, batch()), torch.get_rng_state()
+
+    stock, state = drawn(5)
+    other, _ = drawn(6)
+    assert abs(other[0] - stock[0]) > 100 * TOLERANCE  # the seed matters: the test can fail
+    if not checkpointing:
+        assert len([t for t in squares(saved_storages(model, batch())[0], 40) if t.numel() > 2 * 40 * 40]) >= 4
+    patched(model)
+    ours, after = drawn(5)
+    assert_close(ours, stock, TOLERANCE)
+    assert torch.equal(after, state)
+    assert all(t.dtype == torch.bool for t in squares(saved_storages(model, batch())[0], 40))
+
+
+def test_two_forwards_with_dropout_before_their_backwards():
+    """Each draws again what it drew, whatever was drawn since."""
+    model = families.build("llama", attention_dropout=0.3)
+
+    def both():
+        torch.manual_seed(5)
+        model.zero_grad()
+        losses = [model(**batch()).loss for batch in (padded, plain)]
+        torch.rand(7)
+        sum(losses).backward()
+        return losses[0].detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    stock = both()
+    patched(model)
+    assert_close(both(), stock, TOLERANCE)
 
 
 def test_packed_equals_separate():
@@ -317,7 +362,7 @@ def test_models_without_transformers_have_no_candidates():
 def test_a_penalty_on_gradients_through_a_masked_batch_is_an_error():
     q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    y = MaskedAttention.apply(q, k, v, mask, lambda q, k, v, m: nn.functional.scaled_dot_product_attention(q, k, v, m))
+    y = AttentionAgain.apply(q, k, v, mask, None, lambda q, k, v, m: nn.functional.scaled_dot_product_attention(q, k, v, m))
     (dv,) = torch.autograd.grad(y.sum(), v, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated once"):
         dv.pow(2).sum().backward()
