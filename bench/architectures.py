@@ -2,7 +2,7 @@
 
 Each type is built small, with random weights, in fp32 and in training mode, and runs one step on 2 x 24 random tokens: stock,
 in fp64, after the surgery with stock's loss, and after the surgery as it comes. A gradient's error is its distance from fp64
-by its norm, or by 1e-4 of the norm of all gradients if that is more: what is zero by symmetry has only rounding to show.
+by its norm, or by 1e-3 of the norm of all gradients if that is more: what is zero by symmetry has only rounding to show.
 
 exact      with stock's loss every gradient is within 2e-5 of stock's, or at most 1.25 times as far from fp64 (+ 1e-6); with
            ours at most 1.25 times as far (+ 1e-6); the same parameters have one; evaluation and generation are stock's; after
@@ -104,7 +104,7 @@ def _batch(kind: str, config: Any, seed: int) -> dict[str, Any]:
     images = torch.randn(2, 3, size, size, generator=generator) if isinstance(size, int) else None
     if config.model_type == "git":
         return {"input_ids": ids, "labels": ids, "pixel_values": images}
-    if config.model_type == "blt":  # its config has not what a cache asks for
+    if config.model_type in ("blt", "xlstm"):  # no step of theirs runs with a cache
         return {"input_ids": ids, "labels": ids, "use_cache": False}
     match kind:
         case "tokens":
@@ -206,7 +206,7 @@ class Scale:
         """Distance of each gradient of `a` from that of `b`, and its norm in fp64; the loss under ""."""
         found = {"": (abs(a.loss.double() - b.loss.double()).item(), max(abs(self.exact.loss.item()), 1e-30))}
         for name, want in b.gradients.items():
-            norm = max(self.exact.gradients[name].norm().item(), 1e-4 * self.total, 1e-30)
+            norm = max(self.exact.gradients[name].norm().item(), 1e-3 * self.total, 1e-30)
             found[name] = ((a.gradients[name].double() - want.double()).norm().item(), norm)
         return found
 

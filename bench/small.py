@@ -107,7 +107,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "resnet": dict(embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[2, 1, 2, 1], layer_type="basic"),
     "t5": dict(decoder_start_token_id=0),
     "wav2vec2": dict(conv_dim=(16,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
-    "xlstm": dict(chunk_size=64),
+    "xlstm": dict(qk_dim_factor=1.0),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(
         layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
