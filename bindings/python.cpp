@@ -4,12 +4,15 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "unswag/unswag.hpp"
 #include "xla.hpp"
@@ -237,6 +240,99 @@ void dropout(double p, std::uint64_t seed, std::uint64_t offset, std::uint8_t dt
                        where(device, stream, threads));
 }
 
+// Bounds or levels of a codebook: a list of numbers, which the core counts.
+template <std::size_t n>
+int numbers(const char* op, const char* name, const std::vector<double>& list, double (&out)[n]) {
+  if (list.size() > n) raise(unswag::invalid_argument(op, ": ", list.size(), " ", name, "; pass at most ", n));
+  std::copy(list.begin(), list.end(), out);
+  return static_cast<int>(list.size());
+}
+
+void code_forward(std::uint8_t act, bool of_derivative, int bits, const std::vector<double>& bounds, std::uint8_t dtype_code,
+                  Size rows, Size cols, Address x, Size x_stride, Address y, Size y_stride, Address packed, Size packed_stride,
+                  int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  unswag::CodeForward args{.act = activation(act),
+                           .of_derivative = of_derivative,
+                           .bits = bits,
+                           .x = s.in(x, x_stride),
+                           .y = s.out(y, y_stride),
+                           .packed = {pointer<std::uint8_t>(packed), packed_stride}};
+  args.count = numbers("code_forward", "bounds", bounds, args.bounds);
+  run<unswag::CodeForward>(unswag::code_forward, args, where(device, stream, threads));
+}
+
+void code_backward(int bits, const std::vector<double>& levels, std::uint8_t dtype_code, Size rows, Size cols, Address dy,
+                   Size dy_stride, Address packed, Size packed_stride, Address dx, Size dx_stride, int device, Address stream,
+                   int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  unswag::CodeBackward args{.bits = bits,
+                            .dy = s.in(dy, dy_stride),
+                            .packed = {pointer<const std::uint8_t>(packed), packed_stride},
+                            .dx = s.out(dx, dx_stride)};
+  args.count = numbers("code_backward", "levels", levels, args.levels);
+  run<unswag::CodeBackward>(unswag::code_backward, args, where(device, stream, threads));
+}
+
+void dither_forward(std::uint8_t act, int bits, std::uint64_t seed, std::uint64_t offset, std::uint8_t dtype_code, Size rows,
+                    Size cols, Address x, Size x_stride, Address y, Size y_stride, Address packed, Size packed_stride,
+                    int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::DitherForward>(unswag::dither_forward,
+                             {.act = activation(act),
+                              .bits = bits,
+                              .seed = seed,
+                              .offset = offset,
+                              .x = s.in(x, x_stride),
+                              .y = s.out(y, y_stride),
+                              .packed = {pointer<std::uint8_t>(packed), packed_stride}},
+                             where(device, stream, threads));
+}
+
+void dither_backward(std::uint8_t act, int bits, std::uint64_t seed, std::uint64_t offset, std::uint8_t dtype_code, Size rows,
+                     Size cols, Address dy, Size dy_stride, Address packed, Size packed_stride, Address dx, Size dx_stride,
+                     int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::DitherBackward>(unswag::dither_backward,
+                              {.act = activation(act),
+                               .bits = bits,
+                               .seed = seed,
+                               .offset = offset,
+                               .dy = s.in(dy, dy_stride),
+                               .packed = {pointer<const std::uint8_t>(packed), packed_stride},
+                               .dx = s.out(dx, dx_stride)},
+                              where(device, stream, threads));
+}
+
+void nonzero_count(std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride, Address counts, int device,
+                   Address stream, int threads) {
+  run<unswag::NonzeroCount>(unswag::nonzero_count,
+                            {.x = shape(dtype_code, rows, cols).in(x, x_stride), .counts = pointer<std::int64_t>(counts)},
+                            where(device, stream, threads));
+}
+
+void nonzero_encode(std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride, Address offsets, Address bitmap,
+                    Size bitmap_stride, Address values, Size size, int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::NonzeroEncode>(unswag::nonzero_encode,
+                             {.x = s.in(x, x_stride),
+                              .offsets = pointer<const std::int64_t>(offsets),
+                              .bitmap = {pointer<std::uint8_t>(bitmap), bitmap_stride},
+                              .values = {pointer<void>(values), s.dtype, size}},
+                             where(device, stream, threads));
+}
+
+void nonzero_decode(std::uint8_t dtype_code, Size rows, Size cols, Address bitmap, Size bitmap_stride, Address offsets,
+                    Address values, Size size, Address x, Size x_stride, int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::NonzeroDecode>(unswag::nonzero_decode,
+                             {.bitmap = {pointer<const std::uint8_t>(bitmap), bitmap_stride},
+                              .offsets = pointer<const std::int64_t>(offsets),
+                              .values = {pointer<const void>(values), s.dtype, size},
+                              .x = s.out(x, x_stride)},
+                             where(device, stream, threads));
+}
+
 // The driver may be asked, which takes its time when it starts.
 std::string cuda_problem(int device) {
   nb::gil_scoped_release unlocked;
@@ -283,6 +379,20 @@ NB_MODULE(_core, m) {
   m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("dropout", &dropout, "p"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("code_forward", &code_forward, "act"_a, "of_derivative"_a, "bits"_a, "bounds"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a,
+        "x_stride"_a, "y"_a, "y_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("code_backward", &code_backward, "bits"_a, "levels"_a, "dtype"_a, "rows"_a, "cols"_a, "dy"_a, "dy_stride"_a, "packed"_a,
+        "packed_stride"_a, "dx"_a, "dx_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("dither_forward", &dither_forward, "act"_a, "bits"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a,
+        "x_stride"_a, "y"_a, "y_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("dither_backward", &dither_backward, "act"_a, "bits"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "dy"_a,
+        "dy_stride"_a, "packed"_a, "packed_stride"_a, "dx"_a, "dx_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("nonzero_count", &nonzero_count, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "counts"_a, "device"_a, "stream"_a,
+        "threads"_a);
+  m.def("nonzero_encode", &nonzero_encode, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "offsets"_a, "bitmap"_a,
+        "bitmap_stride"_a, "values"_a, "size"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("nonzero_decode", &nonzero_decode, "dtype"_a, "rows"_a, "cols"_a, "bitmap"_a, "bitmap_stride"_a, "offsets"_a,
+        "values"_a, "size"_a, "x"_a, "x_stride"_a, "device"_a, "stream"_a, "threads"_a);
 
   m.def("rms_norm_backward_scratch", &unswag::rms_norm_backward_scratch, "rows"_a, "cols"_a);
   m.def("cuda_problem", &cuda_problem, "device"_a);

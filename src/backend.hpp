@@ -16,6 +16,13 @@ void rms_norm_backward(const RmsNormBackward& args, Stream stream);
 void cross_entropy(const CrossEntropy& args, Stream stream);
 void philox_fill(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream stream);
 void dropout(const Dropout& args, Stream stream);
+void code_forward(const CodeForward& args, Stream stream);
+void code_backward(const CodeBackward& args, Stream stream);
+void dither_forward(const DitherForward& args, Stream stream);
+void dither_backward(const DitherBackward& args, Stream stream);
+void nonzero_count(const NonzeroCount& args, Stream stream);
+void nonzero_encode(const NonzeroEncode& args, Stream stream);
+void nonzero_decode(const NonzeroDecode& args, Stream stream);
 
 constexpr Kernels row(const char* name, bool (*runs_here)()) {
   Kernels k;
@@ -32,6 +39,13 @@ constexpr Kernels row(const char* name, bool (*runs_here)()) {
   k.cross_entropy = cross_entropy;
   k.philox_fill = philox_fill;
   k.dropout = dropout;
+  k.code_forward = code_forward;
+  k.code_backward = code_backward;
+  k.dither_forward = dither_forward;
+  k.dither_backward = dither_backward;
+  k.nonzero_count = nonzero_count;
+  k.nonzero_encode = nonzero_encode;
+  k.nonzero_decode = nonzero_decode;
   return k;
 }
 

@@ -25,6 +25,13 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&, Stream) = nullptr;
   void (*philox_fill)(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream) = nullptr;
   void (*dropout)(const Dropout&, Stream) = nullptr;
+  void (*code_forward)(const CodeForward&, Stream) = nullptr;
+  void (*code_backward)(const CodeBackward&, Stream) = nullptr;
+  void (*dither_forward)(const DitherForward&, Stream) = nullptr;
+  void (*dither_backward)(const DitherBackward&, Stream) = nullptr;
+  void (*nonzero_count)(const NonzeroCount&, Stream) = nullptr;
+  void (*nonzero_encode)(const NonzeroEncode&, Stream) = nullptr;
+  void (*nonzero_decode)(const NonzeroDecode&, Stream) = nullptr;
 };
 
 // The row of a kind of device, and what only a device has.  Its kernels queue work and return; `launched` says what went wrong.

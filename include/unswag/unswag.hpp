@@ -156,6 +156,86 @@ struct Dropout {
 };
 Status dropout(const Dropout& args, Stream stream = {});
 
+// ---- step codes: the derivative of an activation as one of at most 16 levels (docs/format.md sections 1 and 5) ------------
+//   y = act(x),  code = the number of bounds strictly below x, or below act'(x) (of_derivative); NaN has the code 0
+// Bounds are compared as float (double for f64).  The bytes are the same in every backend; of_derivative they depend on how a
+// backend rounds act'(x).
+struct CodeForward {
+  Activation act = Activation::silu;
+  bool of_derivative = false;
+  int bits = 2;            // 1 to 4
+  int count = 0;           // of bounds: 1 to 2^bits - 1
+  double bounds[15] = {};  // ascending
+  ConstRows x{};
+  Rows y{};         // same shape and dtype; data == nullptr: only the codes
+  Packed packed{};  // packed_row_bytes(cols, bits) bytes per row; bits past the last code are zero
+};
+Status code_forward(const CodeForward& args, Stream stream = {});
+
+//   dx = dy levels[code], rounded once; levels are float (double for f64), a code without a level gives NaN
+struct CodeBackward {
+  int bits = 2;
+  int count = 0;  // of levels: 2 to 2^bits
+  double levels[16] = {};
+  ConstRows dy{};
+  ConstPacked packed{};
+  Rows dx{};
+};
+Status code_backward(const CodeBackward& args, Stream stream = {});
+
+// ---- subtractive dither: the derivative as 1 to 4 bits whose mean over draws is exact (docs/format.md section 7) ----------
+//   y = act(x),  code = floor((act'(x) - lowest) / step + v),  dx = dy (lowest + step (code + 1/2 - v)),  0 < v < 1
+// act' has values in [lowest, 1 - lowest], step = (1 - 2 lowest) / (2^bits - 1), and v is drawn from (seed, offset) for element
+// row cols + col, in the backward again.  The mean of dx is dy act'(x), the variance of its factor step^2 / 12, whatever x is.
+// silu, gelu and gelu_tanh only.  The bytes depend on how a backend rounds act'(x).
+struct DitherForward {
+  Activation act = Activation::silu;
+  int bits = 2;
+  std::uint64_t seed = 0;
+  std::uint64_t offset = 0;
+  ConstRows x{};
+  Rows y{};         // same shape and dtype; data == nullptr: only the codes
+  Packed packed{};  // packed_row_bytes(cols, bits) bytes per row
+};
+Status dither_forward(const DitherForward& args, Stream stream = {});
+
+struct DitherBackward {
+  Activation act = Activation::silu;
+  int bits = 2;
+  std::uint64_t seed = 0;
+  std::uint64_t offset = 0;
+  ConstRows dy{};
+  ConstPacked packed{};
+  Rows dx{};
+};
+Status dither_backward(const DitherBackward& args, Stream stream = {});
+
+// ---- non-zeros, lossless: 1 bit per element, and those that are not +0 (docs/format.md section 8) ---------------------------
+// An element is kept when any of its bits is set: -0, NaN and subnormals come back bit for bit.
+struct NonzeroCount {
+  ConstRows x{};
+  std::int64_t* counts = nullptr;  // rows values: how many of each row are kept
+};
+Status nonzero_count(const NonzeroCount& args, Stream stream = {});
+
+// Row r has its values, in order, at values[offsets[r]] to values[offsets[r + 1] - 1].  offsets are the sums of the counts:
+// ascending from 0 to values.size, or more where there is room; on a device they are not looked at.
+struct NonzeroEncode {
+  ConstRows x{};
+  const std::int64_t* offsets = nullptr;  // rows + 1 values
+  Packed bitmap{};                        // packed_row_bytes(cols, 1) bytes per row
+  Vector values{};                        // dtype of x
+};
+Status nonzero_encode(const NonzeroEncode& args, Stream stream = {});
+
+struct NonzeroDecode {
+  ConstPacked bitmap{};
+  const std::int64_t* offsets = nullptr;  // rows + 1 values
+  ConstVector values{};                   // dtype of x
+  Rows x{};
+};
+Status nonzero_decode(const NonzeroDecode& args, Stream stream = {});
+
 // ---- backends -----------------------------------------------------------------------------------------------------------
 // Names of the kernel rows built in, slowest first ("portable", "x86-64", "avx2", "avx512"); runs_here says which can run.
 std::vector<std::string_view> backend_names();

@@ -177,6 +177,56 @@ def unpack_rows256(words: NDArray[np.uint32], rows: int, bits: int) -> Codes:
     return code
 
 
+# ---- format.md section 7: dither ----------------------------------------------------------------------------------------
+
+LOWEST_SLOPE = {"silu": -0.09983932012886692, "gelu": -0.12890414518515479, "gelu_tanh": -0.12899306865877177}
+
+
+def dither_units(rows: int, cols: int, seed: int, offset: int) -> NDArray[np.float64]:
+    """v of each element, in (0, 1): element i has half i % 2 of draw i / 2, the low one first."""
+    draws = [draw(i, seed, offset) for i in range((rows * cols + 1) // 2)]
+    halves = np.array([half for word in draws for half in (word & 0xFFFF, word >> 16)], np.float64)
+    return ((2 * halves[: rows * cols] + 1) / 2**17).reshape(rows, cols)
+
+
+def dither_step(act: str, bits: int) -> float:
+    return (1 - 2 * LOWEST_SLOPE[act]) / (2**bits - 1)
+
+
+def dithered(x: Array, act: str, bits: int, seed: int, offset: int) -> NDArray[np.float64]:
+    """t + v, whose integral part is the code."""
+    t = (activation_derivative(x, act) - LOWEST_SLOPE[act]) / dither_step(act, bits)
+    return t + dither_units(x.shape[0], x.shape[1], seed, offset)
+
+
+def dither_code(x: Array, act: str, bits: int, seed: int, offset: int) -> Codes:
+    return np.clip(np.floor(np.nan_to_num(dithered(x, act, bits, seed, offset))), 0, 2**bits - 1).astype(np.uint32)
+
+
+def dither_factor(code: Codes, act: str, bits: int, seed: int, offset: int) -> NDArray[np.float64]:
+    """What stands for the derivative in the backward."""
+    return LOWEST_SLOPE[act] + dither_step(act, bits) * (code + 0.5 - dither_units(code.shape[0], code.shape[1], seed, offset))
+
+
+# ---- format.md section 8: non-zeros -------------------------------------------------------------------------------------
+
+Offsets = NDArray[np.int64]
+
+
+def nonzero_encode(x: NDArray[np.generic]) -> tuple[Bytes, Offsets, NDArray[np.generic]]:
+    """x of any type, or the bits of its elements: bitmap [rows, row_bytes], offsets [rows + 1], values."""
+    kept = x.view(f"u{x.itemsize}") != 0
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(-1))]).astype(np.int64)
+    return pack(kept), offsets, x[kept]
+
+
+def nonzero_decode(bitmap: Bytes, offsets: Offsets, values: NDArray[np.generic], cols: int) -> NDArray[np.generic]:
+    x = np.zeros((len(bitmap), cols), values.dtype)
+    for row, kept in enumerate(unpack(bitmap, cols)):
+        x[row, kept] = values[offsets[row] : offsets[row + 1]]
+    return x
+
+
 # ---- bfloat16: the upper half of a float32 -----------------------------------------------------------------------------
 
 
@@ -372,6 +422,38 @@ def _code_vectors(rng: np.random.Generator) -> Iterator[str]:
                 yield _line("rows256", "uint32", pack_rows256(code, bits))
 
 
+def _dither_vectors(rng: np.random.Generator) -> Iterator[str]:
+    """No t + v is so near to a whole number that a backend's rounding of f'(x) could show in the bytes."""
+    for act in LOWEST_SLOPE:
+        for bits, seed, offset in ((1, 0, 0), (2, 7, 2**63), (3, 2**64 - 1, 11), (4, 5, 2**64 - 1)):
+            for dtype in ("float32", "bfloat16"):
+                stored, value = _as((rng.standard_normal((3, 37)) * 2).astype(np.float32), dtype)
+                away = dithered(value, act, bits, seed, offset)
+                sure = np.abs(away - np.round(away)) > 1e-3
+                stored, value = np.where(sure, stored, stored.dtype.type(0)), np.where(sure, value, np.float32(0))
+                away = dithered(value, act, bits, seed, offset)
+                assert (np.abs(away - np.round(away)) > 1e-4).all()
+                dy, dy_value = _as(rng.standard_normal((3, 37)).astype(np.float32), dtype)
+                code = dither_code(value, act, bits, seed, offset)
+                yield f"case dither act={act} bits={bits} seed={seed} offset={offset}"
+                yield _line("x", dtype, stored)
+                yield _line("packed", "uint8", pack_codes(code, bits))
+                yield _line("dy", dtype, dy)
+                yield _line("dx", "float64", dy_value * dither_factor(code, act, bits, seed, offset))
+
+
+def _nonzero_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for dtype in ("float32", "float16", "bfloat16", "float64"):
+        for rows, cols in ((1, 1), (3, 7), (2, 32), (3, 33), (2, 100)):
+            stored, _ = _as(np.where(rng.random((rows, cols)) < 0.4, np.float32(0), _special(rng, rows, cols)), dtype)
+            bitmap, offsets, values = nonzero_encode(stored)
+            yield "case nonzero"
+            yield _line("x", dtype, stored)
+            yield _line("bitmap", "uint8", bitmap)
+            yield _line("offsets", "int64", offsets)
+            yield _line("values", dtype, values)
+
+
 def _gated_vectors(rng: np.random.Generator) -> Iterator[str]:
     for act in ("silu", "gelu", "gelu_tanh", "relu"):
         for dtype in ("float32", "bfloat16"):
@@ -423,6 +505,8 @@ def vectors() -> dict[str, str]:
         "cross_entropy": _cross_entropy_vectors(rng),
         "codes": _code_vectors(rng),
         "jax_mask": _mask_vectors(rng, ["jax_relu", "jax_leaky_relu", "jax_relu6"]),
+        "dither": _dither_vectors(np.random.default_rng(7)),
+        "nonzero": _nonzero_vectors(np.random.default_rng(8)),
     }
     return {f"{name}.txt": "\n".join([f"format {FORMAT_VERSION}", *lines, ""]) for name, lines in files.items()}
 

@@ -77,15 +77,31 @@ Check& Check::add(const char* name, const ConstRows& x, bool written) {
   return add(name, x.data, dtype_size(x.dtype), x.rows, x.cols, x.stride, written);
 }
 
-Check& Check::add(const char* name, const ConstPacked& packed, const ConstRows& of, bool written) {
-  return add(name, packed.data, 1, of.rows, packed_row_bytes(of.cols, 1), packed.stride, written);
-}
-
 Check& Check::scratch(const char* name, const void* data, std::int64_t bytes) {
   return device_ ? add(name, data, 8, 1, bytes / 8, bytes / 8, true) : *this;
 }
 
 Check& Check::words(const char* name, const std::uint32_t* out, std::int64_t n) { return add(name, out, 4, 1, n, n, true); }
+
+Check& Check::counts(const char* name, const std::int64_t* out, std::int64_t rows) {
+  return add(name, out, 8, 1, rows, rows, true);
+}
+
+Check& Check::offsets(const char* name, const std::int64_t* offsets, std::int64_t rows, std::int64_t size) {
+  if (!ok() || rows <= 0) return *this;
+  add(name, offsets, 8, 1, rows + 1, rows + 1, false);
+  if (!ok() || device_) return *this;
+  std::int64_t last = 0;
+  for (std::int64_t row = 0; row <= rows; ++row) {
+    if (offsets[row] < last || offsets[row] > size) {
+      fail(invalid_argument(op_, ": ", name, "[", row, "] is ", offsets[row], ", outside [", last, ", ", size,
+                            "], from the one before it to the number of values; pass the sums of what nonzero_count gave"));
+      return *this;
+    }
+    last = offsets[row];
+  }
+  return *this;
+}
 
 Check& Check::add(const char* name, const void* data, std::int64_t element_bytes, std::int64_t rows, std::int64_t cols,
                   std::int64_t stride, bool written) {
@@ -214,6 +230,24 @@ Check& Check::sum_dtype_of(const char* name, DType dtype, const char* like, DTyp
 
 Check& Check::finite(const char* name, double value) {
   if (ok() && !std::isfinite(value)) fail(invalid_argument(op_, ": ", name, " is ", value, "; pass a finite number"));
+  return *this;
+}
+
+Check& Check::between(const char* name, std::int64_t value, std::int64_t lowest, std::int64_t highest) {
+  if (ok() && (value < lowest || value > highest)) {
+    fail(invalid_argument(op_, ": ", name, " is ", value, "; pass a number from ", lowest, " to ", highest));
+  }
+  return *this;
+}
+
+Check& Check::ascending(const char* name, const double* values, int count) {
+  for (int i = 0; i < count; ++i) finite(name, values[i]);
+  for (int i = 1; i < count && ok(); ++i) {
+    if (values[i] <= values[i - 1]) {
+      fail(invalid_argument(op_, ": ", name, "[", i, "] is ", values[i], ", not above ", values[i - 1],
+                            " before it; pass them in ascending order"));
+    }
+  }
   return *this;
 }
 

@@ -46,12 +46,17 @@ class Check {
   Check& output(const char* name, const Rows& y) { return add(name, {y.data, y.dtype, y.rows, y.cols, y.stride}, true); }
   Check& input(const char* name, const ConstVector& x) { return add(name, {x.data, x.dtype, 1, x.size, x.size}, false); }
   Check& output(const char* name, const Vector& y) { return add(name, {y.data, y.dtype, 1, y.size, y.size}, true); }
-  Check& input(const char* name, const ConstPacked& packed, const ConstRows& of) { return add(name, packed, of, false); }
-  Check& output(const char* name, const Packed& packed, const ConstRows& of) {
-    return add(name, ConstPacked{packed.data, packed.stride}, of, true);
+  Check& input(const char* name, const ConstPacked& packed, const ConstRows& of, std::int64_t bits = 1) {
+    return add(name, packed, of.rows, packed_row_bytes(of.cols, bits), false);
+  }
+  Check& output(const char* name, const Packed& packed, const ConstRows& of, std::int64_t bits = 1) {
+    return add(name, ConstPacked{packed.data, packed.stride}, of.rows, packed_row_bytes(of.cols, bits), true);
   }
   Check& labels(const std::int64_t* labels, std::int64_t rows, std::int64_t classes, std::int64_t ignore_index);
   Check& words(const char* name, const std::uint32_t* out, std::int64_t n);
+  Check& counts(const char* name, const std::int64_t* out, std::int64_t rows);
+  // rows + 1 numbers that ascend within [0, size], which only the CPU looks at.
+  Check& offsets(const char* name, const std::int64_t* offsets, std::int64_t rows, std::int64_t size);
   // Needed on a device only.
   Check& scratch(const char* name, const void* data, std::int64_t bytes);
 
@@ -82,6 +87,9 @@ class Check {
     return *this;
   }
   Check& finite(const char* name, double value);
+  Check& between(const char* name, std::int64_t value, std::int64_t lowest, std::int64_t highest);
+  // Finite, each above the one before.
+  Check& ascending(const char* name, const double* values, int count);
   Check& not_negative(const char* name, double value);
   // [0, 1], or [0, 1) when one_excluded.
   Check& fraction(const char* name, double value, bool one_excluded);
@@ -120,7 +128,9 @@ class Check {
   void fail(Status status) { status_ = std::move(status); }
   Status launched() const;
   Check& add(const char* name, const ConstRows& x, bool written);
-  Check& add(const char* name, const ConstPacked& packed, const ConstRows& of, bool written);
+  Check& add(const char* name, const ConstPacked& packed, std::int64_t rows, std::int64_t row_bytes, bool written) {
+    return add(name, packed.data, 1, rows, row_bytes, packed.stride, written);
+  }
   Check& add(const char* name, const void* data, std::int64_t element_bytes, std::int64_t rows, std::int64_t cols,
              std::int64_t stride, bool written);
   Check& require_shape(const char* name, std::int64_t rows, std::int64_t cols, const char* like, std::int64_t like_rows,

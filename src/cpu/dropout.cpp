@@ -1,39 +1,11 @@
 // Loops around src/math/philox.hpp: draws, and dropout by them.
 #include "backend.hpp"
+#include "cpu/draws.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/threads.hpp"
-#include "math/philox.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
-
-struct Draws {
-  std::uint64_t seed, offset;
-
-  // Blocks of four draws: block, block + 1, ...
-  void blocks(std::uint32_t* out, std::uint64_t block, std::int64_t count) const {
-    for (std::int64_t b = 0; b < count; ++b) {
-      const math::PhiloxBlock draws = math::philox_block(seed, offset, block + std::uint64_t(b));
-      for (int w = 0; w < 4; ++w) out[4 * b + w] = draws.word[w];
-    }
-  }
-};
-
-// A stretch of consecutive draws, as many as a kernel wants to have at hand.
-class Window {
- public:
-  static constexpr std::int64_t kSize = 1024;
-
-  // Draws first ... first + n - 1, n <= kSize; valid until the next call.
-  const std::uint32_t* at(const Draws& draws, std::int64_t first, std::int64_t n) {
-    const std::int64_t skip = first % 4;
-    draws.blocks(words_, std::uint64_t(first / 4), (skip + n + 3) / 4);
-    return words_ + skip;
-  }
-
- private:
-  std::uint32_t words_[kSize + 4];
-};
 
 template <class T>
 void dropout_of(const Dropout& a, int threads) {

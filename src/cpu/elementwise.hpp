@@ -19,6 +19,25 @@ namespace {
 // make the processor wait (a third slower, or half, than through the cache on Zen 3, though they move less).
 constexpr std::int64_t stream_above = std::int64_t{16} << 20;
 
+template <std::size_t Bytes>
+struct ints32;  // thirty-two integers of so many bytes
+template <>
+struct ints32<2> {
+  using type = i16x32;
+};
+template <>
+struct ints32<4> {
+  using type = i32x32;
+};
+#ifdef UNSWAG_ISA_PORTABLE
+template <>
+struct ints32<8> {
+  using type = i64x32;
+};
+#endif
+template <class T>
+using ints32_t = typename ints32<sizeof(T)>::type;
+
 // How rows x cols elements are cut into spans of one row each.  The borders depend on the shape only.
 struct Spans {
   std::int64_t rows, cols;
@@ -37,6 +56,14 @@ struct Spans {
     });
   }
 };
+
+// The same over packed rows of `bits` bits per element too: rows that follow each other without a gap are one long row.
+template <class Byte>
+UNSWAG_INLINE Spans packed_spans(std::int64_t rows, std::int64_t cols, std::int64_t stride, std::int64_t other_stride,
+                                 const PackedOf<Byte>& packed, int bits) {
+  const bool dense = stride == cols && other_stride == cols && cols * bits % 32 == 0 && packed.stride == cols * bits / 8;
+  return dense ? Spans{rows > 0, rows * cols} : Spans{rows, cols};
+}
 
 template <class T>
 UNSWAG_INLINE bool aligned(const T* p, std::int64_t elements) {

@@ -7,25 +7,6 @@
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
-template <std::size_t Bytes>
-struct ints32;  // thirty-two integers of so many bytes
-template <>
-struct ints32<2> {
-  using type = i16x32;
-};
-template <>
-struct ints32<4> {
-  using type = i32x32;
-};
-#ifdef UNSWAG_ISA_PORTABLE
-template <>
-struct ints32<8> {
-  using type = i64x32;
-};
-#endif
-template <class T>
-using ints32_t = typename ints32<sizeof(T)>::type;
-
 // What a 0-bit does to a gradient.
 template <class T>
 struct Nothing {
@@ -58,14 +39,6 @@ UNSWAG_INLINE void store_some(typename I::scalar* p, I x, std::int64_t n) {
   memcpy(p, all, std::size_t(n) * sizeof all[0]);
 }
 
-// Rows that follow each other without a gap are one long row.
-template <class Byte>
-UNSWAG_INLINE Spans spans(std::int64_t rows, std::int64_t cols, std::int64_t stride, std::int64_t other_stride,
-                          const PackedOf<Byte>& packed) {
-  const bool dense = stride == cols && other_stride == cols && cols % 32 == 0 && packed.stride == cols / 8;
-  return dense ? Spans{rows > 0, rows * cols} : Spans{rows, cols};
-}
-
 template <class T, class Act>
 void forward(const MaskForward& args, Stream stream, Act act) {
   using I = ints32_t<T>;
@@ -75,7 +48,8 @@ void forward(const MaskForward& args, Stream stream, Act act) {
   const auto stopped = [&](I x) __attribute__((always_inline)) { return times.stopped(x); };
   const bool value = args.y.data != nullptr;
   const bool large = args.x.rows * args.x.cols * std::int64_t(sizeof(T)) > stream_above;
-  const auto span = spans(args.x.rows, args.x.cols, args.x.stride, value ? args.y.stride : args.x.stride, args.packed);
+  const auto span =
+      packed_spans(args.x.rows, args.x.cols, args.x.stride, value ? args.y.stride : args.x.stride, args.packed, 1);
   span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) __attribute__((always_inline)) {
     const S* x = static_cast<const S*>(args.x.data) + row * args.x.stride + begin;
     S* y = value ? static_cast<S*>(args.y.data) + row * args.y.stride + begin : nullptr;
@@ -112,7 +86,7 @@ void backward(const MaskBackward& args, Stream stream, Off off) {
   using I = ints32_t<T>;
   using S = typename I::scalar;
   const bool large = args.dy.rows * args.dy.cols * std::int64_t(sizeof(T)) > stream_above;
-  const auto span = spans(args.dy.rows, args.dy.cols, args.dy.stride, args.dx.stride, args.packed);
+  const auto span = packed_spans(args.dy.rows, args.dy.cols, args.dy.stride, args.dx.stride, args.packed, 1);
   span.each(stream.threads, [&](std::int64_t row, std::int64_t begin, std::int64_t end) __attribute__((always_inline)) {
     const S* dy = static_cast<const S*>(args.dy.data) + row * args.dy.stride + begin;
     S* dx = static_cast<S*>(args.dx.data) + row * args.dx.stride + begin;

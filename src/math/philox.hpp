@@ -33,6 +33,13 @@ UNSWAG_HD inline PhiloxBlock philox_block(std::uint64_t seed, std::uint64_t offs
   return philox4x32({{std::uint32_t(low), std::uint32_t(low >> 32), carry, 0}}, std::uint32_t(seed), std::uint32_t(seed >> 32));
 }
 
+// A number in (0, 1) from half a draw, (2 half + 1) 2^-17: the mean of all 2^16 is 1/2, exactly.  Element i has half i % 2 of
+// draw i / 2, the low one first.
+template <class S>
+UNSWAG_HD inline S unit_of_half(std::uint32_t half) {
+  return S(std::int32_t(2 * half + 1)) * S(0x1p-17f);
+}
+
 // Dropout keeps an element when its draw >= p 2^32.  Draws are integers, so that is draw >= ceil(p 2^32), which may be 2^32
 // (p = 1: nothing is kept).  p 2^32 is exact in double.
 UNSWAG_HD inline std::uint64_t dropout_threshold(double p) {

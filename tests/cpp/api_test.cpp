@@ -250,6 +250,86 @@ TEST(Dropout, RefusesWhatDoesNotFit) {
   EXPECT_TRUE(memory.untouched());
 }
 
+TEST(Code, RefusesWhatDoesNotFit) {
+  Memory memory;
+  const auto with = [&](auto change) {
+    CodeForward args{.count = 3,
+                     .bounds = {-1, 0, 1},
+                     .x = in(memory.rows(0, 3, 5)),
+                     .y = memory.rows(64, 3, 5),
+                     .packed = {&memory.bytes[128], 4}};
+    change(args);
+    return code_forward(args);
+  };
+  EXPECT_ERROR(with([](auto& a) { a.bits = 5; }), invalid_argument, "code_forward: bits is 5; pass a number from 1 to 4");
+  EXPECT_ERROR(with([](auto& a) { a.bits = 0; }), invalid_argument, "code_forward: bits is 0; pass a number from 1 to 4");
+  EXPECT_ERROR(with([](auto& a) { a.bits = 1; }), invalid_argument, "code_forward: count is 3; pass a number from 1 to 1");
+  EXPECT_ERROR(with([](auto& a) { a.count = 0; }), invalid_argument, "code_forward: count is 0; pass a number from 1 to 3");
+  EXPECT_ERROR(with([](auto& a) { a.bounds[1] = kNan; }), invalid_argument,
+               "code_forward: bounds is nan; pass a finite number");
+  EXPECT_ERROR(with([](auto& a) { a.bounds[2] = 0; }), invalid_argument,
+               "code_forward: bounds[2] is 0, not above 0 before it; pass them in ascending order");
+  EXPECT_ERROR(with([](auto& a) { a.y.dtype = DType::f16; }), invalid_type,
+               "code_forward: y is float16 but x is float32; convert y to float32");
+  EXPECT_ERROR(with([](auto& a) { a.packed.data = &a.packed.data[-4]; }), invalid_argument,
+               "code_forward: y is written but shares memory with packed; pass separate memory");
+  CodeBackward back{
+      .count = 4, .dy = in(memory.rows(0, 3, 17)), .packed = {&memory.bytes[512], 8}, .dx = memory.rows(1024, 3, 17)};
+  EXPECT_ERROR((back.count = 1, code_backward(back)), invalid_argument, "code_backward: count is 1; pass a number from 2 to 4");
+  EXPECT_ERROR((back.count = 4, back.levels[3] = kInf, code_backward(back)), invalid_argument,
+               "code_backward: levels is inf; pass a finite number");
+  EXPECT_ERROR((back.levels[3] = 0, back.dx.data = memory.at(512 + 2 * 8 + 4), code_backward(back)), invalid_argument,
+               "code_backward: dx is written but shares memory with packed; pass separate memory");
+  EXPECT_TRUE(memory.untouched());
+}
+
+TEST(Dither, RefusesWhatDoesNotFit) {
+  Memory memory;
+  DitherForward args{.x = in(memory.rows(0, 3, 5)), .y = {}, .packed = {&memory.bytes[128], 4}};
+  EXPECT_ERROR((args.act = Activation::relu, dither_forward(args)), invalid_argument,
+               "dither_forward: act is 3, which is not one of its 3 values");
+  EXPECT_ERROR((args.act = Activation::silu, args.bits = 8, dither_forward(args)), invalid_argument,
+               "dither_forward: bits is 8; pass a number from 1 to 4");
+  EXPECT_ERROR(dither_backward({.dy = args.x, .packed = {&memory.bytes[128], 4}, .dx = memory.rows(0, 3, 5)}), invalid_argument,
+               "dither_backward: dx is written but shares memory with dy; pass separate memory");
+  EXPECT_TRUE(memory.untouched());
+}
+
+TEST(Nonzero, RefusesWhatDoesNotFit) {
+  Memory memory;
+  const ConstRows x = in(memory.rows(0, 2, 8));
+  EXPECT_ERROR(nonzero_count({.x = x}), invalid_argument,
+               "nonzero_count: counts is null but has 1 x 2 elements; pass its memory");
+  std::array<std::int64_t, 3> offsets{0, 5, 9};
+  const NonzeroEncode good{
+      .x = x, .offsets = offsets.data(), .bitmap = {&memory.bytes[128], 4}, .values = memory.vector(256, 9)};
+  NonzeroEncode args = good;
+  args.values.size = 8;
+  EXPECT_ERROR(nonzero_encode(args), invalid_argument,
+               "nonzero_encode: offsets[2] is 9, outside [5, 8], from the one before it to the number of values; pass the sums "
+               "of what nonzero_count gave");
+  offsets[1] = 10;
+  EXPECT_ERROR(
+      nonzero_encode(good), invalid_argument,
+      "nonzero_encode: offsets[1] is 10, outside [0, 9], from the one before it to the number of values; pass the sums "
+      "of what nonzero_count gave");
+  offsets[1] = 5;
+  args = good;
+  args.values.dtype = DType::bf16;
+  EXPECT_ERROR(nonzero_encode(args), invalid_type,
+               "nonzero_encode: values is bfloat16 but x is float32; convert values to float32");
+  args = good;
+  args.values.data = memory.at(32);
+  EXPECT_ERROR(nonzero_encode(args), invalid_argument,
+               "nonzero_encode: values is written but shares memory with x; pass separate memory");
+  EXPECT_ERROR(nonzero_decode({.bitmap = {&memory.bytes[128], 4},
+                               .offsets = offsets.data(),
+                               .values = in(memory.vector(256, 9)),
+                               .x = memory.rows(260, 2, 8)}),
+               invalid_argument, "nonzero_decode: x is written but shares memory with values; pass separate memory");
+  EXPECT_TRUE(memory.untouched());
+}
+
 TEST(Stream, RefusesWhatCannotRun) {
   int device = 0;
   EXPECT_ERROR(mask_forward({}, {.handle = &device}), invalid_argument,
@@ -278,7 +358,17 @@ TEST(Empty, SucceedsWithoutMemory) {
     EXPECT_TRUE(gated_forward({.gate = x, .up = x, .h = y}).ok());
     EXPECT_TRUE(gated_backward({.gate = x, .up = x, .dh = x, .dgate = y, .dup = y}).ok());
     EXPECT_TRUE(dropout({.x = x, .y = y, .p = 0.5}).ok());
+    EXPECT_TRUE(code_forward({.count = 1, .x = x, .y = y}).ok());
+    EXPECT_TRUE(code_backward({.count = 2, .dy = x, .dx = y}).ok());
+    EXPECT_TRUE(dither_forward({.x = x, .y = y}).ok());
+    EXPECT_TRUE(dither_backward({.dy = x, .dx = y}).ok());
+    std::array<std::int64_t, 6> zeros{};
+    EXPECT_TRUE(nonzero_encode({.x = x, .offsets = zeros.data()}).ok());
+    EXPECT_TRUE(nonzero_decode({.offsets = zeros.data(), .x = y}).ok());
   }
+  std::array<std::int64_t, 5> counts{1, 2, 3, 4, 5};
+  EXPECT_TRUE(nonzero_count({.x = {.rows = 5}, .counts = counts.data()}).ok());
+  EXPECT_EQ(counts, (std::array<std::int64_t, 5>{}));
   EXPECT_TRUE(philox_fill(nullptr, 0, 0, 0).ok());
   EXPECT_TRUE(rms_norm_forward({.x = {.cols = 5}, .y = {.cols = 5}}).ok());
   EXPECT_TRUE(cross_entropy({.logits = {.cols = 7}}).ok());
@@ -373,6 +463,8 @@ struct Backend : testing::Test {
     f(&Kernels::mask_forward), f(&Kernels::mask_backward), f(&Kernels::activation_forward), f(&Kernels::activation_backward);
     f(&Kernels::gated_forward), f(&Kernels::gated_backward), f(&Kernels::rms_norm_forward), f(&Kernels::rms_norm_backward);
     f(&Kernels::cross_entropy), f(&Kernels::philox_fill), f(&Kernels::dropout);
+    f(&Kernels::code_forward), f(&Kernels::code_backward), f(&Kernels::dither_forward), f(&Kernels::dither_backward);
+    f(&Kernels::nonzero_count), f(&Kernels::nonzero_encode), f(&Kernels::nonzero_decode);
   }
 };
 

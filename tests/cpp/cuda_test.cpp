@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "matrix.hpp"
+#include "packed.hpp"
 
 namespace unswag::test {
 namespace {
@@ -207,6 +208,38 @@ TEST_F(Cuda, DropoutAndDrawsHaveTheBitsOfTheCpu) {
         cpu->dropout({x, y_cpu, p, 0x123456789abcdef0, ~std::uint64_t{0} - 3}, {});
         expect_same(y, y_cpu, std::string(name_of(dtype)) + " p " + std::to_string(p));
       }
+    }
+  }
+}
+
+// Bytes and values of step codes and non-zeros are held to those of every row in code_test, dither_test and nonzero_test.
+TEST_F(Cuda, DitherOfEveryNumberHasTheBytesOfTheCpu) {
+  for (const DType dtype : dtypes) {
+    Matrix x(dtype, 1, all_numbers);
+    fill_with_every_number(x);
+    for (const Activation act : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+      PackedRows packed(1, packed_row_bytes(all_numbers, 3)), packed_cpu(1, packed_row_bytes(all_numbers, 3));
+      Matrix y(dtype, 1, x.cols()), y_cpu(dtype, 1, x.cols());
+      cuda->dither_forward({act, 3, 5, 6, x, y, packed}, {});
+      cpu->dither_forward({act, 3, 5, 6, x, y_cpu, packed_cpu}, {});
+      EXPECT_EQ(packed.bytes(), packed_cpu.bytes()) << name_of(dtype) << " " << int(act);
+      expect_same(y, y_cpu, std::string("y ") + name_of(dtype) + " " + std::to_string(int(act)));
+    }
+  }
+}
+
+TEST_F(Cuda, CodesOfTheDerivativeOfEveryNumberHaveTheBytesOfTheCpu) {
+  for (const DType dtype : dtypes) {
+    Matrix x(dtype, 1, all_numbers);
+    fill_with_every_number(x);
+    for (const Activation act : activations) {
+      PackedRows packed(1, packed_row_bytes(all_numbers, 2)), packed_cpu(1, packed_row_bytes(all_numbers, 2));
+      CodeForward a{
+          .act = act, .of_derivative = true, .count = 3, .bounds = {0.1, 0.5, 0.9}, .x = x, .y = {}, .packed = packed};
+      cuda->code_forward(a, {});
+      a.packed = packed_cpu;
+      cpu->code_forward(a, {});
+      EXPECT_EQ(packed.bytes(), packed_cpu.bytes()) << name_of(dtype) << " " << int(act);
     }
   }
 }

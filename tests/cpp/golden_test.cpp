@@ -172,6 +172,71 @@ TEST_P(Golden, DropoutIsEqual) {
   }
 }
 
+TEST_P(Golden, StepCodesAreEqual) {
+  for (const Case& c : read("codes.txt")) {
+    const Tensor& x = c.tensor.at("x");
+    const Tensor& expected = c.tensor.at("rows");
+    Tensor y = like(x), packed = like(expected);
+    unswag::CodeForward args{
+        .bits = static_cast<int>(c.integer("bits")), .x = x.in(), .y = y.out(), .packed = {packed.bytes.data(), expected.cols}};
+    std::istringstream bounds(c.key.at("bounds"));
+    for (std::string bound; std::getline(bounds, bound, ',');) args.bounds[args.count++] = std::stod(bound);
+    ok(unswag::code_forward(args));
+    EXPECT_EQ(packed.bytes, expected.bytes) << "bits " << args.bits << " " << x.dtype << " " << x.rows << " x " << x.cols;
+  }
+}
+
+TEST_P(Golden, DitherIsEqual) {
+  for (const Case& c : read("dither.txt")) {
+    const Tensor& x = c.tensor.at("x");
+    const Tensor& expected = c.tensor.at("packed");
+    Tensor dx = like(x), packed = like(expected);
+    const unswag::Activation act = activation(c.key.at("act"));
+    const int bits = static_cast<int>(c.integer("bits"));
+    const std::uint64_t seed = c.integer("seed"), offset = c.integer("offset");
+    ok(unswag::dither_forward({.act = act,
+                               .bits = bits,
+                               .seed = seed,
+                               .offset = offset,
+                               .x = x.in(),
+                               .y = {},
+                               .packed = {packed.bytes.data(), expected.cols}}));
+    const std::string what = c.key.at("act") + " bits " + c.key.at("bits") + " " + x.dtype;
+    EXPECT_EQ(packed.bytes, expected.bytes) << what;
+    ok(unswag::dither_backward({.act = act,
+                                .bits = bits,
+                                .seed = seed,
+                                .offset = offset,
+                                .dy = c.tensor.at("dy").in(),
+                                .packed = {expected.bytes.data(), expected.cols},
+                                .dx = dx.out()}));
+    expect_near(dx, c.tensor.at("dx"), what + " dx");
+  }
+}
+
+TEST_P(Golden, NonzerosAreEqual) {
+  for (const Case& c : read("nonzero.txt")) {
+    const Tensor& x = c.tensor.at("x");
+    const Tensor &offsets = c.tensor.at("offsets"), &expected = c.tensor.at("bitmap");
+    Tensor bitmap = like(expected), values = like(c.tensor.at("values")), back = like(x);
+    std::vector<std::int64_t> counts(static_cast<std::size_t>(x.rows));
+    ok(unswag::nonzero_count({.x = x.in(), .counts = counts.data()}));
+    for (std::int64_t r = 0; r < x.rows; ++r)
+      EXPECT_EQ(counts[static_cast<std::size_t>(r)], offsets.as<std::int64_t>()[r + 1] - offsets.as<std::int64_t>()[r]);
+    ok(unswag::nonzero_encode({.x = x.in(),
+                               .offsets = offsets.as<std::int64_t>(),
+                               .bitmap = {bitmap.bytes.data(), expected.cols},
+                               .values = values.vector_out()}));
+    EXPECT_EQ(bitmap.bytes, expected.bytes) << x.dtype;
+    EXPECT_EQ(values.bytes, c.tensor.at("values").bytes) << x.dtype;
+    ok(unswag::nonzero_decode({.bitmap = {expected.bytes.data(), expected.cols},
+                               .offsets = offsets.as<std::int64_t>(),
+                               .values = c.tensor.at("values").vector_in(),
+                               .x = back.out()}));
+    EXPECT_EQ(back.bytes, x.bytes) << x.dtype;
+  }
+}
+
 TEST_P(Golden, GatedUnits) {
   for (const Case& c : read("gated.txt")) {
     const Tensor& gate = c.tensor.at("gate");

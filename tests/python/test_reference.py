@@ -51,6 +51,49 @@ def test_worked_examples_of_the_format_page():
     assert reference.dropout(np.ones((1, 4), np.float32), 0.5, 0, 0).tolist() == [[0, 2, 2, 2]]
 
 
+def test_worked_examples_of_dither_and_non_zeros():
+    text = (ROOT / "docs" / "format.md").read_text()
+    x = np.array([[-2, -0.5, 0, 1]], np.float32)
+    code = reference.dither_code(x, "silu", 2, 0, 0)
+    for shown, name in (
+        (reference.dither_units(1, 4, 0, 0), "v"),
+        (reference.dithered(x, "silu", 2, 0, 0), "\\(f' - m\\) / step \\+ v"),
+    ):
+        written = re.search(name + r" = ([0-9. ]+)(,| →)", text)
+        assert written and [float(f"{v:.5f}") for v in shown[0]] == [float(v) for v in written[1].split()]
+    written = re.search(r"codes ([0-3 ]+) → bytes (e4[0-9a-f ]+)\n> factors ([0-9. -]+)", text)
+    assert written and written[1] == " ".join(map(str, code[0]))
+    assert bytes.fromhex(written[2]) == reference.pack_codes(code, 2).tobytes()
+    assert written[3] == " ".join(f"{v:.5f}" for v in reference.dither_factor(code, "silu", 2, 0, 0)[0])
+    lowest = {name: float(value) for name, value in re.findall(r"\| (silu|gelu|gelu_tanh) \| (-0[0-9.]+) \|", text)}
+    assert lowest == reference.LOWEST_SLOPE
+    for act, value in lowest.items():
+        grid = reference.activation_derivative(np.linspace(-4, 0, 400_001), act)
+        assert abs(grid.min() - value) < 1e-11
+
+    x = np.array([[0, -0.0, 0, 1.5, 0], [NAN, 0, 2, 0, 0]], np.float32)
+    written = re.search(r"bitmap ([0-9a-f ]+) / ([0-9a-f ]+), offsets ([0-9 ]+),\n> values ([0-9a-f ]+)", text)
+    bitmap, offsets, values = reference.nonzero_encode(x)
+    assert written and [b.tobytes().hex(" ") for b in bitmap] == [written[1], written[2]]
+    assert written[3] == " ".join(map(str, offsets))
+    assert written[4].split() == [f"{v:08x}" for v in values.view(np.uint32)]
+    assert reference.nonzero_decode(bitmap, offsets, values, 5).tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_mean_of_dither_is_the_derivative(bits):
+    """Over all 2^16 values of v: off by 2^-17 steps at most, since f' reaches neither end of the codes."""
+    v = (2 * np.arange(2**16) + 1) / 2**17
+    for act, lowest in reference.LOWEST_SLOPE.items():
+        step = reference.dither_step(act, bits)
+        for slope in [lowest, 1 - lowest, *reference.activation_derivative(np.linspace(-5, 5, 41), act)]:
+            code = np.floor((slope - lowest) / step + v)
+            assert code.min() >= 0 and code.max() <= 2**bits - 1
+            factor = lowest + step * (code + 0.5 - v)
+            assert abs(factor.mean() - slope) <= step * 2**-17 * (1 + 1e-6)
+            assert abs(((factor - slope) ** 2).mean() / (step**2 / 12) - 1) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [  # Random123's kat_vectors, philox4x32 10

@@ -16,6 +16,7 @@ An op has no derivative: a backward registered here would cost three times what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 DTYPES: dict[torch.dtype, int] = {_DTYPE_NAMES[name]: code for code, name in enumerate(_core.dtypes)}
 MASKS: dict[str, int] = {name: code for code, name in enumerate(_core.masks)}
 ACTIVATIONS: dict[str, int] = {name: code for code, name in enumerate(_core.activations)}
+DITHERED: dict[str, int] = {name: ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
 
 # torch's integers are signed, a seed is not.
 _64_BITS = 0xFFFF_FFFF_FFFF_FFFF
@@ -214,18 +216,14 @@ def _mask_backward(dy: Tensor, packed: Tensor, act: str, slope: float) -> Tensor
 
 # ---- signs: what a ReLU's backward needs to know of its output -------------------------------------------------------------
 
-_ROW = 4096  # of the ones that `signs_decode` reads again and again
-
 
 def _signs_encode_outputs(y: Tensor) -> Tensor:
     _dtype("signs_encode", "y", y)
-    if y.dim() != 1:
-        raise ValueError(f"signs_encode: y has shape {list(y.shape)}; pass one dimension, e.g. y.flatten()")
     return y.new_empty(_packed_shape(y), dtype=torch.uint8)
 
 
 def _signs_encode(y: Tensor) -> Tensor:
-    """One bit per element, not (y <= 0): the mask of `mask_forward(y, "relu")` alone."""
+    """One bit per element, not (y <= 0): the mask of `mask_forward(y, "relu", 0.0)` alone."""
     _no_graph("signs_encode", y)
     packed = _signs_encode_outputs(y)
     y, rows, cols, stride = _rows(y)
@@ -237,28 +235,28 @@ def _signs_encode(y: Tensor) -> Tensor:
     return packed
 
 
-def _signs_decode_outputs(packed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    signs = packed.new_empty(n, dtype=dtype)
+def _signs_decode_outputs(packed: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    signs = packed.new_empty(shape, dtype=dtype)
     _dtype("signs_decode", "the result", signs)
     if packed.dtype != torch.uint8 or packed.shape != _packed_shape(signs):
         raise ValueError(
-            f"signs_decode: packed is {packed.dtype} of shape {list(packed.shape)} but n={n} needs torch.uint8 of shape "
-            f"{list(_packed_shape(signs))}; pass what signs_encode gave for n elements"
+            f"signs_decode: packed is {packed.dtype} of shape {list(packed.shape)} but a tensor of shape {list(signs.shape)} "
+            f"needs torch.uint8 of shape {list(_packed_shape(signs))}; pass the shape that was encoded"
         )
     return signs
 
 
-def _signs_decode(packed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+def _signs_decode(packed: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """1 where the bit is set, else 0: a stand-in for y in ReLU's backward, which asks for not (y <= 0) alone."""
-    signs = _signs_decode_outputs(packed, n, dtype)
-    packed, ones = packed.contiguous(), packed.new_ones(min(n, _ROW), dtype=dtype)
-    device, stream, threads = _where(packed)
-    whole = n - n % _ROW  # rows of ones, and what is left of one
-    for start, rows, cols in ((0, whole // _ROW, _ROW), (whole, 1, n - whole)):
-        _core.mask_backward(
-            MASKS["relu"], 0.0, DTYPES[dtype], rows, cols, ones.data_ptr(), 0, packed.data_ptr() + start // 8, _ROW // 8,
-            signs.data_ptr() + start * signs.element_size(), cols, device, stream, threads,
-        )  # fmt: skip
+    signs = _signs_decode_outputs(packed, shape, dtype)
+    _, rows, cols, stride = _rows(signs)
+    packed, _, _, packed_stride = _rows(packed)
+    ones = signs.new_ones(cols)  # one row, read again and again
+    device, stream, threads = _where(signs)
+    _core.mask_backward(
+        MASKS["relu"], 0.0, DTYPES[dtype], rows, cols, ones.data_ptr(), 0, packed.data_ptr(), packed_stride,
+        signs.data_ptr(), stride, device, stream, threads,
+    )  # fmt: skip
     return signs
 
 
@@ -574,6 +572,167 @@ def _dropout(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
     return y
 
 
+# ---- step codes and dither ------------------------------------------------------------------------------------------------
+
+
+def _packed_code_shape(op: str, x: Tensor, bits: int) -> tuple[int, ...]:
+    if not 1 <= bits <= 4:
+        raise ValueError(f"{op}: bits is {bits}; pass a number from 1 to 4")
+    return (*x.shape[:-1], packed_row_bytes(x.shape[-1] if x.dim() else 1, bits))
+
+
+def _coded_forward_outputs(op: str, x: Tensor, bits: int, need_y: bool) -> tuple[Tensor, Tensor]:
+    _dtype(op, "x", x)
+    packed = x.new_empty(_packed_code_shape(op, x, bits), dtype=torch.uint8)
+    return _empty(x) if need_y else x.new_empty(0), packed
+
+
+def _coded_backward_outputs(op: str, dy: Tensor, packed: Tensor, bits: int) -> Tensor:
+    _dtype(op, "dy", dy)
+    _beside(op, "packed", packed, "dy", dy)
+    shape = _packed_code_shape(op, dy, bits)
+    if packed.dtype != torch.uint8 or packed.shape != shape:
+        raise ValueError(
+            f"{op}: packed is {packed.dtype} of shape {list(packed.shape)} but dy of shape {list(dy.shape)} and {bits} bits "
+            f"need torch.uint8 of shape {list(shape)}; pass the codes of the forward, with its bits"
+        )
+    return _empty(dy)
+
+
+def _code_forward_outputs(
+    x: Tensor, act: str, bounds: list[float], bits: int, of_derivative: bool, need_y: bool
+) -> tuple[Tensor, Tensor]:
+    return _coded_forward_outputs("code_forward", x, bits, need_y)
+
+
+def _code_forward(
+    x: Tensor, act: str, bounds: list[float], bits: int, of_derivative: bool, need_y: bool
+) -> tuple[Tensor, Tensor]:
+    _no_graph("code_forward", x)
+    code = _code("code_forward", act, ACTIVATIONS)
+    y, packed = _code_forward_outputs(x, act, bounds, bits, of_derivative, need_y)
+    x, rows, cols, stride = _rows(x)
+    device, stream, threads = _where(x)
+    _core.code_forward(
+        code, of_derivative, bits, bounds, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride, y.data_ptr() if need_y else 0,
+        cols, packed.data_ptr(), packed.shape[-1], device, stream, threads,
+    )  # fmt: skip
+    return y, packed
+
+
+def _code_backward_outputs(dy: Tensor, packed: Tensor, levels: list[float], bits: int) -> Tensor:
+    return _coded_backward_outputs("code_backward", dy, packed, bits)
+
+
+def _code_backward(dy: Tensor, packed: Tensor, levels: list[float], bits: int) -> Tensor:
+    _no_graph("code_backward", dy)
+    dx = _code_backward_outputs(dy, packed, levels, bits)
+    dy, rows, cols, stride = _rows(dy)
+    packed, _, _, packed_stride = _rows(packed)
+    device, stream, threads = _where(dy)
+    _core.code_backward(
+        bits, levels, DTYPES[dy.dtype], rows, cols, dy.data_ptr(), stride, packed.data_ptr(), packed_stride,
+        dx.data_ptr(), cols, device, stream, threads,
+    )  # fmt: skip
+    return dx
+
+
+def _dither_forward_outputs(x: Tensor, act: str, bits: int, seed: int, offset: int, need_y: bool) -> tuple[Tensor, Tensor]:
+    return _coded_forward_outputs("dither_forward", x, bits, need_y)
+
+
+def _dither_forward(x: Tensor, act: str, bits: int, seed: int, offset: int, need_y: bool) -> tuple[Tensor, Tensor]:
+    _no_graph("dither_forward", x)
+    code = _code("dither_forward", act, DITHERED)
+    y, packed = _dither_forward_outputs(x, act, bits, seed, offset, need_y)
+    x, rows, cols, stride = _rows(x)
+    device, stream, threads = _where(x)
+    _core.dither_forward(
+        code, bits, seed & _64_BITS, offset & _64_BITS, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride,
+        y.data_ptr() if need_y else 0, cols, packed.data_ptr(), packed.shape[-1], device, stream, threads,
+    )  # fmt: skip
+    return y, packed
+
+
+def _dither_backward_outputs(dy: Tensor, packed: Tensor, act: str, bits: int, seed: int, offset: int) -> Tensor:
+    return _coded_backward_outputs("dither_backward", dy, packed, bits)
+
+
+def _dither_backward(dy: Tensor, packed: Tensor, act: str, bits: int, seed: int, offset: int) -> Tensor:
+    _no_graph("dither_backward", dy)
+    code = _code("dither_backward", act, DITHERED)
+    dx = _dither_backward_outputs(dy, packed, act, bits, seed, offset)
+    dy, rows, cols, stride = _rows(dy)
+    packed, _, _, packed_stride = _rows(packed)
+    device, stream, threads = _where(dy)
+    _core.dither_backward(
+        code, bits, seed & _64_BITS, offset & _64_BITS, DTYPES[dy.dtype], rows, cols, dy.data_ptr(), stride,
+        packed.data_ptr(), packed_stride, dx.data_ptr(), cols, device, stream, threads,
+    )  # fmt: skip
+    return dx
+
+
+# ---- non-zeros, lossless ----------------------------------------------------------------------------------------------------
+
+
+def _nonzero_encode_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _dtype("nonzero_encode", "x", x)
+    size = torch.library.get_ctx().new_dynamic_size()
+    bitmap = x.new_empty(_packed_shape(x), dtype=torch.uint8)
+    return bitmap, x.new_empty(math.prod(x.shape[:-1]) + 1, dtype=torch.int64), x.new_empty(size)
+
+
+def _nonzero_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bitmap [..., row bytes], offsets [rows + 1] and values [offsets[rows]] of docs/format.md section 8. How many values there
+    are is known when they have been counted: on CUDA this waits for the device."""
+    _no_graph("nonzero_encode", x)
+    code = _dtype("nonzero_encode", "x", x)
+    bitmap = x.new_empty(_packed_shape(x), dtype=torch.uint8)
+    x, rows, cols, stride = _rows(x)
+    counts = x.new_empty(rows, dtype=torch.int64)
+    device, stream, threads = _where(x)
+    _core.nonzero_count(code, rows, cols, x.data_ptr(), stride, counts.data_ptr(), device, stream, threads)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    values = x.new_empty(int(offsets[-1]))
+    _core.nonzero_encode(
+        code, rows, cols, x.data_ptr(), stride, offsets.data_ptr(), bitmap.data_ptr(), bitmap.shape[-1], values.data_ptr(),
+        values.numel(), device, stream, threads,
+    )  # fmt: skip
+    return bitmap, offsets, values
+
+
+def _nonzero_decode_outputs(bitmap: Tensor, offsets: Tensor, values: Tensor, shape: list[int]) -> Tensor:
+    op = "nonzero_decode"
+    _dtype(op, "values", values)
+    _beside(op, "offsets", offsets, "bitmap", bitmap)
+    _beside(op, "values", values, "bitmap", bitmap)
+    x = values.new_empty(shape)
+    if bitmap.dtype != torch.uint8 or bitmap.shape != _packed_shape(x):
+        raise ValueError(
+            f"{op}: bitmap is {bitmap.dtype} of shape {list(bitmap.shape)} but a tensor of shape {list(x.shape)} needs "
+            f"torch.uint8 of shape {list(_packed_shape(x))}; pass the shape that was encoded"
+        )
+    _vector(op, "values", values, values.numel(), "their number")
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"{op}: offsets have dtype {offsets.dtype}; pass those of nonzero_encode, torch.int64")
+    _vector(op, "offsets", offsets, math.prod(x.shape[:-1]) + 1, "the number of rows and one more")
+    return x
+
+
+def _nonzero_decode(bitmap: Tensor, offsets: Tensor, values: Tensor, shape: list[int]) -> Tensor:
+    _no_graph("nonzero_decode", values)
+    x = _nonzero_decode_outputs(bitmap, offsets, values, shape)
+    _, rows, cols, stride = _rows(x)
+    bitmap, _, _, bitmap_stride = _rows(bitmap)
+    offsets, values = offsets.contiguous(), values.contiguous()
+    device, stream, threads = _where(x)
+    _core.nonzero_decode(
+        DTYPES[x.dtype], rows, cols, bitmap.data_ptr(), bitmap_stride, offsets.data_ptr(), values.data_ptr(), values.numel(),
+        x.data_ptr(), stride, device, stream, threads,
+    )  # fmt: skip
+    return x
+
+
 # ---- registration ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("unswag", "DEF")
@@ -596,7 +755,9 @@ mask_backward = _register(
     "mask_backward(Tensor dy, Tensor packed, str act, float slope) -> Tensor", _mask_backward, _mask_backward_outputs
 )
 signs_encode = _register("signs_encode(Tensor y) -> Tensor", _signs_encode, _signs_encode_outputs)
-signs_decode = _register("signs_decode(Tensor packed, int n, ScalarType dtype) -> Tensor", _signs_decode, _signs_decode_outputs)
+signs_decode = _register(
+    "signs_decode(Tensor packed, SymInt[] shape, ScalarType dtype) -> Tensor", _signs_decode, _signs_decode_outputs
+)
 activation_forward = _register(
     "activation_forward(Tensor x, str act) -> Tensor", _activation_forward, _activation_forward_outputs
 )
@@ -645,6 +806,32 @@ cross_entropy_ = _register(
     _cross_entropy_outputs,
 )
 dropout = _register("dropout(Tensor x, float p, int seed, int offset) -> Tensor", _dropout, _dropout_outputs)
+code_forward = _register(
+    "code_forward(Tensor x, str act, float[] bounds, int bits, bool of_derivative, bool need_y) -> (Tensor y, Tensor packed)",
+    _code_forward,
+    _code_forward_outputs,
+)
+code_backward = _register(
+    "code_backward(Tensor dy, Tensor packed, float[] levels, int bits) -> Tensor", _code_backward, _code_backward_outputs
+)
+dither_forward = _register(
+    "dither_forward(Tensor x, str act, int bits, int seed, int offset, bool need_y) -> (Tensor y, Tensor packed)",
+    _dither_forward,
+    _dither_forward_outputs,
+)
+dither_backward = _register(
+    "dither_backward(Tensor dy, Tensor packed, str act, int bits, int seed, int offset) -> Tensor",
+    _dither_backward,
+    _dither_backward_outputs,
+)
+nonzero_encode = _register(
+    "nonzero_encode(Tensor x) -> (Tensor bitmap, Tensor offsets, Tensor values)", _nonzero_encode, _nonzero_encode_outputs
+)
+nonzero_decode = _register(
+    "nonzero_decode(Tensor bitmap, Tensor offsets, Tensor values, SymInt[] shape) -> Tensor",
+    _nonzero_decode,
+    _nonzero_decode_outputs,
+)
 
 
 # ---- vmap of the elementwise ops: the mapped dimension becomes one more leading dimension ---------------------------------

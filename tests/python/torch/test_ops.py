@@ -24,6 +24,8 @@ OPS = (
     "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
     "gated_backward_product", "gated_halves_backward", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward",
     "cross_entropy_", "dropout",
+    "code_forward", "code_backward", "dither_forward", "dither_backward", "nonzero_encode", "nonzero_decode",
+    "signs_encode", "signs_decode",
 )  # fmt: skip
 READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
 
@@ -64,7 +66,30 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
         labels = torch.arange(len(logits)) % shape[-1]
         row_scale = torch.linspace(0, 1, len(logits), dtype=wide)
         return logits, labels, None, row_scale, 0.5, -100, 0.1, 0.0, 1.0, True
+    if op == "code_forward":
+        return draw(), "silu", [-0.5, 0.1, 0.9], 2, False, True
+    if op == "code_backward":
+        packed = ops.code_forward(draw(), "silu", [-0.5, 0.1, 0.9], 2, False, False)[1]
+        return draw(), relayout(packed), [0.0, 0.3, 0.7, 1.1], 2
+    if op == "dither_forward":
+        return draw(), "gelu", 3, -7, 3, True
+    if op == "dither_backward":
+        packed = ops.dither_forward(draw(), "gelu", 3, -7, 3, False)[1]
+        return draw(), relayout(packed), "gelu", 3, -7, 3
+    if op == "signs_encode":
+        return (draw(),)
+    if op == "signs_decode":
+        return relayout(ops.signs_encode(draw())), list(shape), dtype
+    if op == "nonzero_encode":
+        return (relayout(draw().relu()),)
+    if op == "nonzero_decode":
+        bitmap, offsets, values = ops.nonzero_encode(draw().relu())
+        return relayout(bitmap), offsets, values, list(shape)
     return draw(), 0.5, -7, 3
+
+
+# Whose packed argument is no number, so that no view of it may be negative.
+TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode", "signs_decode")
 
 
 def tensors(args) -> list[torch.Tensor]:
@@ -109,6 +134,7 @@ def test_opcheck(op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)  # nonzero_encode's, which its values decide
 def test_compiles_by_itself(op):
     args = sample(op)
     with torch.no_grad():
@@ -170,7 +196,7 @@ def test_any_layout_gives_the_same_bits(op, dtype, layout):
     assert all(torch.equal(bits(x), b) for x, b in zip(tensors(laid), before, strict=True))
 
 
-@pytest.mark.parametrize("op", [op for op in READERS if op != "mask_backward"])  # whose packed argument is no number
+@pytest.mark.parametrize("op", [op for op in READERS if op not in TAKE_BYTES])
 def test_negative_views_and_odd_bytes(op):
     for layout in (_negative_bit, _odd_byte):
         assert_same(call(op, *sample(op, relayout=layout)), call(op, *sample(op)))
@@ -238,6 +264,8 @@ NO_COLUMNS = [(0,), (2, 3, 0)]
 def test_small_and_empty(op, shape):
     args = sample(op, shape=shape)
     out = tensors(call(op, *fresh(args)))
+    if op == "nonzero_encode":  # without values nothing says how many there are
+        return assert_same(ops.nonzero_decode(*out, list(shape)), args)
     with torch.no_grad():
         fake = tensors(call(op, *[x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]))
     assert [x.shape for x in out] == [x.shape for x in fake]
@@ -296,6 +324,44 @@ def test_dropout_is_the_format(backend):
     y = ops.dropout(x, 0.25, -1, -2)  # as unsigned: 2^64 - 1, 2^64 - 2, so that the counter carries
     np.testing.assert_allclose(y.numpy(), reference.dropout(x.numpy(), 0.25, 2**64 - 1, 2**64 - 2), rtol=1e-6)
     assert 0 < int((y == 0).sum()) < y.numel()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_codes_are_the_format(backend, bits):
+    x = torch.randn(5, 77) * 2
+    x[0, :4] = torch.tensor([float("nan"), -0.0, float("inf"), 0.25])
+    bounds = [k / 4 - 1.5 for k in range(2**bits - 1)]
+    levels = [k / 8 - 0.25 for k in range(2**bits)]
+    y, packed = ops.code_forward(x, "gelu", bounds, bits, False, True)
+    code = reference.step_code(x.numpy(), tuple(bounds))
+    assert (packed.numpy() == reference.pack_codes(code, bits)).all()
+    assert_same(y, ops.activation_forward(x, "gelu"))
+    dy = torch.randn(5, 77)
+    assert_same(ops.code_backward(dy, packed, levels, bits), dy * torch.tensor(levels)[torch.from_numpy(code.astype(np.int64))])
+
+
+@pytest.mark.parametrize("act", ops.DITHERED)
+def test_dither_is_the_format(backend, act):
+    x, dy = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
+    _, packed = ops.dither_forward(x, act, 2, -1, -2, False)  # as unsigned: 2^64 - 1, 2^64 - 2, so that the counter carries
+    code = reference.unpack_codes(packed.numpy(), 50, 2)
+    away = reference.dithered(x.numpy(), act, 2, 2**64 - 1, 2**64 - 2)
+    sure = np.abs(away - np.round(away)) > 1e-5
+    assert (code == reference.dither_code(x.numpy(), act, 2, 2**64 - 1, 2**64 - 2))[sure].all() and sure.sum() > 140
+    factor = reference.dither_factor(code, act, 2, 2**64 - 1, 2**64 - 2)
+    np.testing.assert_allclose(ops.dither_backward(dy, packed, act, 2, -1, -2), dy.numpy() * factor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nonzeros_come_back_bit_for_bit(backend, dtype):
+    x = torch.randn(4, 3, 77).relu().to(dtype)
+    x[0, 0, :5] = torch.tensor([float("nan"), -0.0, float("-inf"), 1e-45, -1e-40], dtype=torch.float64).to(dtype)
+    bitmap, offsets, values = ops.nonzero_encode(x)
+    kept = bits(x) != 0
+    assert (bitmap.numpy().reshape(12, -1) == reference.pack(kept.reshape(12, 77).numpy())).all()
+    assert_same(values, x[kept])
+    assert offsets.tolist() == [0, *kept.reshape(12, 77).sum(-1).cumsum(0).tolist()]
+    assert_same(ops.nonzero_decode(bitmap, offsets, values, [4, 3, 77]), x)
 
 
 def test_product_again_is_the_product(backend):
@@ -383,7 +449,21 @@ WRONG = [
     (lambda: _cross_entropy(X.clone(), class_weight=torch.ones(2)), ValueError, "number of classes is 3"),
     (lambda: _cross_entropy(X.clone(), row_scale=torch.ones(2).double()), TypeError, r"row_scale.to\(torch.float32\)"),
     (lambda: ops.dropout(X, 1.5, 0, 0), ValueError, "p is 1.5"),
+    (lambda: ops.code_forward(X, "silu", [0.0], 5, False, True), ValueError, "bits is 5; pass a number from 1 to 4"),
+    (lambda: ops.code_forward(X, "silu", [0.0, 1.0], 1, False, True), ValueError, "count is 2; pass a number from 1 to 1"),
+    (lambda: ops.code_forward(X, "silu", [0.0] * 16, 4, False, True), ValueError, "16 bounds; pass at most 15"),
+    (lambda: ops.code_forward(X, "silu", [1.0, 0.0], 2, False, True), ValueError, "bounds.*ascending order"),
+    (lambda: ops.code_backward(X, torch.zeros(2, 3, dtype=torch.uint8), [0.0, 1.0], 1), ValueError, r"shape \[2, 4\]"),
+    (lambda: ops.code_backward(X, torch.zeros(2, 4, dtype=torch.uint8), [0.0], 1), ValueError, "count is 1"),
+    (lambda: ops.dither_forward(X, "relu", 2, 0, 0, True), ValueError, "no activation 'relu'; choose from silu, gelu"),
+    (lambda: ops.nonzero_decode(*ops.nonzero_encode(X), [2, 4]), ValueError, "pass the shape that was encoded"),
+    (lambda: _short_of_values(X), ValueError, "outside .*; pass the sums of what nonzero_count gave"),
 ]  # fmt: skip
+
+
+def _short_of_values(x):
+    bitmap, offsets, values = ops.nonzero_encode(x)
+    return ops.nonzero_decode(bitmap, offsets, values[:-1], list(x.shape))
 
 
 def _cross_entropy(logits, labels=None, class_weight=None, row_scale=None):
@@ -505,7 +585,7 @@ def test_label_out_of_range_writes_nothing(label):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "mask_backward"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode", "signs_decode")])
 def test_an_op_does_not_cut_the_graph_in_silence(op):
     args = sample(op)
     args[0].requires_grad_()

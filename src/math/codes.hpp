@@ -1,0 +1,56 @@
+// Step codes: the code of x is the number of bounds strictly below it, its factor the level of that number (docs/format.md
+// section 5).  S is the type that is compared and multiplied in: float, double for double.
+#pragma once
+
+#include "math/dtype.hpp"
+#include "math/hd.hpp"
+#include "math/scalar.hpp"
+
+namespace unswag::math {
+
+inline constexpr int most_bits = 4;
+
+// Bounds that no number exceeds stand past the last.
+template <class S>
+struct Bounds {
+  S at[(1 << most_bits) - 1];
+};
+template <class S>
+UNSWAG_HOST inline Bounds<S> bounds_of(const double* bounds, int count) {
+  Bounds<S> b;
+  for (int i = 0; i < (1 << most_bits) - 1; ++i) b.at[i] = i < count ? S(bounds[i]) : S(HUGE_VAL);
+  return b;
+}
+
+// A code that has no level has NaN.
+template <class S>
+struct Levels {
+  S at[1 << most_bits];
+};
+template <class S>
+UNSWAG_HOST inline Levels<S> levels_of(const double* levels, int count) {
+  Levels<S> l;
+  for (int i = 0; i < 1 << most_bits; ++i) l.at[i] = S(i < count ? levels[i] : double(NAN));
+  return l;
+}
+
+template <class S>
+UNSWAG_HD inline unsigned code_of(S x, const Bounds<S>& bounds, int bits) {
+  unsigned code = 0;
+  for (int i = 0; i < (1 << bits) - 1; ++i) code += x > bounds.at[i];
+  return code;
+}
+
+// The same for 32 elements, a bit for each in a word: above(i) says which exceed bound i.  Where c bounds are below, bit k of c
+// is odd in number the multiples of 2^k among 1 ... c, so it is the parity of every 2^k-th comparison.
+template <int bits, class Above>
+UNSWAG_HD inline void code_planes(const Above& above, std::uint32_t (&plane)[bits]) {
+  for (int k = 0; k < bits; ++k) plane[k] = 0;
+  for (int i = 1; i < 1 << bits; ++i) {
+    const std::uint32_t exceed = above(i - 1);
+    for (int k = 0; k < bits; ++k)
+      if (i % (1 << k) == 0) plane[k] ^= exceed;
+  }
+}
+
+}  // namespace unswag::math
