@@ -217,18 +217,14 @@ def _mask_backward(dy: Tensor, packed: Tensor, act: str, slope: float) -> Tensor
 
 # ---- signs: what a ReLU's backward needs to know of its output -------------------------------------------------------------
 
-_ROW = 4096  # of the ones that `signs_decode` reads again and again
-
 
 def _signs_encode_outputs(y: Tensor) -> Tensor:
     _dtype("signs_encode", "y", y)
-    if y.dim() != 1:
-        raise ValueError(f"signs_encode: y has shape {list(y.shape)}; pass one dimension, e.g. y.flatten()")
     return y.new_empty(_packed_shape(y), dtype=torch.uint8)
 
 
 def _signs_encode(y: Tensor) -> Tensor:
-    """One bit per element, not (y <= 0): the mask of `mask_forward(y, "relu")` alone."""
+    """One bit per element, not (y <= 0): the mask of `mask_forward(y, "relu", 0.0)` alone."""
     _no_graph("signs_encode", y)
     packed = _signs_encode_outputs(y)
     y, rows, cols, stride = _rows(y)
@@ -240,28 +236,28 @@ def _signs_encode(y: Tensor) -> Tensor:
     return packed
 
 
-def _signs_decode_outputs(packed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    signs = packed.new_empty(n, dtype=dtype)
+def _signs_decode_outputs(packed: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    signs = packed.new_empty(shape, dtype=dtype)
     _dtype("signs_decode", "the result", signs)
     if packed.dtype != torch.uint8 or packed.shape != _packed_shape(signs):
         raise ValueError(
-            f"signs_decode: packed is {packed.dtype} of shape {list(packed.shape)} but n={n} needs torch.uint8 of shape "
-            f"{list(_packed_shape(signs))}; pass what signs_encode gave for n elements"
+            f"signs_decode: packed is {packed.dtype} of shape {list(packed.shape)} but a tensor of shape {list(signs.shape)} "
+            f"needs torch.uint8 of shape {list(_packed_shape(signs))}; pass the shape that was encoded"
         )
     return signs
 
 
-def _signs_decode(packed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+def _signs_decode(packed: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """1 where the bit is set, else 0: a stand-in for y in ReLU's backward, which asks for not (y <= 0) alone."""
-    signs = _signs_decode_outputs(packed, n, dtype)
-    packed, ones = packed.contiguous(), packed.new_ones(min(n, _ROW), dtype=dtype)
-    device, stream, threads = _where(packed)
-    whole = n - n % _ROW  # rows of ones, and what is left of one
-    for start, rows, cols in ((0, whole // _ROW, _ROW), (whole, 1, n - whole)):
-        _core.mask_backward(
-            MASKS["relu"], 0.0, DTYPES[dtype], rows, cols, ones.data_ptr(), 0, packed.data_ptr() + start // 8, _ROW // 8,
-            signs.data_ptr() + start * signs.element_size(), cols, device, stream, threads,
-        )  # fmt: skip
+    signs = _signs_decode_outputs(packed, shape, dtype)
+    _, rows, cols, stride = _rows(signs)
+    packed, _, _, packed_stride = _rows(packed)
+    ones = signs.new_ones(cols)  # one row, read again and again
+    device, stream, threads = _where(signs)
+    _core.mask_backward(
+        MASKS["relu"], 0.0, DTYPES[dtype], rows, cols, ones.data_ptr(), 0, packed.data_ptr(), packed_stride,
+        signs.data_ptr(), stride, device, stream, threads,
+    )  # fmt: skip
     return signs
 
 
@@ -921,7 +917,9 @@ mask_backward = _register(
     "mask_backward(Tensor dy, Tensor packed, str act, float slope) -> Tensor", _mask_backward, _mask_backward_outputs
 )
 signs_encode = _register("signs_encode(Tensor y) -> Tensor", _signs_encode, _signs_encode_outputs)
-signs_decode = _register("signs_decode(Tensor packed, int n, ScalarType dtype) -> Tensor", _signs_decode, _signs_decode_outputs)
+signs_decode = _register(
+    "signs_decode(Tensor packed, SymInt[] shape, ScalarType dtype) -> Tensor", _signs_decode, _signs_decode_outputs
+)
 activation_forward = _register(
     "activation_forward(Tensor x, str act) -> Tensor", _activation_forward, _activation_forward_outputs
 )

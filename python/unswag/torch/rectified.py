@@ -31,6 +31,7 @@ from unswag.torch.stash import Stash, _About, _Again, _Cell, _Kept, _Layout, _Ou
 
 MASK, NONZEROS, OUTPUT, RECIPE = "mask", "bitmap + non-zeros", "output", "recipe"  # what a ReLU's output was kept as
 NODE = "ReluBackward0"
+ROW = 128  # words of 32 elements, at most, to which one offset of the non-zeros belongs: 8 bytes in 512 bytes of bits
 
 
 def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | None = None) -> Tensor:
@@ -139,15 +140,15 @@ class _Rectified(_Output):
         own, mask = _alive(self.own), _alive(self.mask)
         if isinstance(t, FakeTensor) or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False  # how many there are is not known
-        packed = nonzero_encode(_flat(t, self.layout.size.numel(), self.offset))
-        if packed is None:
+        packed = ops.nonzero_encode(_flat(t, self.layout.size.numel(), self.offset))
+        if sum(part.nbytes for part in packed) >= self.layout.size.numel() * t.element_size():
             return False
-        bitmap, values = self._pack(t, *packed)
+        parts = self._pack(t, *packed)
         constants = {"size": self.layout.size, "stride": self.layout.stride}
-        self.cell = _Cell(_nonzero_again, (bitmap, values), constants, self.layout, self.door._recent)
+        self.cell = _Cell(_nonzero_again, parts, constants, self.layout, self.door._recent)
         if own is not None and mask is not None:
             plain = torch.equal(mask.open(), packed[0])  # else there is a -0 in y, which is kept and stops the gradient
-            own.give_way(self._signs(bitmap) if plain else _Again(self.cell, self.layout.size, self.layout.stride, 0))
+            own.give_way(self._signs(parts[0]) if plain else _Again(self.cell, self.layout.size, self.layout.stride, 0))
         self._count(NONZEROS)
         return True
 
@@ -176,8 +177,9 @@ class _Rectified(_Output):
 
     def _signs(self, bits: _Kept) -> _Again:
         """Handle on a tensor that is 1 where y is not (y <= 0), else 0."""
-        cell = _Cell(_signs_again, (bits,), self.layout._asdict(), self.layout, self.door._recent)
-        return _Again(cell, self.layout.size, self.layout.stride, 0)
+        size, stride, dtype, _ = self.layout
+        cell = _Cell(_signs_again, (bits,), {"size": size, "stride": stride, "dtype": dtype}, self.layout, self.door._recent)
+        return _Again(cell, size, stride, 0)
 
 
 def _has_kernels(y: Tensor) -> bool:
@@ -188,30 +190,24 @@ def _alive(ref: weakref.ref[_Kept] | None) -> _Kept | None:
     return None if ref is None else ref()
 
 
+def _rows(n: int) -> list[int]:
+    """n elements as rows of whole words, so that their bits follow each other without a gap; as one row if that cannot be."""
+    words = n // 32
+    per_row = next((k for k in range(ROW, 7, -1) if words % k == 0), 0) if n % 32 == 0 else 0
+    return [words // per_row, 32 * per_row] if per_row else [1, n]
+
+
 def _flat(t: Tensor, n: int, offset: Any) -> Tensor:
-    """The n elements that lie `offset` elements into the storage of `t`, as they follow each other there."""
-    return t.detach().as_strided((n,), (1,), offset)
+    """The n elements that lie `offset` elements into the storage of `t`, as they follow each other there, in rows."""
+    rows, cols = _rows(n)
+    return t.detach().as_strided((rows, cols), (cols, 1), offset)
 
 
-def _signs_again(packed: Tensor, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return ops.signs_decode(packed, size.numel(), dtype).as_strided(size, stride)
+def _signs_again(packed: Tensor, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return ops.signs_decode(packed, _rows(size.numel()), dtype).as_strided(size, stride)
 
 
-def _nonzero_again(bitmap: Tensor, values: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    return nonzero_decode(bitmap, values, size.numel()).as_strided(size, stride)
-
-
-# stand-in until codecs
-_INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def nonzero_encode(y: Tensor) -> tuple[Tensor, Tensor] | None:
-    bits = y.view(_INTS[y.element_size()]) != 0
-    bitmap = ops.signs_encode(bits.to(y.dtype))
-    values = y[bits]
-    return (bitmap, values) if bitmap.nbytes + values.nbytes < y.nbytes else None
-
-
-def nonzero_decode(bitmap: Tensor, values: Tensor, n: int) -> Tensor:
-    mask = ops.signs_decode(bitmap, n, values.dtype) != 0
-    return values.new_zeros(n).masked_scatter_(mask, values)
+def _nonzero_again(
+    bitmap: Tensor, offsets: Tensor, values: Tensor, size: torch.Size, stride: tuple[int, ...]
+) -> Tensor:  # fmt: skip
+    return ops.nonzero_decode(bitmap, offsets, values, _rows(size.numel())).as_strided(size, stride)

@@ -27,6 +27,7 @@ OPS = (
     "cross_entropy_", "dropout",
     "layer_norm_forward", "layer_norm_apply", "layer_norm_backward",
     "code_forward", "code_backward", "dither_forward", "dither_backward", "nonzero_encode", "nonzero_decode",
+    "signs_encode", "signs_decode",
 )  # fmt: skip
 READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
 
@@ -85,6 +86,10 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
     if op == "dither_backward":
         packed = ops.dither_forward(draw(), "gelu", 3, -7, 3, False)[1]
         return draw(), relayout(packed), "gelu", 3, -7, 3
+    if op == "signs_encode":
+        return (draw(),)
+    if op == "signs_decode":
+        return relayout(ops.signs_encode(draw())), list(shape), dtype
     if op == "nonzero_encode":
         return (relayout(draw().relu()),)
     if op == "nonzero_decode":
@@ -94,7 +99,7 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
 
 
 # Whose packed argument is no number, so that no view of it may be negative.
-TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode")
+TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode", "signs_decode")
 
 
 def tensors(args) -> list[torch.Tensor]:
@@ -650,7 +655,7 @@ def test_label_out_of_range_writes_nothing(label):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode")])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode", "signs_decode")])
 def test_an_op_does_not_cut_the_graph_in_silence(op):
     args = sample(op)
     args[0].requires_grad_()

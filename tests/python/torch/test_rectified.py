@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from unswag.torch import audit, ops, stash
 from unswag.torch import checkpoint as stashed
 from unswag.torch.audit import LiveStorages
-from unswag.torch.rectified import MASK, NONZEROS, OUTPUT, RECIPE, rectified, squared
+from unswag.torch.rectified import MASK, NONZEROS, OUTPUT, RECIPE, _rows, rectified, squared
 from unswag.torch.stash import Stash, remember
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -410,14 +410,17 @@ def test_the_ledger_says_in_how_many_bits_and_counts_what_is_alive(trained, dens
     assert row.tier == "device" and bits[0] <= row.bits <= bits[1] and row.bytes == row.bits * x.numel() / 8
 
 
-def test_signs_are_written_and_read_at_every_length():
-    for dtype in ops.DTYPES:
-        for n in (0, 1, 31, 32, 33, 4095, 4096, 4097, 8193):
-            y = SPECIAL[torch.arange(n) % 8].to(dtype)
-            packed = ops.signs_encode(y)
-            assert packed.numel() == 4 * ((n + 31) // 32)
-            assert torch.equal(ops.signs_decode(packed, n, dtype), (~(y <= 0)).to(dtype))
-    with pytest.raises(ValueError, match="pass one dimension"):
-        ops.signs_encode(torch.ones(2, 2))
-    with pytest.raises(ValueError, match="signs_encode gave for n elements"):
-        ops.signs_decode(packed, 3, torch.float32)
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 4096, 4097, 32 * 127, 32 * 131, 64 * 131])
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_signs_and_non_zeros_of_any_number_of_elements_are_packed_without_gaps(dtype, n):
+    y = SPECIAL[torch.arange(n) % 8].to(dtype)
+    rows = _rows(n)
+    assert rows[0] * rows[1] == n
+    packed = ops.signs_encode(y.view(rows))
+    assert packed.numel() == 4 * ((n + 31) // 32)
+    assert torch.equal(ops.signs_decode(packed, rows, dtype).view(n), (~(y <= 0)).to(dtype))
+    assert same_bits(ops.nonzero_decode(*ops.nonzero_encode(y.view(rows)), rows).view(n), y)
+
+
+def test_offsets_are_few():
+    assert _rows(64 * 56 * 56) == [49, 4096] and _rows(2048 * 768) == [384, 4096] and _rows(32 * 131) == [1, 32 * 131]
