@@ -292,7 +292,7 @@ def _fp8(v: NDArray[np.float32], codec: str) -> NDArray[np.uint8]:
     return (np.where(up, above, above - 1) | np.signbit(v) * 0x80).astype(np.uint8)
 
 
-def _block_scale(codec: str, block: NDArray[np.float32], t: NDArray[np.float32], stochastic: bool) -> NDArray[np.float32]:
+def _block_scale(codec: str, block: NDArray[np.float32], t: NDArray[np.float32], stochastic: bool) -> np.float32:
     """A bfloat16 as float32; NaN where a number of the block is not finite."""
     n, bits = _BLOCK[codec]
     f32, whole = np.float32, 2 ** (bits - 1)
@@ -313,7 +313,8 @@ def _block_scale(codec: str, block: NDArray[np.float32], t: NDArray[np.float32],
     if scale == 0:
         return f32(0)
     scale = np.copysign(np.maximum(np.abs(scale), f32(2.0**-100)), scale)
-    return ((scale.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(f32)
+    bits_up: np.float32 = ((scale.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(f32)
+    return bits_up
 
 
 def _block_code(codec: str, v: NDArray[np.float32], u: NDArray[np.float32] | None) -> NDArray[np.uint8]:

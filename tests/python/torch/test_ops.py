@@ -27,7 +27,7 @@ OPS = (
     "cross_entropy_", "dropout",
     "layer_norm_forward", "layer_norm_apply", "layer_norm_backward",
     "code_forward", "code_backward", "dither_forward", "dither_backward", "nonzero_encode", "nonzero_decode",
-    "signs_encode", "signs_decode",
+    "signs_encode", "signs_decode", "block_encode", "block_decode",
 )  # fmt: skip
 READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
 
@@ -86,6 +86,10 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
     if op == "dither_backward":
         packed = ops.dither_forward(draw(), "gelu", 3, -7, 3, False)[1]
         return draw(), relayout(packed), "gelu", 3, -7, 3
+    if op == "block_encode":
+        return draw(), "int4", True, -7, 3
+    if op == "block_decode":
+        return relayout(ops.block_encode(draw(), "int8", False, 0, 0)), "int8", shape[-1] if shape else 1, dtype
     if op == "signs_encode":
         return (draw(),)
     if op == "signs_decode":
@@ -99,7 +103,7 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
 
 
 # Whose packed argument is no number, so that no view of it may be negative.
-TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode", "signs_decode")
+TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode", "signs_decode", "block_decode")
 
 
 def tensors(args) -> list[torch.Tensor]:
@@ -655,7 +659,9 @@ def test_label_out_of_range_writes_nothing(label):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode", "signs_decode")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode", "signs_decode", "block_decode")]
+)
 def test_an_op_does_not_cut_the_graph_in_silence(op):
     args = sample(op)
     args[0].requires_grad_()
