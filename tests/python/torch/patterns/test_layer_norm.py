@@ -281,8 +281,9 @@ def test_the_probe_touches_nothing():
     called = []
     module.register_forward_hook(lambda *_: called.append("forward"))
     module.weight.requires_grad_(False)
+    found = candidate(module)
     before = (torch.get_rng_state(), dict(vars(module)), copy.deepcopy(module.state_dict()))
-    assert probe(candidate(module)) is None
+    assert probe(found) is None
     assert torch.equal(torch.get_rng_state(), before[0])
     assert vars(module) == before[1] and not called
     assert module.weight.grad is None and not module.weight.requires_grad
