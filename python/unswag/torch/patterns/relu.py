@@ -53,7 +53,7 @@ class Relu:
         reasons = []
         for call in (_relu, _squared):
             if (reason := _differs(module, call)) is None:
-                candidate.parts["call"] = call
+                candidate.parts |= {"call": call, "covers": ()}
                 return None
             reasons.append(reason)
         return f"it is neither relu ({reasons[0]}) nor its square ({reasons[1]})"
