@@ -298,7 +298,7 @@ def test_a_weight_that_only_the_module_can_read_is_left_and_read_by_the_module_l
     module = nn.LayerNorm(COLS)
     module.bias = halved(torch.randn(COLS))
     assert probe(candidate(module)) == "its bias is a Halved, which only the module itself can read"
-    module = patched(nn.LayerNorm(COLS))
+    module = patched(Cohere())  # whose products know what such a weight stands for
     weight, x = torch.randn(COLS), torch.randn(3, COLS)
     module.weight = nn.Parameter(weight)
     want = module(x)
