@@ -143,6 +143,77 @@ class Case:
             ),
         }
 
+    def codec_rows(self) -> dict[str, Row]:
+        """What is kept instead of x: 2-bit codes, by bounds and by dither, and non-zeros of a tensor that is half zeros."""
+        n, code, here, item = self.n, self.code, (-1, 0, self.threads), self.a.element_size()
+        silu, cols = ACTIVATIONS["silu"], 4096
+        rows = n // cols
+        a, b, x, y = self.a, self.b, self.x, self.y
+        pa, pb, px = (v.data_ptr() for v in (a, b, x))
+        self.codes, self.half = torch.zeros(n // 4, dtype=torch.uint8), a.relu()
+        self.offsets = torch.zeros(rows + 1, dtype=torch.int64)
+        pc, ph, po, pp, pv = (v.data_ptr() for v in (self.codes, self.half, self.offsets, self.packed, y))
+        torch.cumsum((self.half.view(rows, cols) != 0).sum(-1), 0, out=self.offsets[1:])
+        kept = int(self.offsets[-1])
+        counts = torch.zeros(rows, dtype=torch.int64)
+        self.counts = counts
+        bounds, levels = [-0.9, 0.0, 0.9], [-0.07, 0.32, 0.68, 1.07]
+        bits_of_two, bits_of_one = n * (2 * item + 1 / 4), n / 8
+
+        def copy() -> None:
+            x.copy_(a)
+
+        plain = {"copy_": copy}
+        return {
+            "2-bit silu forward": (
+                bits_of_two,
+                lambda: _core.code_forward(silu, False, 2, bounds, code, 1, n, pa, n, px, n, pc, n // 4, *here),
+                {"silu.out": lambda: aten.silu.out(a, out=x)},
+            ),
+            "2-bit codes alone": (
+                n * (item + 1 / 4),
+                lambda: _core.code_forward(silu, False, 2, bounds, code, 1, n, pa, n, 0, n, pc, n // 4, *here),
+                plain,
+            ),
+            "4-bit codes alone": (  # of one half
+                n / 2 * (item + 1 / 2),
+                lambda: _core.code_forward(
+                    silu, False, 4, [k / 4 - 2 for k in range(15)], code, 1, n // 2, pa, n, 0, n, pc, n // 4, *here
+                ),
+                plain,
+            ),
+            "2-bit backward": (
+                bits_of_two,
+                lambda: _core.code_backward(2, levels, code, 1, n, pb, n, pc, n // 4, px, n, *here),
+                {"silu_backward.out": lambda: aten.silu_backward.grad_input(b, a, grad_input=x)},
+            ),
+            "2-bit dither silu forward": (
+                bits_of_two,
+                lambda: _core.dither_forward(silu, 2, 1, 2, code, 1, n, pa, n, px, n, pc, n // 4, *here),
+                {"silu.out": lambda: aten.silu.out(a, out=x)},
+            ),
+            "2-bit dither backward": (
+                bits_of_two,
+                lambda: _core.dither_backward(silu, 2, 1, 2, code, 1, n, pb, n, pc, n // 4, px, n, *here),
+                {"silu_backward.out": lambda: aten.silu_backward.grad_input(b, a, grad_input=x)},
+            ),
+            "nonzero count": (
+                n * item,
+                lambda: _core.nonzero_count(code, rows, cols, ph, cols, counts.data_ptr(), *here),
+                {"count_nonzero": lambda: torch.count_nonzero(self.half)},
+            ),
+            "nonzero encode": (
+                n * item + kept * item + bits_of_one,
+                lambda: _core.nonzero_encode(code, rows, cols, ph, cols, po, pp, cols // 8, pv, kept, *here),
+                plain,
+            ),
+            "nonzero decode": (
+                n * item + kept * item + bits_of_one,
+                lambda: _core.nonzero_decode(code, rows, cols, pp, cols // 8, po, pv, kept, px, cols, *here),
+                plain,
+            ),
+        }
+
     def norm_rows(self) -> dict[str, Row]:
         """RMSNorm of rows of 2048 and cross-entropy over 49,152 classes; PyTorch has no out= for these, its outputs come from
         memory that the process has touched before."""
@@ -229,7 +300,7 @@ def measure(dtype: torch.dtype, threads: int, size: int, repeat: int, compile: b
     case, copy = Case(dtype, size, threads), Copy(threads)
     rows = []
     compiled = case.compiled() if compile else {}
-    for name, (moved, ours, peers) in (case.rows() | case.norm_rows()).items():
+    for name, (moved, ours, peers) in (case.rows() | case.codec_rows() | case.norm_rows()).items():
         if only not in name:
             continue
 

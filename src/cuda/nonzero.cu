@@ -53,7 +53,7 @@ UNSWAG_HD inline unsigned set_bits(const Eight<I>& x, int n) {
 }
 
 template <class T>
-struct Count {
+struct CountNonzeros {
   static constexpr int threads = workers, resident = 0;
   using Shared = Sums;
   using I = typename math::Format<T>::bits;
@@ -77,7 +77,7 @@ struct Count {
 };
 
 template <class T>
-struct Encode {
+struct EncodeNonzeros {
   static constexpr int threads = workers, resident = 0;
   using Shared = Sums;
   using I = typename math::Format<T>::bits;
@@ -113,7 +113,7 @@ struct Encode {
 };
 
 template <class T>
-struct Decode {
+struct DecodeNonzeros {
   static constexpr int threads = workers, resident = 0;
   using Shared = Sums;
   using I = typename math::Format<T>::bits;
@@ -157,7 +157,7 @@ struct Decode {
 void nonzero_count(const NonzeroCount& args, Stream stream) {
   math::visit(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::of;
-    launch(Count<T>{args.x, args.counts, aligned<T>(args.x)}, args.x.rows, stream);
+    launch(CountNonzeros<T>{args.x, args.counts, aligned<T>(args.x)}, args.x.rows, stream);
   });
 }
 
@@ -165,8 +165,8 @@ void nonzero_encode(const NonzeroEncode& args, Stream stream) {
   math::visit(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::of;
     using I = typename math::Format<T>::bits;
-    launch(Encode<T>{args.x, args.offsets, args.bitmap, static_cast<I*>(args.values.data), packed_row_bytes(args.x.cols, 1),
-                     aligned<T>(args.x)},
+    launch(EncodeNonzeros<T>{args.x, args.offsets, args.bitmap, static_cast<I*>(args.values.data),
+                             packed_row_bytes(args.x.cols, 1), aligned<T>(args.x)},
            args.x.rows, stream);
   });
 }
@@ -175,7 +175,7 @@ void nonzero_decode(const NonzeroDecode& args, Stream stream) {
   math::visit(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::of;
     using I = typename math::Format<T>::bits;
-    launch(Decode<T>{args.bitmap, args.offsets, static_cast<const I*>(args.values.data), args.x, aligned<T>(args.x)},
+    launch(DecodeNonzeros<T>{args.bitmap, args.offsets, static_cast<const I*>(args.values.data), args.x, aligned<T>(args.x)},
            args.x.rows, stream);
   });
 }

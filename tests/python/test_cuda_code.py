@@ -20,6 +20,7 @@ PTX = "compute_90"
 NOT_STREAMING = {
     r"FillWith<": "one value per row, where a tensor has no elements",
     r"SumOfRows<": "adds up partial sums, a column each",
+    r"Nonzeros<": "values that are kept lie side by side, wherever that is",
 }
 NO_LOADS = r"::Fill\b"  # writes random draws
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import re
 import types
@@ -97,8 +98,10 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
     if op == "nonzero_encode":
         return (relayout(draw().relu()),)
     if op == "nonzero_decode":
-        bitmap, offsets, values = ops.nonzero_encode(draw().relu())
-        return relayout(bitmap), offsets, values, list(shape)
+        values = draw()  # every element is kept: how many there are is no question of values
+        bitmap = ops.mask_forward(values.square() + 1, "relu", 0.0)[1]
+        offsets = torch.arange(math.prod(shape[:-1]) + 1) * math.prod(shape[-1:])
+        return relayout(bitmap), offsets, values.flatten(), list(shape)
     return draw(), 0.5, -7, 3
 
 
