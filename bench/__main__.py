@@ -11,7 +11,18 @@ import sys
 
 from bench.smollm2 import ROOT, say
 
-ALL = ("memory", "process_memory", "step_time", "gradients", "convergence", "kernels", "rounding", "exhaustive", "jax_speed")
+ALL = (
+    "memory",
+    "process_memory",
+    "step_time",
+    "gradients",
+    "convergence",
+    "kernels",
+    "rounding",
+    "exhaustive",
+    "jax_speed",
+    "minilm",
+)
 
 
 def main() -> None:

@@ -84,9 +84,17 @@ class Job:
     autocast: bool = False  # bf16 autocast
     checkpointing: bool = False
     tokens: int = 1024
+    policy: str = "exact"  # of "ours"
 
     def __str__(self) -> str:
-        parts = (self.side, self.training, self.dtype, "autocast" * self.autocast, "checkpointing" * self.checkpointing)
+        parts = (
+            self.side,
+            self.training,
+            self.dtype,
+            "autocast" * self.autocast,
+            "checkpointing" * self.checkpointing,
+            self.policy * (self.policy != "exact"),
+        )
         return ", ".join(p for p in (*parts, f"{self.tokens} tokens") if p)
 
 
@@ -113,7 +121,7 @@ class Prepared:
             for name, p in self.model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(p, std=0.02)
-        self.report = operate(self.model, job.side)
+        self.report = operate(self.model, job.side, job.policy)
         if job.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         ids = text(job.tokens)
@@ -135,14 +143,14 @@ class Prepared:
         self.model.zero_grad(set_to_none=True)
 
 
-def operate(model, side: str):
+def operate(model, side: str, policy: str = "exact"):
     """Surgery for one `side` of a Job; its report, or None for stock."""
     if side == "stock":
         return None
     from unswag import apply_unswag_surgery
 
     if side == "ours":
-        return apply_unswag_surgery(model)
+        return apply_unswag_surgery(model, policy=policy)
     if side == "stock loss":
         return apply_unswag_surgery(model, loss="stock")
     if side == "our loss":

@@ -30,10 +30,12 @@ using Size = std::int64_t;
 // The position of a name is its code, here and in the enums of unswag.hpp.
 constexpr std::array<std::string_view, 4> kDTypes{"float32", "float16", "bfloat16", "float64"};
 constexpr std::array<std::string_view, 6> kMasks{"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
-constexpr std::array<std::string_view, 4> kActivations{"silu", "gelu", "gelu_tanh", "relu"};
+constexpr std::array<std::string_view, 6> kActivations{"silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
+constexpr std::array<std::string_view, 5> kBlocks{"int8", "int4", "int2", "e4m3", "e5m2"};
+static_assert(static_cast<int>(unswag::Block::e5m2) == 4);
 static_assert(static_cast<int>(unswag::DType::f64) == 3);
 static_assert(static_cast<int>(unswag::Mask::jax_relu6) == 5);
-static_assert(static_cast<int>(unswag::Activation::relu) == 3);
+static_assert(static_cast<int>(unswag::Activation::quick_gelu) == 5);
 
 template <class List>
 nb::tuple names(const List& list) {
@@ -69,6 +71,8 @@ Enum code(std::uint8_t value, const char* what, const std::array<std::string_vie
 unswag::DType dtype(std::uint8_t value) { return code<unswag::DType>(value, "dtype", kDTypes); }
 unswag::Mask mask(std::uint8_t value) { return code<unswag::Mask>(value, "mask", kMasks); }
 unswag::Activation activation(std::uint8_t value) { return code<unswag::Activation>(value, "activation", kActivations); }
+
+unswag::Block block(std::uint8_t value) { return code<unswag::Block>(value, "block codec", kBlocks); }
 
 template <class T>
 T* pointer(Address address) {
@@ -201,6 +205,40 @@ void rms_norm_backward(double weight_offset, bool cast_before_weight, Size rows,
                                where(device, stream, threads));
 }
 
+void layer_norm_forward(double eps, bool statistics_given, Size rows, Size cols, std::uint8_t x_dtype, Address x, Size x_stride,
+                        std::uint8_t weight_dtype, Address weight, std::uint8_t bias_dtype, Address bias, std::uint8_t y_dtype,
+                        Address y, Size y_stride, Address mean, Address rstd, int device, Address stream, int threads) {
+  const Shape s = shape(x_dtype, rows, cols);
+  run<unswag::LayerNormForward>(unswag::layer_norm_forward,
+                                {.x = s.in(x, x_stride),
+                                 .weight = {pointer<const void>(weight), dtype(weight_dtype), cols},
+                                 .bias = {pointer<const void>(bias), dtype(bias_dtype), cols},
+                                 .eps = eps,
+                                 .statistics_given = statistics_given,
+                                 .y = shape(y_dtype, rows, cols).out(y, y_stride),
+                                 .mean = {pointer<void>(mean), wide(s.dtype), rows},
+                                 .rstd = {pointer<void>(rstd), wide(s.dtype), rows}},
+                                where(device, stream, threads));
+}
+
+void layer_norm_backward(Size rows, Size cols, std::uint8_t x_dtype, Address x, Size x_stride, std::uint8_t weight_dtype,
+                         Address weight, Address mean, Address rstd, std::uint8_t dy_dtype, Address dy, Size dy_stride,
+                         Address dx, Size dx_stride, Address dw, Address db, Address scratch, int device, Address stream,
+                         int threads) {
+  const Shape s = shape(x_dtype, rows, cols);
+  run<unswag::LayerNormBackward>(unswag::layer_norm_backward,
+                                 {.x = s.in(x, x_stride),
+                                  .weight = {pointer<const void>(weight), dtype(weight_dtype), cols},
+                                  .mean = {pointer<const void>(mean), wide(s.dtype), rows},
+                                  .rstd = {pointer<const void>(rstd), wide(s.dtype), rows},
+                                  .dy = shape(dy_dtype, rows, cols).in(dy, dy_stride),
+                                  .dx = s.out(dx, dx_stride),
+                                  .dw = {pointer<void>(dw), wide(s.dtype), cols},
+                                  .db = {pointer<void>(db), wide(s.dtype), cols},
+                                  .scratch = pointer<void>(scratch)},
+                                 where(device, stream, threads));
+}
+
 void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits, Size logits_stride, Address labels,
                    Address class_weight, Address row_scale, double gradient_scale, Size ignore_index, double label_smoothing,
                    double softcap, double logit_scale, bool write_gradient, Address loss, Address lse, int device,
@@ -221,6 +259,29 @@ void cross_entropy(std::uint8_t dtype_code, Size rows, Size cols, Address logits
                              .loss = {pointer<void>(loss), w, rows},
                              .lse = {pointer<void>(lse), w, rows}},
                             where(device, stream, threads));
+}
+
+void block_encode(std::uint8_t codec, bool stochastic, std::uint64_t seed, std::uint64_t offset, std::uint8_t dtype_code,
+                  Size rows, Size cols, Address x, Size x_stride, Address packed, Size packed_stride, int device,
+                  Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::BlockEncode>(unswag::block_encode,
+                           {.codec = block(codec),
+                            .x = s.in(x, x_stride),
+                            .packed = {pointer<std::uint8_t>(packed), packed_stride},
+                            .stochastic = stochastic,
+                            .seed = seed,
+                            .offset = offset},
+                           where(device, stream, threads));
+}
+
+void block_decode(std::uint8_t codec, std::uint8_t dtype_code, Size rows, Size cols, Address packed, Size packed_stride,
+                  Address x, Size x_stride, int device, Address stream, int threads) {
+  const Shape s = shape(dtype_code, rows, cols);
+  run<unswag::BlockDecode>(
+      unswag::block_decode,
+      {.codec = block(codec), .packed = {pointer<const std::uint8_t>(packed), packed_stride}, .x = s.out(x, x_stride)},
+      where(device, stream, threads));
 }
 
 void philox_fill(Address out, Size n, std::uint64_t seed, std::uint64_t offset, int device, Address stream, int threads) {
@@ -353,6 +414,7 @@ NB_MODULE(_core, m) {
   m.attr("dtypes") = names(kDTypes);
   m.attr("masks") = names(kMasks);
   m.attr("activations") = names(kActivations);
+  m.attr("blocks") = names(kBlocks);
 
   m.def("mask_forward", &mask_forward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
@@ -373,9 +435,22 @@ NB_MODULE(_core, m) {
   m.def("rms_norm_backward", &rms_norm_backward, "weight_offset"_a, "cast_before_weight"_a, "rows"_a, "cols"_a, "x_dtype"_a,
         "x"_a, "x_stride"_a, "weight_dtype"_a, "weight"_a, "rstd"_a, "dy_dtype"_a, "dy"_a, "dy_stride"_a, "dx"_a, "dx_stride"_a,
         "dw"_a, "scratch"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("layer_norm_forward", &layer_norm_forward, "eps"_a, "statistics_given"_a, "rows"_a, "cols"_a, "x_dtype"_a, "x"_a,
+        "x_stride"_a, "weight_dtype"_a, "weight"_a, "bias_dtype"_a, "bias"_a, "y_dtype"_a, "y"_a, "y_stride"_a, "mean"_a,
+        "rstd"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("layer_norm_backward", &layer_norm_backward, "rows"_a, "cols"_a, "x_dtype"_a, "x"_a, "x_stride"_a, "weight_dtype"_a,
+        "weight"_a, "mean"_a, "rstd"_a, "dy_dtype"_a, "dy"_a, "dy_stride"_a, "dx"_a, "dx_stride"_a, "dw"_a, "db"_a, "scratch"_a,
+        "device"_a, "stream"_a, "threads"_a);
   m.def("cross_entropy", &cross_entropy, "dtype"_a, "rows"_a, "cols"_a, "logits"_a, "logits_stride"_a, "labels"_a,
         "class_weight"_a, "row_scale"_a, "gradient_scale"_a, "ignore_index"_a, "label_smoothing"_a, "softcap"_a,
         "logit_scale"_a, "write_gradient"_a, "loss"_a, "lse"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("block_encode", &block_encode, "codec"_a, "stochastic"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a,
+        "x_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def("block_decode", &block_decode, "codec"_a, "dtype"_a, "rows"_a, "cols"_a, "packed"_a, "packed_stride"_a, "x"_a,
+        "x_stride"_a, "device"_a, "stream"_a, "threads"_a);
+  m.def(
+      "block_row_bytes", [](std::uint8_t codec, Size cols) { return unswag::block_row_bytes(block(codec), cols); }, "codec"_a,
+      "cols"_a);
   m.def("philox_fill", &philox_fill, "out"_a, "n"_a, "seed"_a, "offset"_a, "device"_a, "stream"_a, "threads"_a);
   m.def("dropout", &dropout, "p"_a, "seed"_a, "offset"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "device"_a, "stream"_a, "threads"_a);
@@ -395,6 +470,7 @@ NB_MODULE(_core, m) {
         "values"_a, "size"_a, "x"_a, "x_stride"_a, "device"_a, "stream"_a, "threads"_a);
 
   m.def("rms_norm_backward_scratch", &unswag::rms_norm_backward_scratch, "rows"_a, "cols"_a);
+  m.def("layer_norm_backward_scratch", &unswag::layer_norm_backward_scratch, "rows"_a, "cols"_a);
   m.def("cuda_problem", &cuda_problem, "device"_a);
   m.def("cuda_architectures", [] { return names(unswag::cuda_architectures()); });
 

@@ -22,7 +22,11 @@ struct Kernels {
   void (*gated_backward)(const GatedBackward&, Stream) = nullptr;
   void (*rms_norm_forward)(const RmsNormForward&, Stream) = nullptr;
   void (*rms_norm_backward)(const RmsNormBackward&, Stream) = nullptr;
+  void (*layer_norm_forward)(const LayerNormForward&, Stream) = nullptr;
+  void (*layer_norm_backward)(const LayerNormBackward&, Stream) = nullptr;
   void (*cross_entropy)(const CrossEntropy&, Stream) = nullptr;
+  void (*block_encode)(const BlockEncode&, Stream) = nullptr;
+  void (*block_decode)(const BlockDecode&, Stream) = nullptr;
   void (*philox_fill)(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream) = nullptr;
   void (*dropout)(const Dropout&, Stream) = nullptr;
   void (*code_forward)(const CodeForward&, Stream) = nullptr;

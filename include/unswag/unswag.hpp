@@ -47,8 +47,10 @@ struct MaskBackward {
 };
 Status mask_backward(const MaskBackward& args, Stream stream = {});
 
-// ---- smooth activations, exact: saved is x -----------------------------------------------------------------------------
-enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
+// ---- activations, exact: saved is x -------------------------------------------------------------------------------------
+//   relu2       y = max(x, 0)^2,  dx = 2 max(x, 0) dy;  relu2 of relu(x) is relu2 of x, so relu(x) may be kept instead
+//   quick_gelu  y = x / (1 + e^(-1.702 x))
+enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2, quick_gelu };
 
 struct ActivationForward {  // y = act(x)
   Activation act = Activation::silu;
@@ -118,6 +120,36 @@ struct RmsNormBackward {
 Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 std::int64_t rms_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
 
+// ---- LayerNorm ---------------------------------------------------------------------------------------------------------
+//   y = (x - mean) rstd w + b,   mean = mean(x),   rstd = 1 / sqrt(mean((x - mean)^2) + eps),   rounded once
+struct LayerNormForward {
+  ConstRows x{};
+  ConstVector weight{};  // optional; any dtype
+  ConstVector bias{};    // optional; any dtype
+  double eps = 1e-5;
+  bool statistics_given = false;  // true: mean and rstd are read, not written: y again from x
+  Rows y{};                       // any floating dtype
+  Vector mean{};                  // rows values, f32 (f64 when x is f64)
+  Vector rstd{};                  // likewise
+};
+Status layer_norm_forward(const LayerNormForward& args, Stream stream = {});
+
+//   dx = rstd (g - mean(g) - xhat mean(g xhat)),  g = w dy,  xhat = (x - mean) rstd
+//   dw = sum over rows of dy xhat,  db = sum over rows of dy,  in the tree of rms_norm_backward
+struct LayerNormBackward {
+  ConstRows x{};
+  ConstVector weight{};
+  ConstVector mean{};
+  ConstVector rstd{};
+  ConstRows dy{};
+  Rows dx{};                // optional
+  Vector dw{};              // optional; cols values, f32 (f64 when x is f64)
+  Vector db{};              // likewise
+  void* scratch = nullptr;  // on a device, with dw or db: layer_norm_backward_scratch(rows, cols) bytes; its content is lost
+};
+Status layer_norm_backward(const LayerNormBackward& args, Stream stream = {});
+std::int64_t layer_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
+
 // ---- softmax cross-entropy over a chunk of logits, in one pass -----------------------------------------------------------
 //   z = softcap tanh(logit_scale logits / softcap)  (softcap 0: z = logit_scale logits),  lse = log sum exp z
 //   loss = (1 - label_smoothing) w[label] (lse - z[label]) + label_smoothing / classes * sum over c of w[c] (lse - z[c])
@@ -141,6 +173,35 @@ struct CrossEntropy {
   Vector lse{};   // likewise; optional
 };
 Status cross_entropy(const CrossEntropy& args, Stream stream = {});
+
+// ---- block codecs: blocks of 16 to 64 numbers as codes of 2 to 8 bits and one scale (docs/format.md section 9)
+// --------------- int8, int4 and int2 code the block after a Walsh-Hadamard rotation, which spreads outliers; e4m3 and e5m2 are
+// 8-bit floats, for comparison.  The same bytes in every backend.  A block with a NaN or an infinity is read as NaN, all of it.
+enum class Block : std::uint8_t { int8, int4, int2, e4m3, e5m2 };
+
+// Bytes of one packed row of `cols` numbers: 8.5, 5, 2.25, 8.5 and 8.5 bits for each where cols is a multiple of the block.
+constexpr std::int64_t block_row_bytes(Block codec, std::int64_t cols) {
+  const std::int64_t n = codec == Block::int2 ? 64 : codec == Block::int4 ? 16 : 32;
+  const std::int64_t block_bytes = codec == Block::int2 ? 18 : codec == Block::int4 ? 10 : 34;
+  return ((cols / n + (cols % n != 0)) * block_bytes + 3) / 4 * 4;
+}
+
+struct BlockEncode {
+  Block codec = Block::int8;
+  ConstRows x{};
+  Packed packed{};          // block_row_bytes(codec, cols) bytes per row
+  bool stochastic = false;  // round up or down at random, x in the mean; int8, int4 and int2 only
+  std::uint64_t seed = 0;   // of its draws
+  std::uint64_t offset = 0;
+};
+Status block_encode(const BlockEncode& args, Stream stream = {});
+
+struct BlockDecode {
+  Block codec = Block::int8;
+  ConstPacked packed{};
+  Rows x{};  // any floating dtype
+};
+Status block_decode(const BlockDecode& args, Stream stream = {});
 
 // ---- random draws: Philox4x32-10 (Salmon et al., SC 2011) ---------------------------------------------------------------
 // Draw i of a stream is word i % 4 of philox(counter = offset + i / 4, key = seed).

@@ -1,6 +1,6 @@
 """The C++ core as bindings/python.cpp gives it: addresses, strides and sizes are integers; address 0 means none.
 
-Strides count elements, those of packed rows bytes. Codes are positions in `dtypes`, `masks` and `activations`.
+Strides count elements, those of packed rows bytes. Codes are positions in `dtypes`, `masks`, `activations` and `blocks`.
 Work runs on `device`: -1, the CPU, on `threads` threads (0: the library's default), or a CUDA device, where it is queued in the
 stream of the handle `stream` and every address is memory of that device. Errors: TypeError (dtype, layout), ValueError (value,
 shape), NotImplementedError (no kernel), RuntimeError (device). The global lock is released while kernels run.
@@ -10,6 +10,7 @@ shape), NotImplementedError (no kernel), RuntimeError (device). The global lock 
 dtypes: tuple[str, ...]
 masks: tuple[str, ...]
 activations: tuple[str, ...]
+blocks: tuple[str, ...]
 
 def mask_forward(
     act: int,
@@ -149,6 +150,49 @@ def rms_norm_backward(
     stream: int,
     threads: int,
 ) -> None: ...
+def layer_norm_forward(
+    eps: float,
+    statistics_given: bool,
+    rows: int,
+    cols: int,
+    x_dtype: int,
+    x: int,
+    x_stride: int,
+    weight_dtype: int,
+    weight: int,
+    bias_dtype: int,
+    bias: int,
+    y_dtype: int,
+    y: int,
+    y_stride: int,
+    mean: int,
+    rstd: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def layer_norm_backward(
+    rows: int,
+    cols: int,
+    x_dtype: int,
+    x: int,
+    x_stride: int,
+    weight_dtype: int,
+    weight: int,
+    mean: int,
+    rstd: int,
+    dy_dtype: int,
+    dy: int,
+    dy_stride: int,
+    dx: int,
+    dx_stride: int,
+    dw: int,
+    db: int,
+    scratch: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
 def cross_entropy(
     dtype: int,
     rows: int,
@@ -170,6 +214,36 @@ def cross_entropy(
     stream: int,
     threads: int,
 ) -> None: ...
+def block_encode(
+    codec: int,
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    x: int,
+    x_stride: int,
+    packed: int,
+    packed_stride: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def block_decode(
+    codec: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    packed: int,
+    packed_stride: int,
+    x: int,
+    x_stride: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def block_row_bytes(codec: int, cols: int) -> int: ...
 def philox_fill(out: int, n: int, seed: int, offset: int, device: int, stream: int, threads: int) -> None: ...
 def dropout(
     p: float,
@@ -298,6 +372,7 @@ def nonzero_decode(
     threads: int,
 ) -> None: ...
 def rms_norm_backward_scratch(rows: int, cols: int) -> int: ...  # bytes; needed on a device, with dw
+def layer_norm_backward_scratch(rows: int, cols: int) -> int: ...  # bytes; needed on a device, with dw or db
 def cuda_problem(device: int) -> str: ...  # "" or why kernels cannot run on this device, and what to do
 def cuda_architectures() -> tuple[str, ...]: ...  # () where this build has no CUDA kernels
 def xla_targets() -> dict[str, dict[str, object]]: ...  # XLA's platform → name → capsule of the handler

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from unswag import reference
 
 __all__ = [
-    "FUNCTIONS", "METHODS", "Codebook", "Dither", "Fidelity",
+    "FUNCTIONS", "METHODS", "SMOOTH", "Codebook", "Dither", "Fidelity",
     "calibrated", "codebook", "dither", "fidelity", "fit", "names", "quadrature",
 ]  # fmt: skip
 
@@ -38,6 +38,7 @@ FUNCTIONS = ("silu", "gelu")
 # f' is that of one of these at a multiple of x. gelu_tanh differs from gelu by 0.001, less than any codebook's error;
 # quick_gelu is x s(1.702 x), so f'(x) = silu'(1.702 x).
 _LIKE = {"silu": ("silu", 1.0), "gelu": ("gelu", 1.0), "gelu_tanh": ("gelu", 1.0), "quick_gelu": ("silu", 1.702)}
+SMOOTH = tuple(_LIKE)  # the activations that have codebooks
 
 # Least error on inputs of the normal distribution among those of so many bits; with 2, those whose error has no low moments,
 # which is what is left after many tokens.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -241,10 +242,161 @@ def to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.where(np.isnan(x), u >> 16 | 0x40, rounded).astype(np.uint16)
 
 
+# ---- format.md section 9: block codecs -----------------------------------------------------------------------------------
+
+_BLOCK = {"int8": (32, 8), "int4": (16, 4), "int2": (64, 2), "e4m3": (32, 8), "e5m2": (32, 8)}  # numbers, bits
+_FP8 = {"e4m3": (3, 7, 448.0, 0x7E), "e5m2": (2, 15, 57344.0, 0x7B)}  # mantissa, bias, largest, its code
+
+
+def block_row_bytes(codec: str, cols: int) -> int:
+    n, bits = _BLOCK[codec]
+    return 4 * math.ceil(math.ceil(cols / n) * (n * bits // 8 + 2) / 4)
+
+
+def hadamard(n: int) -> NDArray[np.float64]:
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h
+
+
+def _rotated(block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """H block, by butterflies of pairs 1, 2, 4, … apart, each sum rounded to float32."""
+    t = block.copy()
+    half = 1
+    while half < len(t):
+        pairs = t.reshape(-1, 2, half)
+        t = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1).reshape(-1)
+        half *= 2
+    return t
+
+
+def _fp8_values(codec: str) -> NDArray[np.float64]:
+    """Of the codes 0 to the largest, ascending."""
+    mantissa, bias, _, largest = _FP8[codec]
+    code = np.arange(largest + 1)
+    exponent, fraction = code >> mantissa, code & ((1 << mantissa) - 1)
+    return np.where(
+        exponent == 0, fraction * 2.0 ** (1 - bias - mantissa), (1 + fraction / 2.0**mantissa) * 2.0 ** (exponent - bias)
+    )
+
+
+def _fp8(v: NDArray[np.float32], codec: str) -> NDArray[np.uint8]:
+    """The nearest, of two as near the one with the even code; of NaN 0."""
+    values = _fp8_values(codec)
+    v = np.nan_to_num(v, nan=0.0)
+    magnitude = np.minimum(np.abs(v.astype(np.float64)), values[-1])
+    above = np.clip(np.searchsorted(values, magnitude), 1, len(values) - 1)
+    low, high = magnitude - values[above - 1], values[above] - magnitude
+    up = (high < low) | ((high == low) & (above % 2 == 0))
+    return (np.where(up, above, above - 1) | np.signbit(v) * 0x80).astype(np.uint8)
+
+
+def _block_scale(codec: str, block: NDArray[np.float32], t: NDArray[np.float32], stochastic: bool) -> np.float32:
+    """A bfloat16 as float32; NaN where a number of the block is not finite."""
+    n, bits = _BLOCK[codec]
+    f32, whole = np.float32, 2 ** (bits - 1)
+    if not np.isfinite(block).all() or not np.isfinite(t).all():
+        return f32(np.nan)
+    extreme = t[np.argmax(np.abs(t))]
+    if codec in _FP8:
+        scale = np.abs(extreme) / f32(_FP8[codec][2])
+    elif codec == "int2" and not stochastic:
+        squares = f32(0)
+        for v in t:
+            squares = squares + v * v
+        if not np.isfinite(squares):
+            return f32(np.nan)
+        scale = f32(0.498) * np.sqrt(squares / f32(n))
+    else:
+        scale = np.abs(extreme) / f32(3 if codec == "int2" else whole - 1) if stochastic else extreme / f32(-whole)
+    if scale == 0:
+        return f32(0)
+    scale = np.copysign(np.maximum(np.abs(scale), f32(2.0**-100)), scale)
+    bits_up: np.float32 = ((scale.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(f32)
+    return bits_up
+
+
+def _block_code(codec: str, v: NDArray[np.float32], u: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+    """Of v = t / scale; u: stochastic."""
+    _, bits = _BLOCK[codec]
+    if codec in _FP8:
+        return _fp8(v, codec)
+    if codec == "int2":
+        code = (v[:, None] > np.array([-2, 0, 2], np.float32)).sum(-1) if u is None else np.floor((v + 3) * np.float32(0.5) + u)
+        return np.clip(np.nan_to_num(code, nan=3), 0, 3).astype(np.uint8)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    whole = np.round(v) if u is None else np.floor(v + u)
+    return (np.clip(np.nan_to_num(whole, nan=high), low, high) - low).astype(np.uint8)
+
+
+def _group_blocks(codec: str, cols: int) -> list[tuple[int, int]]:
+    """(first element, blocks) of each group of a row."""
+    n, _ = _BLOCK[codec]
+    blocks = math.ceil(cols / n)
+    return [(16 * n * g, min(16, blocks - 16 * g)) for g in range(math.ceil(blocks / 16))]
+
+
+def block_encode(x: Array, codec: str, stochastic: bool = False, seed: int = 0, offset: int = 0) -> Bytes:
+    n, bits = _BLOCK[codec]
+    rows, cols = x.shape
+    out = np.zeros((rows, block_row_bytes(codec, cols)), np.uint8)
+    blocks = math.ceil(cols / n)
+    with np.errstate(all="ignore"):
+        for row in range(rows):
+            padded = np.zeros(blocks * n, np.float32)
+            padded[:cols] = x[row].astype(np.float32)
+            codes, scales = np.zeros(blocks * n, np.uint8), []
+            for start, lanes in _group_blocks(codec, cols):
+                for lane in range(lanes):
+                    at = start + lane + lanes * np.arange(n)
+                    block = padded[at]
+                    t = block if codec in _FP8 else _rotated(block)
+                    scale = _block_scale(codec, block, t, stochastic)
+                    inverse = np.float32(0) if not abs(scale) > 0 else np.float32(1) / scale
+                    u = None
+                    if stochastic:
+                        halves = [draw(i // 2, seed, offset) >> 16 * (i % 2) & 0xFFFF for i in (row * blocks * n + at).tolist()]
+                        u = np.array([(2 * half + 1) / 2**17 for half in halves], np.float32)
+                    codes[at] = _block_code(codec, t * inverse, u)
+                    scales.append(scale)
+            per = 8 // bits
+            packed = (codes.reshape(-1, per) << (np.arange(per, dtype=np.uint8) * bits)).sum(-1).astype(np.uint8)
+            halves16 = (np.array(scales, np.float32).view(np.uint32) >> 16).astype("<u2")
+            used = np.concatenate([packed, halves16.view(np.uint8)])
+            out[row, : len(used)] = used
+    return out
+
+
+def block_decode(packed: Bytes, codec: str, cols: int) -> Array:
+    """In float64, not yet rounded to a dtype."""
+    n, bits = _BLOCK[codec]
+    blocks = math.ceil(cols / n)
+    x = np.zeros((len(packed), blocks * n))
+    per, end = 8 // bits, blocks * n * bits // 8
+    for row, line in enumerate(packed):
+        code = (line[:end, None] >> (np.arange(per, dtype=np.uint8) * bits) & (2**bits - 1)).reshape(-1)
+        scale = from_bfloat16(line[end : end + 2 * blocks].copy().view("<u2")).astype(np.float64)
+        number = 0
+        for start, lanes in _group_blocks(codec, cols):
+            for lane in range(lanes):
+                at = start + lane + lanes * np.arange(n)
+                c = code[at].astype(np.int64)
+                if codec in _FP8:
+                    value = np.where(c & 0x80, -1.0, 1.0) * _fp8_values(codec)[c & 0x7F]
+                    x[row, at] = value * scale[number]
+                else:
+                    q = 2 * c - 3 if codec == "int2" else c - 2 ** (bits - 1)
+                    x[row, at] = hadamard(n) @ q * (scale[number] / n)
+                number += 1
+    return x[:, :cols]
+
+
 # ---- math.md: activations, in float64 ----------------------------------------------------------------------------------
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
+_QUICK_SCALE = 1.702
 
 
 def _sigmoid(x: Array) -> Array:
@@ -266,7 +418,10 @@ def activation(x: Array, act: str) -> Array:
             return x * _normal(x)
         if act == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2 u)
             return x * _sigmoid(2 * _TANH_SCALE * (x + _TANH_CUBE * x**3))
-        return np.where(x < 0, 0.0, x)
+        if act == "quick_gelu":
+            return x * _sigmoid(_QUICK_SCALE * x)
+        relu = np.where(x < 0, 0.0, x)
+        return relu * relu if act == "relu2" else relu
 
 
 def activation_derivative(x: Array, act: str) -> Array:
@@ -281,10 +436,15 @@ def activation_derivative(x: Array, act: str) -> Array:
             u = 2 * _TANH_SCALE * (x + _TANH_CUBE * x**3)
             s = _sigmoid(u)
             return s + x * s * _sigmoid(-u) * 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBE * x**2)
+        if act == "quick_gelu":
+            s = _sigmoid(_QUICK_SCALE * x)
+            return s + _QUICK_SCALE * x * s * _sigmoid(-_QUICK_SCALE * x)
+        if act == "relu2":
+            return np.where(x < 0, 0.0, 2 * x)
         return not_le_zero(x).astype(np.float64)
 
 
-# ---- math.md: gated units, RMSNorm, cross-entropy, in float64 ----------------------------------------------------------
+# ---- math.md: gated units, RMSNorm, LayerNorm, cross-entropy, in float64 -----------------------------------------------
 
 
 def gated_forward(gate: Array, up: Array, act: str) -> Array:
@@ -309,6 +469,26 @@ def rms_norm_backward(
     g = dy * (1.0 if weight is None else weight_offset + weight.astype(np.float64))
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
     return dx, (dy * xhat).sum(0)
+
+
+def layer_norm_forward(x: Array, weight: Array | None, bias: Array | None, eps: float) -> tuple[Array, Array, Array]:
+    x = x.astype(np.float64)
+    mean = x.mean(-1)
+    rstd = 1 / np.sqrt(((x - mean[:, None]) ** 2).mean(-1) + eps)
+    y = (x - mean[:, None]) * rstd[:, None]
+    if weight is not None:
+        y = y * weight.astype(np.float64)
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    return y, mean, rstd
+
+
+def layer_norm_backward(x: Array, mean: Array, rstd: Array, weight: Array | None, dy: Array) -> tuple[Array, Array, Array]:
+    """dx, dw, db."""
+    xhat = (x.astype(np.float64) - mean[:, None]) * rstd[:, None]
+    g = dy * (1.0 if weight is None else weight.astype(np.float64))
+    dx = rstd[:, None] * (g - g.mean(-1, keepdims=True) - xhat * (g * xhat).mean(-1, keepdims=True))
+    return dx, (dy * xhat).sum(0), dy.astype(np.float64).sum(0)
 
 
 def cross_entropy(
@@ -422,6 +602,30 @@ def _code_vectors(rng: np.random.Generator) -> Iterator[str]:
                 yield _line("rows256", "uint32", pack_rows256(code, bits))
 
 
+def _block_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for codec in _BLOCK:
+        for dtype, rows, cols in (
+            ("float32", 2, 1),
+            ("float32", 2, 70),
+            ("bfloat16", 1, 1100),
+            ("float16", 3, 64),
+            ("float64", 1, 33),
+        ):
+            for stochastic in (False, True):
+                if stochastic and (codec in _FP8 or cols > 100):
+                    continue
+                x = rng.standard_normal((rows, cols)).astype(np.float32)
+                x[0, ::7] *= 30
+                if rows == 3:
+                    x[1, 5], x[2] = math.inf, 0
+                stored, value = _as(x, dtype)
+                packed = block_encode(value, codec, stochastic, 5, 2**33)
+                yield f"case block codec={codec} stochastic={int(stochastic)} seed=5 offset={2**33}"
+                yield _line("x", dtype, stored)
+                yield _line("packed", "uint8", packed)
+                yield _line("decoded", "float64", block_decode(packed, codec, cols))
+
+
 def _dither_vectors(rng: np.random.Generator) -> Iterator[str]:
     """No t + v is so near to a whole number that a backend's rounding of f'(x) could show in the bytes."""
     for act in LOWEST_SLOPE:
@@ -454,8 +658,8 @@ def _nonzero_vectors(rng: np.random.Generator) -> Iterator[str]:
             yield _line("values", dtype, values)
 
 
-def _gated_vectors(rng: np.random.Generator) -> Iterator[str]:
-    for act in ("silu", "gelu", "gelu_tanh", "relu"):
+def _gated_vectors(rng: np.random.Generator, acts: list[str]) -> Iterator[str]:
+    for act in acts:
         for dtype in ("float32", "bfloat16"):
             tensors = [_as((rng.standard_normal((3, 37)) * 3).astype(np.float32), dtype) for _ in range(3)]
             (gate, up, dh), (g, u, d) = zip(*tensors, strict=True)
@@ -481,6 +685,19 @@ def _rms_norm_vectors(rng: np.random.Generator) -> Iterator[str]:
             yield _line(name, "float64", truth)
 
 
+def _layer_norm_vectors(rng: np.random.Generator) -> Iterator[str]:
+    for shift in (0.0, 30.0):  # a mean far from 0
+        x, w, b, dy = ((rng.standard_normal(shape) * 2).astype(np.float32) for shape in ((5, 67), 67, 67, (5, 67)))
+        x += np.float32(shift)
+        y, mean, rstd = layer_norm_forward(x, w, b, 1e-5)
+        dx, dw, db = layer_norm_backward(x, mean, rstd, w, dy)
+        yield "case layer_norm eps=1e-5"
+        for name, value in (("x", x), ("weight", w), ("bias", b), ("dy", dy)):
+            yield _line(name, "float32", value)
+        for name, truth in (("y", y), ("mean", mean), ("rstd", rstd), ("dx", dx), ("dw", dw), ("db", db)):
+            yield _line(name, "float64", truth)
+
+
 def _cross_entropy_vectors(rng: np.random.Generator) -> Iterator[str]:
     for smoothing, softcap, scale in ((0.0, 0.0, 1.0), (0.1, 0.0, 1.0), (0.1, 30.0, 0.5)):
         logits = (rng.standard_normal((6, 83)) * 8).astype(np.float32)
@@ -500,11 +717,16 @@ def vectors() -> dict[str, str]:
         "mask": _mask_vectors(rng, ["relu", "leaky_relu", "relu6"]),
         "philox": _philox_vectors(),
         "dropout": _dropout_vectors(rng),
-        "gated": _gated_vectors(rng),
+        "gated": chain(
+            _gated_vectors(rng, ["silu", "gelu", "gelu_tanh", "relu"]),
+            _gated_vectors(np.random.default_rng(20240301), ["relu2", "quick_gelu"]),
+        ),
         "rms_norm": _rms_norm_vectors(rng),
         "cross_entropy": _cross_entropy_vectors(rng),
         "codes": _code_vectors(rng),
+        "block": _block_vectors(np.random.default_rng(9)),
         "jax_mask": _mask_vectors(rng, ["jax_relu", "jax_leaky_relu", "jax_relu6"]),
+        "layer_norm": _layer_norm_vectors(np.random.default_rng(20240302)),
         "dither": _dither_vectors(np.random.default_rng(7)),
         "nonzero": _nonzero_vectors(np.random.default_rng(8)),
     }

@@ -60,6 +60,14 @@ class Check {
   // Needed on a device only.
   Check& scratch(const char* name, const void* data, std::int64_t bytes);
 
+  // Packed rows of so many bytes.
+  Check& input(const char* name, const ConstPacked& packed, std::int64_t rows, std::int64_t row_bytes) {
+    return add(name, packed.data, 1, rows, row_bytes, packed.stride, false);
+  }
+  Check& output(const char* name, const Packed& packed, std::int64_t rows, std::int64_t row_bytes) {
+    return add(name, packed.data, 1, rows, row_bytes, packed.stride, true);
+  }
+
   // How they belong together.
   template <class A, class B>
   Check& same_shape(const char* name, const RowsOf<A>& a, const char* like, const RowsOf<B>& b) {
@@ -141,7 +149,7 @@ class Check {
   Stream stream_;
   const DeviceKernels* device_ = nullptr;  // null: the CPU
   Status status_;
-  std::array<Operand, 8> operands_;
+  std::array<Operand, 9> operands_;
   int count_ = 0;
   bool has_f64_ = false;
   bool empty_ = false;

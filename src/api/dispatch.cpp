@@ -30,10 +30,10 @@ constexpr const Kernels* kRows[] = {UNSWAG_ROWS};
 constexpr auto kEntries =
     std::tuple(&Kernels::mask_forward, &Kernels::mask_backward, &Kernels::activation_forward, &Kernels::activation_backward,
                &Kernels::gated_forward, &Kernels::gated_backward, &Kernels::rms_norm_forward, &Kernels::rms_norm_backward,
-               &Kernels::cross_entropy, &Kernels::philox_fill, &Kernels::dropout,
-               //
-               &Kernels::code_forward, &Kernels::code_backward, &Kernels::dither_forward, &Kernels::dither_backward,
-               &Kernels::nonzero_count, &Kernels::nonzero_encode, &Kernels::nonzero_decode);
+               &Kernels::cross_entropy, &Kernels::layer_norm_forward, &Kernels::layer_norm_backward, &Kernels::block_encode,
+               &Kernels::block_decode, &Kernels::philox_fill, &Kernels::dropout, &Kernels::code_forward,
+               &Kernels::code_backward, &Kernels::dither_forward, &Kernels::dither_backward, &Kernels::nonzero_count,
+               &Kernels::nonzero_encode, &Kernels::nonzero_decode);
 static_assert(sizeof(Kernels) == (2 + std::tuple_size_v<decltype(kEntries)>)*sizeof(void (*)()),
               "an entry of Kernels is missing from kEntries");
 

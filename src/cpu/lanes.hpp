@@ -36,6 +36,12 @@ UNSWAG_INLINE void store_lanes(T* p, V x, std::int64_t n) {
   memcpy(p, all, std::size_t(n) * sizeof(T));
 }
 
+// The first n lanes of x; the others are 0.
+template <class V>
+UNSWAG_INLINE V first_lanes(V x, std::int64_t n) {
+  return n == 16 ? x : select(V::mask::from_bits((1u << n) - 1), x, V(0));
+}
+
 // x rounded to T.
 template <class T, class V>
 UNSWAG_INLINE V rounded(V x) {

@@ -2,45 +2,10 @@
 #include "math/rms_norm.hpp"
 
 #include "backend.hpp"
-#include "cpu/lanes.hpp"
-#include "cpu/threads.hpp"
+#include "cpu/norm.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
-
-// w' as a row of S: the caller's own memory when that is what it holds, a converted copy, or nullptr for "all ones".
-template <class V>
-class EffectiveWeight {
-  using S = typename V::scalar;
-
- public:
-  EffectiveWeight(const ConstVector& weight, double offset) : copy_(needs_copy(weight, offset) ? weight.size : 0) {
-    if (!needs_copy(weight, offset)) {
-      row_ = static_cast<const S*>(weight.data);
-      return;
-    }
-    visit(weight.dtype, [&](auto tag) {
-      using W = typename decltype(tag)::of;
-      const W* w = static_cast<const W*>(weight.data);
-      each_lanes(weight.size, [&](std::int64_t i, std::int64_t n) {
-        store_lanes(copy_.data() + i, V(S(offset)) + load_lanes<V>(w + i, n), n);
-      });
-    });
-    row_ = copy_.data();
-  }
-  const S* data() const { return row_; }
-
- private:
-  static bool needs_copy(const ConstVector& weight, double offset) {
-    return weight.data && (offset != 0 || weight.dtype != (sizeof(S) == 8 ? DType::f64 : DType::f32));
-  }
-  Scratch<S> copy_;
-  const S* row_;
-};
-
-// Per-row values are f32, or f64 when x is.
-template <class X>
-using row_scalar = typename lanes_t<X>::scalar;
 
 template <class X, bool Cast, class V>
 UNSWAG_INLINE V xhat(V x, V rstd) {
@@ -56,7 +21,7 @@ void forward(const RmsNormForward& a, int threads) {
   using V = compute_t<X, Y>;
   using S = typename V::scalar;
   const std::int64_t cols = a.x.cols;
-  const EffectiveWeight<V> weight(a.weight, a.weight_offset);
+  const VectorAsRow<V> weight(a.weight, a.weight_offset);
   const S* w = weight.data();
   auto* rstds = static_cast<row_scalar<X>*>(a.rstd.data);
   const std::int64_t grain = 1 + 16384 / (cols + 1);
@@ -88,20 +53,7 @@ class Backward {
  public:
   Backward(const RmsNormBackward& a, const S* w) : a_(a), w_(w), cols_(a.x.cols) {}
 
-  // dx of rows [begin, end), and their part of dw into sums[cols], by way of block[cols].
-  void rows(std::int64_t begin, std::int64_t end, double* sums, double* block) const {
-    if (sums) memset(sums, 0, std::size_t(cols_) * sizeof(double));
-    for (std::int64_t r = begin; r < end;) {
-      const std::int64_t last = end - r < math::RowTree::block ? end : r + math::RowTree::block;
-      if (sums) memset(block, 0, std::size_t(cols_) * sizeof(double));
-      for (; r + math::RowTree::together <= last; r += math::RowTree::together) together<math::RowTree::together>(r, block);
-      for (; r < last; ++r) together<1>(r, block);
-      if (!sums) continue;
-      for (std::int64_t i = 0; i < cols_; ++i) sums[i] += block[i];
-    }
-  }
-
- private:
+  // dx of R rows, and their part of dw added to sums.
   template <int R>
   void together(std::int64_t first, double* sums) const {
     const X* x[R];
@@ -130,6 +82,7 @@ class Backward {
     });
   }
 
+ private:
   UNSWAG_INLINE V times_weight(V dy, std::int64_t i, std::int64_t n) const { return w_ ? dy * load_lanes<V>(w_ + i, n) : dy; }
   double sum_of_gx(const X* x, const DY* dy) const {
     return sum_lanes<V>(cols_, [&](V sum, std::int64_t i, std::int64_t n) {
@@ -144,28 +97,10 @@ class Backward {
 
 template <class X, class DY, bool Cast>
 void backward(const RmsNormBackward& a, int threads) {
-  using V = compute_t<X, DY>;
-  const std::int64_t rows = a.x.rows, cols = a.x.cols;
-  const EffectiveWeight<V> weight(a.weight, a.weight_offset);
+  const VectorAsRow<compute_t<X, DY>> weight(a.weight, a.weight_offset);
   const Backward<X, DY, Cast> kernel(a, weight.data());
-  if (!a.dw.data) {
-    parallel_for(rows, 4 * (1 + 4096 / (cols + 1)), threads,
-                 [&](std::int64_t begin, std::int64_t end) { kernel.rows(begin, end, nullptr, nullptr); });
-    return;
-  }
-  const math::RowTree tree{rows};
-  const std::int64_t group = tree.group() * math::RowTree::block;  // rows
-  const Scratch<double> sums(tree.groups() * cols);
-  parallel_for(rows, group, threads, [&](std::int64_t begin, std::int64_t end) {
-    const Scratch<double> block(cols);
-    kernel.rows(begin, end, sums.data() + begin / group * cols, block.data());
-  });
   auto* dw = static_cast<row_scalar<X>*>(a.dw.data);
-  for (std::int64_t i = 0; i < cols; ++i) {
-    double sum = 0;
-    for (std::int64_t g = 0; g < tree.groups(); ++g) sum += sums.data()[g * cols + i];
-    dw[i] = row_scalar<X>(sum);
-  }
+  over_rows(kernel, a.x.rows, a.x.cols, dw ? 1 : 0, threads, [&](std::int64_t i, double sum) { dw[i] = row_scalar<X>(sum); });
 }
 
 }  // namespace

@@ -20,10 +20,11 @@ struct Forward {
   int bits;
   bool of_derivative;
   bool wide;
+  std::int64_t row_bytes = 0;  // of packed
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
-    share_eights(g, x.rows, eights_of_fields(x.cols, bits), x.cols, [&](std::int64_t row, std::int64_t col, int n) {
+    share_eights(g, x.rows, divided_up(row_bytes, bits), x.cols, [&](std::int64_t row, std::int64_t col, int n) {
       Eight<T> v = load_eight(row_of<T>(x, row) + col, n, wide);
       std::uint32_t fields = 0;
       UNSWAG_UNROLL
@@ -34,7 +35,7 @@ struct Forward {
         if (k < n) fields |= math::code_of(compared, bounds, bits) << (k * bits);
         if (y.data) v.e[k] = element<T>(math::forward<T>(Act{}, element_x));
       }
-      store_fields(packed.data + row * packed.stride, col, x.cols, bits, fields);
+      store_fields(packed.data + row * packed.stride, col, row_bytes, bits, fields);
       if (y.data) store_eight(row_of<T>(y, row) + col, v, n, wide);
     });
   }
@@ -54,6 +55,7 @@ struct Backward {
   math::Levels<V> levels;
   int bits;
   bool wide;
+  std::int64_t row_bytes = 0;  // of packed
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Shared& shared) const {
@@ -61,7 +63,7 @@ struct Backward {
     g.sync();
     share_eights(g, dy.rows, divided_up(dy.cols, 8), dy.cols, [&](std::int64_t row, std::int64_t col, int n) {
       Eight<T> v = load_eight(row_of<T>(dy, row) + col, n, wide);
-      const std::uint32_t fields = load_fields(packed.data + row * packed.stride, col, dy.cols, bits);
+      const std::uint32_t fields = load_fields(packed.data + row * packed.stride, col, row_bytes, bits);
       UNSWAG_UNROLL
       for (int k = 0; k < 8; ++k) {
         v.e[k] = element<T>(value<V>(v.e[k]) * shared.levels.at[fields >> (k * bits) & ((1u << bits) - 1)]);
@@ -81,7 +83,8 @@ void forward(const CodeForward& args, Stream stream) {
   }
   kernel.y.rows = kernel.x.rows;
   kernel.wide = aligned<T>(kernel.x) && (!args.y.data || aligned<T>(kernel.y));
-  launch_for(kernel, kernel.x.rows * eights_of_fields(kernel.x.cols, args.bits), stream);
+  kernel.row_bytes = packed_row_bytes(kernel.x.cols, args.bits);
+  launch_for(kernel, kernel.x.rows * divided_up(kernel.row_bytes, args.bits), stream);
 }
 
 template <class T>
@@ -93,6 +96,7 @@ void backward(const CodeBackward& args, Stream stream) {
   }
   kernel.dx.rows = kernel.dy.rows;
   kernel.wide = aligned<T>(kernel.dy) && aligned<T>(kernel.dx);
+  kernel.row_bytes = packed_row_bytes(kernel.dy.cols, args.bits);
   launch_for(kernel, kernel.dy.rows * divided_up(kernel.dy.cols, 8), stream);
 }
 

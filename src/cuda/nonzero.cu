@@ -86,11 +86,11 @@ struct Encode {
   const std::int64_t* offsets;
   Packed bitmap;
   I* values;
+  std::int64_t bytes;  // of a row of the bitmap
   bool wide;
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Shared& shared) const {
-    const std::int64_t bytes = packed_row_bytes(x.cols, 1);
     for (std::int64_t row = g.block(); row < x.rows; row += g.blocks()) {
       std::int64_t next = offsets[row];
       const std::int64_t end = offsets[row + 1];
@@ -165,8 +165,9 @@ void nonzero_encode(const NonzeroEncode& args, Stream stream) {
   math::visit(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::of;
     using I = typename math::Format<T>::bits;
-    launch(Encode<T>{args.x, args.offsets, args.bitmap, static_cast<I*>(args.values.data), aligned<T>(args.x)}, args.x.rows,
-           stream);
+    launch(Encode<T>{args.x, args.offsets, args.bitmap, static_cast<I*>(args.values.data), packed_row_bytes(args.x.cols, 1),
+                     aligned<T>(args.x)},
+           args.x.rows, stream);
   });
 }
 

@@ -1,6 +1,6 @@
 // The activations: value and derivative, written once for host and device and for every value type V.
 //
-// silu, gelu and its tanh form are f(x) = x g(x) with g(x) + g(-x) = 1, so that
+// silu, gelu, its tanh form and quick_gelu are f(x) = x g(x) with g(x) + g(-x) = 1, so that
 //     f(x) - f(-x) = x     and     f'(x) + f'(-x) = 1
 // Up to |x| = Act::plain every step stays a normal number (Act::near); hardly any data lies outside.  near takes the result of
 // its first steps, Act::ahead(x): a loop computes these for a block of x beforehand, because two short chains of dependent
@@ -76,7 +76,19 @@ UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
   }
 }
 
-// f(x) = x s(x),  s(x) = 1 / (1 + e^-x).   With t = e^-u:  value = u t / (1 + t),  slope = t (1 + t - u) / (1 + t)^2.
+// The tail of f(x) = x / (1 + e^-q) where q is a multiple of x; q + error belongs to u = |x|.  With t = e^-(q + error):
+//     value = u t / (1 + t),   slope = t (1 + t - q) / (1 + t)^2
+template <class V, class M>
+UNSWAG_HD inline Both<V> logistic_tail(V u, V q, V error, M far) {
+  const V t = exp_scaled(-q, -error, far);
+  const V s = V(1.f) / fma(t, V(0x1p-64f), V(1.f));
+  const V ts = t * s;
+  // 1 + t - q = (q0 - q) + (t - (q0 - 1)), both differences exact near q0
+  const V zero = ((V(1.27846456f) - q) - error) + fma(t, V(0x1p-64f), V(-0.27846456f));
+  return {u * ts, ts * s * zero};
+}
+
+// f(x) = x s(x),  s(x) = 1 / (1 + e^-x).
 struct Silu {
   static constexpr Activation id = Activation::silu;
   static constexpr const char* name = "silu";
@@ -103,12 +115,7 @@ struct Silu {
   template <class V>
   UNSWAG_HD static Both<V> tail(V x) {
     const V u = clamp_tail(x, 190.f, 800.);
-    const V t = exp_scaled(-u, V(0.f), u > V(far));
-    const V s = V(1.f) / fma(t, V(0x1p-64f), V(1.f));
-    const V ts = t * s;
-    // 1 + t - u = (u0 - u) + (t - (u0 - 1)), both differences exact near u0
-    const V zero = (V(1.27846456f) - u) + fma(t, V(0x1p-64f), V(-0.27846456f));
-    return {u * ts, ts * s * zero};
+    return logistic_tail(u, u, V(0.f), u > V(far));
   }
 };
 
@@ -236,11 +243,66 @@ struct GeluTanh {
   }
 };
 
-// f(x) = max(x, 0); relu(-0) = -0, relu(NaN) = NaN, and the gradient passes where not (x <= 0), as in PyTorch.
+// f(x) = x s(a x),  a = 1.702:  f = silu(a x) / a,  f' = silu'(a x).
+struct QuickGelu {
+  static constexpr Activation id = Activation::quick_gelu;
+  static constexpr const char* name = "quick_gelu";
+
+  static constexpr float border = 0.59375f, plain = 23.5f, far = 64.5f;
+  static constexpr bool refined = true;
+  static constexpr double a = 1.702, c0 = 0.851;  // c0 = a / 2
+  template <class V>
+  UNSWAG_HD static V core_slope(V z) {
+    return polynomial(z, -0x1.a4b92ap-2f, 0x1.6d94ap-3f, -0x1.1cd50ep-4f, 0x1.901e7ap-6f, -0x1.932cfep-8f);
+  }
+  template <class T, class V>
+  UNSWAG_HD static V ahead(V x) {
+    const V q = x * V(a);
+    if constexpr (coarse<T>) {
+      return exp_short<-1>(q);
+    } else {
+      return exp_normal<-1>(q, product_error(x, V(a), q));
+    }
+  }
+  template <class T, class V>
+  UNSWAG_HD static Both<V> near(V x, V t) {
+    return logistic_unit<T, QuickGelu>(x, t, x * V(a));
+  }
+  template <class V>
+  UNSWAG_HD static Both<V> tail(V x) {
+    const V u = clamp_tail(x, 117.5f, 470.);
+    const V q = u * V(a);
+    return logistic_tail(u, q, product_error(u, V(a), q), u > V(far));
+  }
+};
+
+// The piecewise ones are right everywhere as they stand: y = f(x), and dx where not (x <= 0), as in PyTorch; NaN passes there.
+// f(x) = max(x, 0); relu(-0) = -0, relu(NaN) = NaN.
 struct Relu {
   static constexpr Activation id = Activation::relu;
   static constexpr const char* name = "relu";
+
+  template <class V>
+  UNSWAG_HD static V right(V x, V dy, V& y) {
+    y = max(V(0.f), x);
+    return dy;
+  }
 };
+
+// f(x) = max(x, 0)^2, of relu(x) as of x; relu2(NaN) = NaN.  2 max(x, 0) is exact, and the product is PyTorch's.
+struct Relu2 {
+  static constexpr Activation id = Activation::relu2;
+  static constexpr const char* name = "relu2";
+
+  template <class V>
+  UNSWAG_HD static V right(V x, V dy, V& y) {
+    const V r = max(V(0.f), x);
+    y = r * r;
+    return dy * (r + r);
+  }
+};
+template <class Act>
+inline constexpr bool piecewise = std::is_same_v<Act, Relu> || std::is_same_v<Act, Relu2>;
 
 // What a scaled value is multiplied by; those from `far` on are 0.
 template <class Act, class V>
@@ -270,9 +332,9 @@ UNSWAG_HD inline V times_slope(V x, V dy, V tail) {
   return select(abs(slope) < V(0x1p-64f), tiny, dy * slope);
 }
 
-// Where Act::near is right.  Doubles are exact enough by their tail everywhere, and relu is right everywhere.
+// Where Act::near is right.  Doubles are exact enough by their tail everywhere.
 template <class Act, class V>
-inline constexpr bool has_near = !std::is_same_v<Act, Relu> && !std::is_same_v<scalar_t<V>, double>;
+inline constexpr bool has_near = !piecewise<Act> && !std::is_same_v<scalar_t<V>, double>;
 template <class Act, class V>
 UNSWAG_HD inline auto plain(V x) {
   return abs(x) <= V(Act::plain);
@@ -289,9 +351,8 @@ UNSWAG_HD inline void forward_backward(Act, V x, V t, V dy, V& y, V& dx) {
 // The same for any x.  Which branch is taken does not show in the bits of a lane.
 template <class T, class Act, class V>
 UNSWAG_HD inline void forward_backward(Act act, V x, V dy, V& y, V& dx) {
-  if constexpr (std::is_same_v<Act, Relu>) {
-    y = max(V(0.f), x);
-    dx = select(x <= V(0.f), V(0.f), dy);
+  if constexpr (piecewise<Act>) {
+    dx = select(x <= V(0.f), V(0.f), Act::right(x, dy, y));
   } else if constexpr (!has_near<Act, V>) {
     const Both<V> tail = Act::tail(x);
     y = value_of<Act>(x, tail.value);
@@ -337,6 +398,6 @@ struct Activations {
     });
   }
 };
-using AllActivations = Activations<Silu, Gelu, GeluTanh, Relu>;
+using AllActivations = Activations<Silu, Gelu, GeluTanh, Relu, Relu2, QuickGelu>;
 
 }  // namespace unswag::math

@@ -117,8 +117,8 @@ TEST(Activation, RefusesWhatDoesNotFit) {
   Memory memory;
   const ConstRows x = in(memory.rows(0, 2, 8)), dy = in(memory.rows(64, 2, 8));
   const Rows out = memory.rows(128, 2, 8);
-  EXPECT_ERROR(activation_forward({.act = Activation{4}, .x = x, .y = out}), invalid_argument,
-               "activation_forward: act is 4, which is not one of its 4 values");
+  EXPECT_ERROR(activation_forward({.act = Activation{6}, .x = x, .y = out}), invalid_argument,
+               "activation_forward: act is 6, which is not one of its 6 values");
   EXPECT_ERROR(activation_forward({.x = x, .y = memory.rows(128, 4, 4)}), invalid_argument,
                "activation_forward: y has the shape [4, 4] but x has [2, 8]; pass a y of the shape of x");
   EXPECT_ERROR(activation_backward({.x = x, .dy = in(memory.rows(64, 2, 8, DType::f16)), .dx = out}), invalid_type,
@@ -191,6 +191,60 @@ TEST(RmsNorm, RefusesWhatDoesNotFit) {
   grad.dw.data = memory.at(256);
   EXPECT_ERROR(rms_norm_backward(grad), invalid_argument,
                "rms_norm_backward: dw is written but shares memory with rstd; pass separate memory");
+  EXPECT_TRUE(memory.untouched());
+}
+
+TEST(LayerNorm, RefusesWhatDoesNotFit) {
+  Memory memory;
+  const LayerNormForward forward{.x = in(memory.rows(0, 2, 8, DType::bf16)),
+                                 .weight = in(memory.vector(64, 8)),
+                                 .bias = in(memory.vector(96, 8)),
+                                 .y = memory.rows(128, 2, 8),
+                                 .mean = memory.vector(256, 2),
+                                 .rstd = memory.vector(264, 2)};
+  const auto with = [&](auto change) {
+    LayerNormForward args = forward;
+    change(args);
+    return layer_norm_forward(args);
+  };
+  EXPECT_ERROR(with([](auto& a) { a.weight.size = 7; }), invalid_argument,
+               "layer_norm_forward: weight has 7 elements but x has 8 columns; pass a weight of shape [8]");
+  EXPECT_ERROR(with([](auto& a) { a.bias.size = 7; }), invalid_argument,
+               "layer_norm_forward: bias has 7 elements but x has 8 columns; pass a bias of shape [8]");
+  EXPECT_ERROR(with([](auto& a) { a.mean.dtype = DType::bf16; }), invalid_type,
+               "layer_norm_forward: mean is bfloat16 but must be float32 where x is bfloat16; convert mean to float32");
+  EXPECT_ERROR(with([](auto& a) { a.rstd.size = 3; }), invalid_argument,
+               "layer_norm_forward: rstd has 3 elements but x has 2 rows; pass a rstd of shape [2]");
+  EXPECT_ERROR(with([](auto& a) { a.mean.data = nullptr; }), invalid_argument,
+               "layer_norm_forward: mean is null but has 1 x 2 elements; pass its memory");
+  EXPECT_ERROR(with([](auto& a) { a.rstd.data = a.mean.data; }), invalid_argument,
+               "layer_norm_forward: rstd is written but shares memory with mean; pass separate memory");
+  EXPECT_ERROR(with([](auto& a) { a.eps = kNan; }), invalid_argument,
+               "layer_norm_forward: eps is nan; pass a finite number that is not negative");
+  EXPECT_ERROR(with([](auto& a) { a.y.cols = 7; }), invalid_argument,
+               "layer_norm_forward: y has the shape [2, 7] but x has [2, 8]; pass a y of the shape of x");
+
+  const LayerNormBackward backward{.x = forward.x,
+                                   .weight = forward.weight,
+                                   .mean = in(forward.mean),
+                                   .rstd = in(forward.rstd),
+                                   .dy = in(forward.y),
+                                   .dx = memory.rows(512, 2, 8, DType::bf16),
+                                   .dw = memory.vector(768, 8),
+                                   .db = memory.vector(800, 8)};
+  const auto gradient_with = [&](auto change) {
+    LayerNormBackward args = backward;
+    change(args);
+    return layer_norm_backward(args);
+  };
+  EXPECT_ERROR(gradient_with([](auto& a) { a.db.dtype = DType::f64; }), invalid_type,
+               "layer_norm_backward: db is float64 but must be float32 where x is bfloat16; convert db to float32");
+  EXPECT_ERROR(gradient_with([](auto& a) { a.db.data = a.dw.data; }), invalid_argument,
+               "layer_norm_backward: db is written but shares memory with dw; pass separate memory");
+  EXPECT_ERROR(gradient_with([](auto& a) { a.dx.dtype = DType::f32; }), invalid_type,
+               "layer_norm_backward: dx is float32 but x is bfloat16; convert dx to bfloat16");
+  EXPECT_ERROR(gradient_with([](auto& a) { a.mean.size = 1; }), invalid_argument,
+               "layer_norm_backward: mean has 1 elements but x has 2 rows; pass a mean of shape [2]");
   EXPECT_TRUE(memory.untouched());
 }
 
@@ -371,6 +425,7 @@ TEST(Empty, SucceedsWithoutMemory) {
   EXPECT_EQ(counts, (std::array<std::int64_t, 5>{}));
   EXPECT_TRUE(philox_fill(nullptr, 0, 0, 0).ok());
   EXPECT_TRUE(rms_norm_forward({.x = {.cols = 5}, .y = {.cols = 5}}).ok());
+  EXPECT_TRUE(layer_norm_forward({.x = {.cols = 5}, .y = {.cols = 5}}).ok());
   EXPECT_TRUE(cross_entropy({.logits = {.cols = 7}}).ok());
   EXPECT_ERROR(activation_forward({.x = {.cols = 5}, .y = {.cols = 4}}), invalid_argument,
                "activation_forward: y has the shape [0, 4] but x has [0, 5]; pass a y of the shape of x");
@@ -382,6 +437,17 @@ TEST(Empty, SumsOverNothingAreWritten) {
   EXPECT_EQ(v, (std::array<float, 3>{0, 0, 0}));
   EXPECT_TRUE(rms_norm_forward({.x = {.rows = 3}, .y = {.rows = 3}, .rstd = {v.data(), DType::f32, 3}}).ok());
   EXPECT_TRUE(std::ranges::all_of(v, [](float rstd) { return std::isnan(rstd); }));
+  v = {1, 1, 1};
+  std::array<float, 3> w{1, 1, 1};
+  EXPECT_TRUE(layer_norm_backward(
+                  {.x = {.cols = 3}, .dy = {.cols = 3}, .dw = {v.data(), DType::f32, 3}, .db = {w.data(), DType::f32, 3}})
+                  .ok());
+  EXPECT_EQ(v, (std::array<float, 3>{0, 0, 0}));
+  EXPECT_EQ(w, (std::array<float, 3>{0, 0, 0}));
+  EXPECT_TRUE(layer_norm_forward(
+                  {.x = {.rows = 3}, .y = {.rows = 3}, .mean = {v.data(), DType::f32, 3}, .rstd = {w.data(), DType::f32, 3}})
+                  .ok());
+  EXPECT_TRUE(std::isnan(v[2]) && std::isnan(w[2]));
   std::array<double, 2> loss{1, 1}, lse{1, 1};
   const std::array<std::int64_t, 2> labels{-100, -100};
   EXPECT_TRUE(cross_entropy({.logits = {.dtype = DType::f64, .rows = 2},
@@ -462,6 +528,7 @@ struct Backend : testing::Test {
   static void for_each_entry(const F& f) {
     f(&Kernels::mask_forward), f(&Kernels::mask_backward), f(&Kernels::activation_forward), f(&Kernels::activation_backward);
     f(&Kernels::gated_forward), f(&Kernels::gated_backward), f(&Kernels::rms_norm_forward), f(&Kernels::rms_norm_backward);
+    f(&Kernels::layer_norm_forward), f(&Kernels::layer_norm_backward);
     f(&Kernels::cross_entropy), f(&Kernels::philox_fill), f(&Kernels::dropout);
     f(&Kernels::code_forward), f(&Kernels::code_backward), f(&Kernels::dither_forward), f(&Kernels::dither_backward);
     f(&Kernels::nonzero_count), f(&Kernels::nonzero_encode), f(&Kernels::nonzero_decode);

@@ -12,7 +12,8 @@ namespace unswag::test {
 namespace {
 
 constexpr DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
-constexpr Activation activations[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu};
+constexpr Activation activations[] = {Activation::silu, Activation::gelu,  Activation::gelu_tanh,
+                                      Activation::relu, Activation::relu2, Activation::quick_gelu};
 
 const Kernels* row_named(std::string_view name) {
   for (const Kernels* k : backends())
@@ -137,6 +138,47 @@ TEST_F(Cuda, NormsHaveTheBitsOfTheCpu) {
           cpu->rms_norm_backward(b, {});
           expect_same(dx, dx_cpu, "dx " + what);
           expect_same(dw, dw_cpu, "dw " + what);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, LayerNormsHaveTheBitsOfTheCpu) {
+  const std::pair<int, int> shapes[] = {{1, 1},   {3, 15},    {4, 16},    {5, 17},   {16, 63},   {17, 64},
+                                        {18, 65}, {33, 2047}, {21, 2048}, {2, 2049}, {1, 20000}, {5000, 24}};
+  for (const DType dtype : dtypes) {
+    for (const DType other : {dtype, DType::f32}) {  // of y, dy, weight and bias
+      for (const auto& [rows, cols] : shapes) {
+        for (const int vectors : {0, 1, 2, 3}) {  // weight, bias
+          const std::string what = std::string(name_of(dtype)) + " beside " + name_of(other) + " " + std::to_string(vectors) +
+                                   " " + std::to_string(rows) + " x " + std::to_string(cols);
+          Matrix x(dtype, rows, cols, cols + 5), weight(other, 1, cols), bias(other, 1, cols), dy(other, rows, cols);
+          x.fill_normal(1), weight.fill_normal(2), dy.fill_normal(3), bias.fill_normal(4);
+          for (std::int64_t i = 0; i < cols; ++i) x.set(0, i, x.get(0, i) + 50);
+          Matrix y(other, rows, cols), mean(DType::f32, 1, rows), rstd(DType::f32, 1, rows), dx(dtype, rows, cols),
+              dw(DType::f32, 1, cols), db(DType::f32, 1, cols);
+          Matrix y_cpu(other, rows, cols), mean_cpu(DType::f32, 1, rows), rstd_cpu(DType::f32, 1, rows),
+              dx_cpu(dtype, rows, cols), dw_cpu(DType::f32, 1, cols), db_cpu(DType::f32, 1, cols);
+          LayerNormForward f{.x = x};
+          if (vectors & 1) f.weight = std::as_const(weight).vector();
+          if (vectors & 2) f.bias = std::as_const(bias).vector();
+          f.y = y, f.mean = mean.vector(), f.rstd = rstd.vector();
+          cuda->layer_norm_forward(f, {});
+          f.y = y_cpu, f.mean = mean_cpu.vector(), f.rstd = rstd_cpu.vector();
+          cpu->layer_norm_forward(f, {});
+          expect_same(mean, mean_cpu, "mean " + what);
+          expect_same(rstd, rstd_cpu, "rstd " + what);
+          expect_same(y, y_cpu, "y " + what);
+          LayerNormBackward b{.x = x, .weight = f.weight};
+          b.mean = std::as_const(mean_cpu).vector(), b.rstd = std::as_const(rstd_cpu).vector(), b.dy = dy;
+          b.dx = dx, b.dw = dw.vector(), b.db = db.vector();
+          cuda->layer_norm_backward(b, {});
+          b.dx = dx_cpu, b.dw = dw_cpu.vector(), b.db = db_cpu.vector();
+          cpu->layer_norm_backward(b, {});
+          expect_same(dx, dx_cpu, "dx " + what);
+          expect_same(dw, dw_cpu, "dw " + what);
+          expect_same(db, db_cpu, "db " + what);
         }
       }
     }

@@ -110,10 +110,11 @@ void expect_near(const Tensor& ours, const Tensor& truth, const std::string& wha
 }
 
 unswag::Activation activation(const std::string& name) {
-  return name == "silu"   ? unswag::Activation::silu
-         : name == "gelu" ? unswag::Activation::gelu
-         : name == "relu" ? unswag::Activation::relu
-                          : unswag::Activation::gelu_tanh;
+  using unswag::Activation;
+  const std::map<std::string, Activation> activations{
+      {"silu", Activation::silu}, {"gelu", Activation::gelu},   {"gelu_tanh", Activation::gelu_tanh},
+      {"relu", Activation::relu}, {"relu2", Activation::relu2}, {"quick_gelu", Activation::quick_gelu}};
+  return activations.at(name);
 }
 unswag::Mask mask(const std::string& name) {
   const std::map<std::string, unswag::Mask> masks{
@@ -169,6 +170,37 @@ TEST_P(Golden, DropoutIsEqual) {
     ok(unswag::dropout(
         {.x = x.in(), .y = y.out(), .p = c.number("p"), .seed = c.integer("seed"), .offset = c.integer("offset")}));
     EXPECT_EQ(y.bytes, c.tensor.at("y").bytes) << "p " << c.key.at("p") << " " << x.dtype;
+  }
+}
+
+TEST_P(Golden, BlocksAreEqual) {
+  const std::map<std::string, unswag::Block> codecs{{"int8", unswag::Block::int8},
+                                                    {"int4", unswag::Block::int4},
+                                                    {"int2", unswag::Block::int2},
+                                                    {"e4m3", unswag::Block::e4m3},
+                                                    {"e5m2", unswag::Block::e5m2}};
+  for (const Case& c : read("block.txt")) {
+    const Tensor &x = c.tensor.at("x"), &expected = c.tensor.at("packed"), &truth = c.tensor.at("decoded");
+    const unswag::Block codec = codecs.at(c.key.at("codec"));
+    const std::string what = c.key.at("codec") + " " + x.dtype + " " + c.key.at("stochastic");
+    ASSERT_EQ(expected.cols, unswag::block_row_bytes(codec, x.cols)) << what;
+    Tensor packed = like(expected);
+    ok(unswag::block_encode({.codec = codec,
+                             .x = x.in(),
+                             .packed = {packed.bytes.data(), expected.cols},
+                             .stochastic = c.integer("stochastic") != 0,
+                             .seed = c.integer("seed"),
+                             .offset = c.integer("offset")}));
+    EXPECT_EQ(packed.bytes, expected.bytes) << what;
+    Tensor decoded = like(x, "float32", 4);
+    ok(unswag::block_decode({.codec = codec, .packed = {expected.bytes.data(), expected.cols}, .x = decoded.out()}));
+    for (std::int64_t i = 0; i < x.size(); ++i) {
+      if (std::isnan(truth.value(i))) {
+        EXPECT_TRUE(std::isnan(decoded.value(i))) << what << " element " << i;
+      } else {
+        EXPECT_EQ(decoded.value(i), static_cast<float>(truth.value(i))) << what << " element " << i;
+      }
+    }
   }
 }
 
@@ -272,6 +304,36 @@ TEST_P(Golden, RmsNorm) {
                                   .dw = dw.vector_out()}));
     for (const auto& [name, ours] : {std::pair<std::string, Tensor*>{"y", &y}, {"rstd", &rstd}, {"dx", &dx}, {"dw", &dw}})
       expect_near(*ours, c.tensor.at(name), name);
+  }
+}
+
+TEST_P(Golden, LayerNorm) {
+  for (const Case& c : read("layer_norm.txt")) {
+    const Tensor& x = c.tensor.at("x");
+    const unswag::ConstVector w = c.tensor.at("weight").vector_in();
+    Tensor y = like(x), dx = like(x);
+    Tensor mean = like(c.tensor.at("mean"), "float32", 4), rstd = like(c.tensor.at("rstd"), "float32", 4);
+    Tensor dw = like(c.tensor.at("dw"), "float32", 4), db = like(c.tensor.at("db"), "float32", 4);
+    ok(unswag::layer_norm_forward({.x = x.in(),
+                                   .weight = w,
+                                   .bias = c.tensor.at("bias").vector_in(),
+                                   .eps = c.number("eps"),
+                                   .y = y.out(),
+                                   .mean = mean.vector_out(),
+                                   .rstd = rstd.vector_out()}));
+    ok(unswag::layer_norm_backward({.x = x.in(),
+                                    .weight = w,
+                                    .mean = mean.vector_in(),
+                                    .rstd = rstd.vector_in(),
+                                    .dy = c.tensor.at("dy").in(),
+                                    .dx = dx.out(),
+                                    .dw = dw.vector_out(),
+                                    .db = db.vector_out()}));
+    // A mean of 30 is rounded to 2^-20, which shows in y and its gradients.
+    for (const auto& [name, ours] : {std::pair<std::string, Tensor*>{"y", &y}, {"dx", &dx}, {"dw", &dw}, {"db", &db}})
+      expect_near(*ours, c.tensor.at(name), name, 16);
+    expect_near(mean, c.tensor.at("mean"), "mean");
+    expect_near(rstd, c.tensor.at("rstd"), "rstd");
   }
 }
 

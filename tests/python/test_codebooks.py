@@ -219,6 +219,12 @@ def test_calibrated_to_a_large_normal_sample_is_fitted():
     )
 
 
+def test_of_a_large_sample_values_are_drawn_with_their_weights():
+    x = np.random.default_rng(3).standard_normal(200_000)
+    book = calibrated("silu", 2, "optimal", x, x < 0)
+    assert max(book.bounds) < 0 and max(book.levels) < 0.5
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("function", codebooks.FUNCTIONS)
 def test_calibrated_is_best_on_its_own_sample(function, bits):
@@ -250,6 +256,8 @@ def test_a_sample_with_few_different_values():
     assert np.allclose(book.bounds, [-0.5, 0.5, 1.5]) and np.allclose(book.levels, DERIVATIVES["silu"](np.array([-1, 0, 1, 2])))
     ends = np.array([-100.0, -50.0, 60.0, 70.0, 80.0, 0.0, 1.0, 2.0])  # f' is 0 or 1 at many of them
     assert len(calibrated("silu", 2, "value", ends).levels) == 4
+    with pytest.raises(ValueError, match="too few different values for 4 levels"):
+        calibrated("silu", 2, "value", np.array([60.0, 70.0, 80.0, 90.0, 0.0, 1.0]))
     weight = np.array([1.0, 0.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="too few different values for 4 levels, 3; give more"):
         calibrated("silu", 2, "optimal", np.array([0.0, 1.0, 2.0, 3.0]), weight)

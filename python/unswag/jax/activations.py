@@ -96,11 +96,32 @@ def _relu_derivative(x: Array) -> Array:
     return (x > 0).astype(x.dtype)
 
 
+def _relu2(x: Array) -> Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+def _relu2_derivative(x: Array) -> Array:
+    return 2 * jax.nn.relu(x)
+
+
+_QUICK_SCALE = 1.702
+
+
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(x * np.asarray(_QUICK_SCALE, x.dtype))
+
+
+def _quick_gelu_derivative(x: Array) -> Array:
+    return _silu_derivative(x * np.asarray(_QUICK_SCALE, x.dtype))
+
+
 FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {  # value and derivative, of a wide x
     "silu": (_silu, _silu_derivative),
     "gelu": (_gelu, _gelu_derivative),
     "gelu_tanh": (_gelu_tanh, _gelu_tanh_derivative),
     "relu": (jax.nn.relu, _relu_derivative),
+    "relu2": (_relu2, _relu2_derivative),
+    "quick_gelu": (_quick_gelu, _quick_gelu_derivative),
 }
 
 

@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from unswag.torch import nn, ops
 from unswag.torch.audit import audit  # not lazily: the module of this name would hide the function
-from unswag.torch.functional import dropout, gated, geglu, gelu, leaky_relu, reglu, relu, relu6, rms_norm, silu, swiglu
+from unswag.torch.functional import (
+    dropout,
+    gated,
+    geglu,
+    gelu,
+    layer_norm,
+    leaky_relu,
+    quick_gelu,
+    reglu,
+    relu,
+    relu2,
+    relu6,
+    rms_norm,
+    silu,
+    swiglu,
+)
 from unswag.torch.stash import Stash
 
 if TYPE_CHECKING:
@@ -24,11 +39,14 @@ __all__ = [
     "gated",
     "geglu",
     "gelu",
+    "layer_norm",
     "leaky_relu",
     "nn",
     "ops",
+    "quick_gelu",
     "reglu",
     "relu",
+    "relu2",
     "relu6",
     "remove_unswag_surgery",
     "rms_norm",

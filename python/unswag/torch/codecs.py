@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import torch
 
+from unswag import _core
 from unswag.torch import ops
 from unswag.torch.draws import Draws
 
 FEWEST = 1024  # a tensor of fewer elements is kept as it is: its packed form would save less than a call costs
 
 
-def takes(t: torch.Tensor) -> bool:
-    """Whether a codec is worth its while for `t`."""
-    return t.is_floating_point() and t.dtype in ops.DTYPES and t.numel() >= FEWEST and t.device.type in ("cpu", "cuda")
+def takes(codec: str, t: torch.Tensor) -> bool:
+    """Whether `codec` makes `t` smaller, and by enough: rows shorter than a block are filled up."""
+    if not t.is_floating_point() or t.dtype not in ops.DTYPES or t.numel() < FEWEST or t.device.type not in ("cpu", "cuda"):
+        return False
+    cols = t.shape[-1]
+    return _core.block_row_bytes(ops.BLOCKS[codec], cols) < cols * t.element_size()
 
 
 def encode(codec: str, t: torch.Tensor, draws: Draws | None) -> tuple[torch.Tensor, ...]:

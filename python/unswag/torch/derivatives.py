@@ -1,15 +1,16 @@
-"""The derivative of an activation as a code of 1 to 4 bits (docs/format.md section 5): what is kept instead of its input where a
-lossy policy, or the caller, says so.
+"""The derivative of an activation as a code of 1 to 4 bits (docs/format.md sections 5 and 7): what is kept instead of its input
+where a lossy policy, or the caller, says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from unswag import codebooks
 from unswag.codebooks import Codebook
@@ -85,33 +86,41 @@ class Codes:
     def __init__(self) -> None:
         self._made: tuple[Policy, str, Levels] | None = None
 
-    def code(self, policy: Policy, act: str, x: Tensor) -> Code:
+    def code(self, policy: Policy, act: str, x: Tensor, up: Tensor | None) -> Code:
         if policy.codebook == DITHER:
             return Dithered(2, draw_seed())
+        if is_fake(x):  # surgery's dry run: no values to measure
+            return Levels(codebooks.codebook(act, 2))
         if self._made is None or self._made[:2] != (policy, act):
-            self._made = (policy, act, Levels(_book(policy, act, x)))
+            self._made = (policy, act, Levels(_book(policy, act, x, up)))
         return self._made[2]
 
 
-def current(codes: Codes | None, act: str, x: Tensor) -> Code | None:
-    """How the policy in use keeps act'(x); None where it keeps x."""
+def current(codes: Codes | None, act: str, x: Tensor, up: Tensor | None = None) -> Code | None:
+    """How the policy in use keeps act'(x), of a unit gated by it or alone; None where it keeps x."""
     if torch.compiler.is_compiling():
         return None
     stash = Stash.current()
     if stash is None or stash.policy.mlp != TWO_BITS or act not in codebooks.SMOOTH or x.is_meta or not x.numel():
         return None
-    return (codes or Codes()).code(stash.policy, act, x)
+    return (codes or Codes()).code(stash.policy, act, x, up)
 
 
-def _book(policy: Policy, act: str, x: Tensor) -> Codebook:
+def _book(policy: Policy, act: str, x: Tensor, up: Tensor | None) -> Codebook:
     name = policy.codebook
     only = _OF_ONE_ACTIVATION.get(name)
     if only is not None and act not in only:
-        raise ValueError(f"policy: codebook {name!r} is for {only[0]}, but the model has {act}; choose 'mm2'")
+        raise ValueError(f"policy: codebook {name!r} is for {only[0]}, but the model has {act}; choose 'mm1'")
     if name not in codebooks.METHODS:
         return codebooks.codebook(act, 2, name)
     if policy.scale is not None:
         return codebooks.fit(act, 2, policy.scale, name)
+    # An error e of the derivative is one of dh up e in the gradient of the gate: its square counts up^2 times.
+    weight = None if up is None else _sample(up) ** 2
+    return codebooks.calibrated(act, 2, name, _sample(x), weight)
+
+
+def _sample(x: Tensor) -> Any:
+    """At most _SAMPLE elements, always the same places."""
     flat = x.detach().reshape(-1)
-    sample = flat[:: max(1, math.ceil(flat.numel() / _SAMPLE))].float().cpu().numpy()
-    return codebooks.calibrated(act, 2, name, sample)
+    return flat[:: max(1, math.ceil(flat.numel() / _SAMPLE))].float().cpu().numpy()

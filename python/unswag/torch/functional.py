@@ -160,7 +160,8 @@ class _Coded(torch.autograd.Function):
 
 
 def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
-    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked for.
+    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked
+    for.
 
     Under a policy x plays the role mlp. Under "2bit" a code of the derivative is kept instead of it, n / 4 bytes, and y, if
     somebody saves it, in int2; `codes` is where the codebook stays from call to call.
@@ -190,8 +191,8 @@ def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None 
 
     bits      1 to 4: only a code of the derivative is kept, n bits / 8 bytes. Lossy: y is exact, the gradient is not
               (docs/policies.md)
-    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (right in the mean), or a Codebook; by default
-              the best of so many bits
+    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (right in the mean), or a Codebook; by
+              default the best of so many bits
     """
     return _with_bits(x, "silu", bits, codebook)
 
@@ -210,6 +211,19 @@ def gelu(
     Saved: x, n b bytes; under the stash y is made again from x when asked for. With `bits` and `codebook` as in `silu`.
     """
     return _with_bits(x, _gelu_name(approximate), bits, codebook)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x / (1 + e^(-1.702 x)) (Hendrycks & Gimpel 2016). Saved: x, n b bytes; under the stash y is made again from x."""
+    return activation(x, "quick_gelu")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2, bit for bit as `torch.relu(x).square()` (So et al. 2021, Primer).
+
+    Saved: x, n b bytes; under the stash y is made again from x when asked for. relu2(relu(x)) is relu2(x), in its gradient too.
+    """
+    return activation(x, "relu2")
 
 
 # ---- gated units ----------------------------------------------------------------------------------------------------------
@@ -266,7 +280,7 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
     """
     _check("gated", "gate", gate)
     _check("gated", "up", up)
-    code = derivatives.current(codes, act, gate)
+    code = derivatives.current(codes, act, gate, up)
     if code is not None:
         h, value = _GatedCoded.apply(gate, up, act, code)
         stash.remember(h, _product, value, up)
@@ -393,6 +407,69 @@ def rms_norm(
         y, ops.rms_norm_apply, x, rstd, weight,
         weight_offset=float(weight_offset), cast_before_weight=bool(cast_before_weight), out_dtype=out_dtype,
     )  # fmt: skip
+    result: Tensor = y
+    return result
+
+
+# ---- LayerNorm ------------------------------------------------------------------------------------------------------------
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = ops.layer_norm_forward(x, weight, bias, eps, out_dtype)
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return y, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if dy is None:
+            return None, None, None, None, None
+        x, mean, rstd, weight = ctx.saved_tensors
+        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        dx, dw, db = ops.layer_norm_backward(x, mean, rstd, weight, dy, need_dx, need_dw, need_db)
+        # dw and db are summed in float and rounded to the parameter's dtype once, here.
+        return (
+            dx if need_dx else None,
+            dw.to(ctx.weight_dtype) if need_dw else None,
+            db.to(ctx.bias_dtype) if need_db else None,
+            None,
+            None,
+        )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(x - mean) rstd weight + bias over the last dimension, rstd = 1 / sqrt(variance + eps) (Ba, Kiros, Hinton 2016).
+
+    x: [..., cols]; weight, bias: [cols] of any supported dtype, or None. All is float until the result, which is rounded once.
+    Result: shape of x, dtype `out_dtype` or x's.
+    Saved: x, which its other readers share, and mean and rstd: 8 bytes per row (16 for float64); under the stash the result is
+    not kept by who reads it, but made again from x, mean and rstd.
+    """
+    _check("layer_norm", "x", x)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            _check("layer_norm", name, vector)
+    out_dtype = out_dtype or x.dtype
+    if not eps >= 0:
+        raise ValueError(f"layer_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-5")
+    stash.plays("residual", x)
+    y, mean, rstd = _LayerNorm.apply(x, weight, bias, float(eps), out_dtype)
+    stash.remember(y, ops.layer_norm_apply, x, mean, rstd, weight, bias, out_dtype=out_dtype)
     result: Tensor = y
     return result
 

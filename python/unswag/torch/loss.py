@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from unswag.torch import ops, stash
@@ -594,6 +596,24 @@ class LazyLogits:
     def contiguous(self) -> LazyLogits:
         return self
 
+    def view(self, *shape: Any) -> Any:
+        """Stays lazy as [rows, classes]."""
+        return self._as_rows("view", shape)
+
+    def reshape(self, *shape: Any) -> Any:
+        """As `view`."""
+        return self._as_rows("reshape", shape)
+
+    def _as_rows(self, how: str, shape: tuple[Any, ...]) -> Any:
+        rows, sizes = self.shape[:-1].numel(), tuple(shape[0]) if len(shape) == 1 and _is_sizes(shape[0]) else shape
+        if len(sizes) != 2 or sizes[0] not in (-1, rows) or sizes[1] != self._classes:
+            return getattr(self.tensor(how), how)(*shape)
+        self._check_unchanged()
+        hidden = self._hidden.reshape(rows, self._hidden.shape[-1])
+        out = LazyLogits(self._head, hidden, classes=self._classes, chain=self._chain, like=self)
+        out._versions = [hidden._version, *self._versions[1:]]  # a copy, where hidden is a slice, counts for itself
+        return out
+
     def __getitem__(self, index: Any) -> Any:
         index = index if isinstance(index, tuple) else (index,)
         if all(isinstance(i, slice) or i is Ellipsis for i in index) and index.count(Ellipsis) <= 1:
@@ -644,15 +664,17 @@ class LazyLogits:
                 stacklevel=3,
             )
 
-    def cross_entropy(self, labels: Tensor, *, ignore_index: int = -100, num_items: NumItems = None) -> Tensor | None:
-        """F.cross_entropy of these logits and labels [...] in chunks, or None if the chain is not
-        softcap tanh(scale logits / softcap)."""
+    def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor | None:
+        """F.cross_entropy of these logits and labels [...] in chunks; `options` are LossOptions', softcap and scale aside.
+        None if the chain is not softcap tanh(scale logits / softcap), or if a head that is called is asked for each row's loss.
+        """
         form = _softcap_and_scale(self._chain)
         if form is None:
             return None
+        chosen = LossOptions(softcap=form[0], logit_scale=form[1], **options)
+        if chosen.reduction == "none" and self._head.linear is None:
+            return None
         self._check_unchanged()
-        softcap, scale = form
-        options = LossOptions(ignore_index, softcap=softcap, logit_scale=scale, num_items=num_items)
         enabled, dtype = self._autocast
         with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
             if self._head.linear is not None:
@@ -660,11 +682,11 @@ class LazyLogits:
                 if self._classes != weight.shape[0]:
                     weight, bias = weight[: self._classes], None if bias is None else bias[: self._classes]
                 make = functools.partial(_LinearSweep, _product_dtype(self._hidden))
-                _check(self._hidden, weight, labels, bias, options)
-                return _loss(make, self._hidden, labels, options, (weight, bias))
+                _check(self._hidden, weight, labels, bias, chosen)
+                return _loss(make, self._hidden, labels, chosen, (weight, bias))
             call = self._head.call if self._classes == self._head.classes else self._sliced_call
             wanted = tuple(p for p in self._head.parameters if p.requires_grad)
-            return head_cross_entropy(call, wanted, self._classes, self._hidden, labels, options=options)
+            return head_cross_entropy(call, wanted, self._classes, self._hidden, labels, options=chosen)
 
     def _sliced_call(self, hidden: Tensor) -> Tensor:
         return self._head.call(hidden)[..., : self._classes]
@@ -677,11 +699,46 @@ class LazyLogits:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
+        if func is F.cross_entropy and isinstance(args[0], cls):
+            loss = _as_stock(*args, **(kwargs or {}))
+            if loss is not None:
+                return loss
         method = _CHAIN.get(name)
         if method is not None and not kwargs and isinstance(args[0], cls):
             return getattr(args[0], method)(*args[1:])
         real = lambda x: x.tensor(name) if isinstance(x, cls) else x  # noqa: E731
         return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+
+
+def _as_stock(
+    logits: LazyLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """What F.cross_entropy returns when a model calls it with lazy logits, in their dtype; None for what the chunks cannot do:
+    classes in another dimension, probabilities as targets, weights of classes."""
+    if (
+        logits.ndim != 2
+        or weight is not None
+        or size_average is not None
+        or reduce is not None
+        or type(target) not in (Tensor, FakeTensor)
+        or target.dtype not in (torch.int64, torch.uint8)  # what stock takes
+        or target.shape != logits.shape[:1]
+    ):
+        return None
+    if is_fake(logits._hidden):  # surgery's dry run: no values to make a loss of
+        return logits._hidden.sum()
+    loss = logits.cross_entropy(target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    if loss is None:
+        return None
+    widened = torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64
+    return loss.to(torch.float32 if widened else logits.dtype)
 
 
 # Functions that stay lazy, by the method that does it.
@@ -706,6 +763,10 @@ def _real(operator: str) -> Callable[..., Any]:
 for _operator in _OPERATORS.split():
     setattr(LazyLogits, f"__{_operator}__", _real(f"__{_operator}__"))
 LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _is_sizes(x: Any) -> bool:
+    return isinstance(x, (tuple, list))
 
 
 def _is_number(x: Any) -> bool:

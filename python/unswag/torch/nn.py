@@ -61,6 +61,20 @@ class GELU(torch.nn.Module):
         return f"approximate={self.approximate!r}"
 
 
+class QuickGELU(torch.nn.Module):
+    """`functional.quick_gelu`. Saved: x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.quick_gelu(x)
+
+
+class ReLU2(torch.nn.Module):
+    """`functional.relu2`. Saved: x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu2(x)
+
+
 class SwiGLU(torch.nn.Module):
     """silu(gate) * up of two tensors. Saved: gate and up."""
 
@@ -143,3 +157,36 @@ class RMSNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.cols}, eps={self.eps}, weight_offset={self.weight_offset}, cast_before_weight={self.cast_before_weight}"
+
+
+class LayerNorm(torch.nn.Module):
+    """`functional.layer_norm` over the last dimension of size `cols`. Saved: x and 8 bytes per row.
+
+    elementwise_affine=False: neither weight nor bias; bias=False: no bias.
+    """
+
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self, cols: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.cols, self.eps = cols, eps
+        for name, there in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(cols, **factory)) if there else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.cols,):
+            raise ValueError(f"LayerNorm: x has shape {list(x.shape)}; its last dimension must be {self.cols}")
+        return functional.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.cols}, eps={self.eps}, elementwise_affine={self.weight is not None}, bias={self.bias is not None}"

@@ -29,6 +29,7 @@ _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 DTYPES: dict[torch.dtype, int] = {_DTYPE_NAMES[name]: code for code, name in enumerate(_core.dtypes)}
 MASKS: dict[str, int] = {name: code for code, name in enumerate(_core.masks)}
 ACTIVATIONS: dict[str, int] = {name: code for code, name in enumerate(_core.activations)}
+BLOCKS: dict[str, int] = {name: code for code, name in enumerate(_core.blocks)}
 DITHERED: dict[str, int] = {name: ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
 
 # torch's integers are signed, a seed is not.
@@ -500,6 +501,118 @@ def _rms_norm_backward(
     return dx, dw
 
 
+# ---- LayerNorm ------------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm_check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    _dtype("layer_norm", "x", x)
+    if x.dim() == 0:
+        raise ValueError("layer_norm: x has no dimension to normalise over; pass x of shape [..., cols]")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            _dtype("layer_norm", name, vector)
+            _vector("layer_norm", name, vector, x.shape[-1], "the last dimension of x")
+            _beside("layer_norm", name, vector, "x", x)
+
+
+def _layer_norm_y(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    y = torch.empty_like(x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format)
+    _dtype("layer_norm", "out_dtype", y)
+    return y
+
+
+def _layer_norm_statistics_check(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    for name, vector in (("mean", mean), ("rstd", rstd)):
+        _beside("layer_norm", name, vector, "x", x)
+        if vector.dtype != _wide(x.dtype) or vector.shape != x.shape[:-1]:
+            raise ValueError(
+                f"layer_norm: {name} is {vector.dtype} of shape {list(vector.shape)} but x of shape {list(x.shape)} needs "
+                f"{_wide(x.dtype)} of shape {list(x.shape[:-1])}; pass what layer_norm_forward gave"
+            )
+
+
+def _layer_norm_forward_outputs(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _layer_norm_check(x, weight, bias)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_wide(x.dtype)) for _ in range(2))
+    return _layer_norm_y(x, out_dtype), mean, rstd
+
+
+def _fill_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, mean: Tensor, rstd: Tensor, given: bool
+) -> None:
+    x_dtype, y_dtype = DTYPES[x.dtype], DTYPES[y.dtype]
+    x, rows, cols, stride = _rows(x)
+    weight, bias = _dense(weight), _dense(bias)
+    device, stream, threads = _where(x)
+    _core.layer_norm_forward(
+        eps, given, rows, cols, x_dtype, x.data_ptr(), stride, 0 if weight is None else DTYPES[weight.dtype], _address(weight),
+        0 if bias is None else DTYPES[bias.dtype], _address(bias), y_dtype, y.data_ptr(), cols, mean.data_ptr(),
+        rstd.data_ptr(), device, stream, threads,
+    )  # fmt: skip
+
+
+def _layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _no_graph("layer_norm_forward", x, weight, bias)
+    y, mean, rstd = _layer_norm_forward_outputs(x, weight, bias, eps, out_dtype)
+    _fill_layer_norm(x, weight, bias, eps, y, mean, rstd, given=False)
+    return y, mean, rstd
+
+
+def _layer_norm_apply_outputs(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    _layer_norm_check(x, weight, bias)
+    _layer_norm_statistics_check(x, mean, rstd)
+    return _layer_norm_y(x, out_dtype)
+
+
+def _layer_norm_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    _no_graph("layer_norm_apply", x, weight, bias)
+    y = _layer_norm_apply_outputs(x, mean, rstd, weight, bias, out_dtype)
+    _fill_layer_norm(x, weight, bias, 0.0, y, mean.contiguous(), rstd.contiguous(), given=True)
+    return y
+
+
+def _layer_norm_backward_outputs(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dy: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _layer_norm_check(x, weight, None)
+    _layer_norm_statistics_check(x, mean, rstd)
+    _dtype("layer_norm", "dy", dy)
+    _beside("layer_norm", "dy", dy, "x", x)
+    if dy.shape != x.shape:
+        raise ValueError(f"layer_norm: dy has shape {list(dy.shape)} but x has {list(x.shape)}; they must be equal")
+    dw, db = (x.new_empty(x.shape[-1:] if need else 0, dtype=_wide(x.dtype)) for need in (need_dw, need_db))
+    return _empty(x) if need_dx else x.new_empty(0), dw, db
+
+
+def _layer_norm_backward(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dy: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _no_graph("layer_norm_backward", x, weight, dy)
+    dx, dw, db = _layer_norm_backward_outputs(x, mean, rstd, weight, dy, need_dx, need_dw, need_db)
+    x_dtype, dy_dtype = DTYPES[x.dtype], DTYPES[dy.dtype]
+    x, rows, cols, x_stride = _rows(x)
+    dy, _, _, dy_stride = _rows(dy)
+    weight, mean, rstd = _dense(weight), mean.contiguous(), rstd.contiguous()
+    device, stream, threads = _where(x)
+    scratch = None
+    if (need_dw or need_db) and device >= 0:
+        scratch = x.new_empty(_core.layer_norm_backward_scratch(rows, cols), dtype=torch.uint8)
+    _core.layer_norm_backward(
+        rows, cols, x_dtype, x.data_ptr(), x_stride, 0 if weight is None else DTYPES[weight.dtype], _address(weight),
+        mean.data_ptr(), rstd.data_ptr(), dy_dtype, dy.data_ptr(), dy_stride, dx.data_ptr() if need_dx else 0, cols,
+        dw.data_ptr() if need_dw else 0, db.data_ptr() if need_db else 0, _address(scratch), device, stream, threads,
+    )  # fmt: skip
+    return dx, dw, db
+
+
 # ---- cross-entropy --------------------------------------------------------------------------------------------------------
 
 
@@ -550,6 +663,55 @@ def _cross_entropy(
         loss.data_ptr(), lse.data_ptr(), device, stream, threads,
     )  # fmt: skip
     return loss, lse
+
+
+# ---- block codecs -----------------------------------------------------------------------------------------------------------
+
+
+def _block_shape(op: str, x: Tensor, codec: str) -> tuple[int, ...]:
+    code = BLOCKS.get(codec)
+    if code is None:
+        raise ValueError(f"{op}: there is no block codec {codec!r}; choose from {', '.join(BLOCKS)}")
+    return (*x.shape[:-1], _core.block_row_bytes(code, x.shape[-1] if x.dim() else 1))
+
+
+def _block_encode_outputs(x: Tensor, codec: str, stochastic: bool, seed: int, offset: int) -> Tensor:
+    _dtype("block_encode", "x", x)
+    return x.new_empty(_block_shape("block_encode", x, codec), dtype=torch.uint8)
+
+
+def _block_encode(x: Tensor, codec: str, stochastic: bool, seed: int, offset: int) -> Tensor:
+    _no_graph("block_encode", x)
+    packed = _block_encode_outputs(x, codec, stochastic, seed, offset)
+    x, rows, cols, stride = _rows(x)
+    device, stream, threads = _where(x)
+    _core.block_encode(
+        BLOCKS[codec], stochastic, seed & _64_BITS, offset & _64_BITS, DTYPES[x.dtype], rows, cols, x.data_ptr(), stride,
+        packed.data_ptr(), packed.shape[-1], device, stream, threads,
+    )  # fmt: skip
+    return packed
+
+
+def _block_decode_outputs(packed: Tensor, codec: str, cols: int, dtype: torch.dtype) -> Tensor:
+    op = "block_decode"
+    x = torch.empty((*packed.shape[:-1], cols), dtype=dtype, device=packed.device)
+    _dtype(op, "dtype", x)
+    if packed.dtype != torch.uint8 or packed.shape != _block_shape(op, x, codec):
+        raise ValueError(
+            f"{op}: packed is {packed.dtype} of shape {list(packed.shape)} but {cols} columns in {codec} need torch.uint8 of "
+            f"shape {list(_block_shape(op, x, codec))}; pass what block_encode gave, and its columns"
+        )
+    return x
+
+
+def _block_decode(packed: Tensor, codec: str, cols: int, dtype: torch.dtype) -> Tensor:
+    x = _block_decode_outputs(packed, codec, cols, dtype)
+    packed, rows, _, packed_stride = _rows(packed)
+    device, stream, threads = _where(packed)
+    _core.block_decode(
+        BLOCKS[codec], DTYPES[dtype], rows, cols, packed.data_ptr(), packed_stride, x.data_ptr(), cols, device, stream, threads
+    )
+    return x
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------------
@@ -798,12 +960,35 @@ rms_norm_backward = _register(
     _rms_norm_backward,
     _rms_norm_backward_outputs,
 )
+layer_norm_forward = _register(
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    _layer_norm_forward,
+    _layer_norm_forward_outputs,
+)
+layer_norm_apply = _register(
+    "layer_norm_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, ScalarType? out_dtype) -> Tensor",
+    _layer_norm_apply,
+    _layer_norm_apply_outputs,
+)
+layer_norm_backward = _register(
+    "layer_norm_backward(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor dy, bool need_dx, bool need_dw,"
+    " bool need_db) -> (Tensor dx, Tensor dw, Tensor db)",
+    _layer_norm_backward,
+    _layer_norm_backward_outputs,
+)
 cross_entropy_ = _register(
     "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? class_weight, Tensor? row_scale, float gradient_scale,"
     " int ignore_index, float label_smoothing, float softcap, float logit_scale, bool write_gradient)"
     " -> (Tensor loss, Tensor lse)",
     _cross_entropy,
     _cross_entropy_outputs,
+)
+block_encode = _register(
+    "block_encode(Tensor x, str codec, bool stochastic, int seed, int offset) -> Tensor", _block_encode, _block_encode_outputs
+)
+block_decode = _register(
+    "block_decode(Tensor packed, str codec, int cols, ScalarType dtype) -> Tensor", _block_decode, _block_decode_outputs
 )
 dropout = _register("dropout(Tensor x, float p, int seed, int offset) -> Tensor", _dropout, _dropout_outputs)
 code_forward = _register(

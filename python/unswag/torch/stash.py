@@ -525,7 +525,7 @@ class Stash:
         self._prune()
         for t in tensors:
             key = _storage_key(t)
-            if key is None or not codecs.takes(t):
+            if key is None or not codecs.takes(codec, t):
                 continue
             marks = self._marks.setdefault(key, [])
             if not any((mark.layout, mark.offset) == (_Layout.of(t), t.storage_offset()) for mark in marks):

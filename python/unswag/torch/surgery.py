@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unswag.policy import Policy
+from unswag.policy import EXACT, Policy
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import LiveStorages
 from unswag.torch.patterns.loss import logits_counters
@@ -42,6 +42,7 @@ class SurgeryReport:
     bytes_per_token  (before, after): what a training step keeps for its backward pass, the loss's own gradient buffers
              aside; from a dry run of one sequence of DRY_TOKENS tokens on fake tensors, in the model's dtype without
              autocast. None where the model cannot run so.
+    policy   the policy's name and settings, and, when it is lossy, its measured error
     notes    what else was left as it is, and why: checkpointing that cannot recompute under the stash. Grows when a later
              forward finds something new
     """
@@ -51,6 +52,7 @@ class SurgeryReport:
     skipped: list[tuple[str, str]]
     bytes_per_token: tuple[float | None, float | None] = (None, None)
     notes: list[str] = field(default_factory=list)
+    policy: str = "exact"
     _logits: list[Counter[str]] = field(default_factory=list, repr=False)
     _relus: list[Counter[str]] = field(default_factory=list, repr=False)
 
@@ -81,6 +83,8 @@ class SurgeryReport:
             for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
                 names = [name or "the model" for name, _ in group]
                 table.add_row(str(len(names)), names[0], what if style == "" else f"left: {what}", style=style)
+        if self.policy != "exact":
+            table.add_row("", "", self.policy, style="yellow")
         if made := self.logits_made:
             uses = ", ".join(f"{use} {n}" for use, n in made.most_common())
             table.add_row(str(made.total()), "the logits", f"made in full in training, by {uses}", style="yellow")
@@ -108,7 +112,7 @@ def apply_unswag_surgery(
     Calling it again starts afresh, with the new arguments. A whole model that is pickled after the surgery comes back with its
     own forwards; operate on it again.
 
-    policy     what is kept, and how: "exact", or a `Policy`
+    policy     what is kept, and how: "exact", a lossy one by name ("int8", "int4", "2bit"), or a `Policy` (docs/policies.md)
     attention  "auto": flash-attn if it is installed and can run, else SDPA, for padded and packed batches too (packed
                batches come with position_ids and without attention_mask); "stock": as the model has it
     loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
@@ -119,9 +123,9 @@ def apply_unswag_surgery(
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward, and transformers sees packed sequences only without one.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, RuntimeError if
-    somebody has wrapped one of our forwards since an earlier call. If anything else goes wrong the model is as it was before
-    the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy
+    of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
+    anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -140,10 +144,17 @@ def apply_unswag_surgery(
         for pattern, candidate in planned:
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
+        if chosen.lossy and not any(pattern.role and getattr(chosen, pattern.role) != EXACT for pattern, _ in planned):
+            raise ValueError(
+                f"apply_unswag_surgery: policy {chosen.name!r} would change nothing, because no module that plays one of its "
+                "roles was patched (policy='exact' reports why); use policy='exact'"
+            )
         if patched:
-            _put_stash_around(model, chosen)
+            notes: list[str] = []
+            for module in (model, *_backbones(model)):
+                _put_stash_around(module, chosen, notes)
             patched.append(("", "stash"))
-            vars(model)[NOTES].extend(checkpoint.prepare(model))
+            notes.extend(checkpoint.prepare(model))
         with sealed():
             kept_after = _dry_run(model) if planned else None
     except BaseException:
@@ -152,10 +163,11 @@ def apply_unswag_surgery(
             for path, value in replaced.items():
                 replace(module, path, value)
         raise
-    notes = vars(model).get(NOTES, [])
+    left = vars(model).get(NOTES, [])
+    words, relus = chosen.cost() or str(chosen), kept_as(model)
     report = SurgeryReport(
-        type(model).__name__, patched, skipped, (kept_before, kept_after), notes, logits_counters(model), kept_as(model)
-    )
+        type(model).__name__, patched, skipped, (kept_before, kept_after), left, words, logits_counters(model), relus
+    )  # fmt: skip
     Console().print(report)
     return report
 
@@ -212,7 +224,7 @@ def _plan(
     return planned, skipped
 
 
-def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
+def _prepare_checkpoints(model: nn.Module) -> None:
     """Before each forward. Says once what it leaves, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
     for note in checkpoint.prepare(model):
@@ -221,9 +233,16 @@ def _prepare_checkpoints(model: nn.Module, policy: Policy) -> None:
             warnings.warn(f"unswag: {note}", stacklevel=4)
 
 
-def _put_stash_around(model: nn.Module, policy: Policy) -> None:
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    """What transformers calls the base model, of `model` and of the models inside it: trainers that make their loss from hidden
+    states call it past the model's own forward (TRL does), and then its stash is the one that is entered."""
+    bases = (getattr(module, getattr(type(module), "base_model_prefix", "") or "-", None) for module in model.modules())
+    return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
+
+
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
-    replace(model, NOTES, [])
+    replace(model, NOTES, notes)
     inner = model.__dict__.get("forward")
     if inner is not None:  # of a pattern, or of whoever wrapped the model before
         replace(model, INNER, inner)
@@ -233,7 +252,7 @@ def _put_stash_around(model: nn.Module, policy: Policy) -> None:
     place = list(bound.parameters).index("use_cache") if "use_cache" in bound.parameters else len(bound.parameters)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _prepare_checkpoints(self, policy)
+        _prepare_checkpoints(self)
         trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
         if takes_use_cache and trains and len(args) <= place:
             kwargs.setdefault("use_cache", False)
@@ -258,6 +277,7 @@ def _dry_run(model: nn.Module) -> float | None:
         memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
+            vars(memo[id(p)]).update(vars(p))  # what a packed weight says of itself: bitsandbytes' quant_state
         copy = deepcopy(model, memo).train()
         for module in copy.modules():
             module.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})

@@ -11,6 +11,7 @@ from values import SIXTEEN, all_sixteen, bits, kept, normal
 from unswag import codebooks, reference
 from unswag import jax as uj
 from unswag.codebooks import Codebook
+from unswag.jax.activations import FUNCTIONS
 
 OURS = {
     "silu": uj.silu,
@@ -63,6 +64,21 @@ def test_float32_against_fp64(act):
     truths = reference.activation(wide, act)[0], reference.activation_derivative(wide, act)[0]
     for ours, theirs, truth in zip(value_and_gradient(OURS[act], x), value_and_gradient(THEIRS[act], x), truths, strict=True):
         assert error(ours, truth).max() <= 1.25 * error(theirs, truth).max()
+
+
+@pytest.mark.parametrize("act", FUNCTIONS)
+def test_the_table_of_formulas(x64, act):
+    """Every name of the table, which the C++ core has too where it was built, is the function of docs/math.md."""
+    x = np.linspace(-12, 12, 4001)[None]
+    for f, truth in zip(FUNCTIONS[act], (reference.activation, reference.activation_derivative), strict=True):
+        np.testing.assert_allclose(f(jnp.asarray(x)), truth(x, act), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.native
+def test_the_table_has_the_names_of_the_core():
+    from unswag import _core
+
+    assert list(FUNCTIONS) == list(_core.activations)
 
 
 @pytest.mark.parametrize("act", OURS)

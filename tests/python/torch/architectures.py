@@ -41,8 +41,8 @@ ALL = {
     "t5_gated": ("Seq2SeqLM", "t5", T5 | dict(feed_forward_proj="gated-gelu")),
     "whisper": ("SpeechSeq2Seq", "whisper", WHISPER),
     "vit": ("ImageClassification", "vit", VISION | dict(hidden_dropout_prob=0.1)),
-    "clip_text": ("", "clip_text_model", LM | dict(hidden_act="gelu")),
-    "clip_vision": ("", "clip_vision_model", VISION | dict(hidden_act="gelu")),
+    "clip_text": ("", "clip_text_model", LM),  # quick_gelu
+    "clip_vision": ("", "clip_vision_model", VISION),
 }
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.utils.checkpoint
 from small_models import assert_same, batch, gradients, made, step, tiny_llama, with_recipes, with_stash
 
-from unswag.policy import Policy
 from unswag.torch import checkpoint, stash
 from unswag.torch.audit import LiveStorages
 from unswag.torch.stash import Stash
@@ -215,7 +214,7 @@ def test_what_was_left_still_works_under_the_stash():
 
 def test_checkpoint_debugging_switched_on_for_a_while():
     model, given = checkpointed(with_recipes(tiny_llama())), []
-    wrapped = checkpoint.StashedCheckpoint(lambda function, *args, **kwargs: given.append(kwargs), Policy.named("exact"))
+    wrapped = checkpoint.StashedCheckpoint(lambda function, *args, **kwargs: given.append(kwargs))
     with torch.utils.checkpoint.set_checkpoint_debug_enabled(True), Stash():
         assert "debug=True" in checkpoint.prepare(model)[0]
         wrapped(None, use_reentrant=False)

@@ -113,3 +113,30 @@ def test_dropout():
     assert repr(module) == "Dropout(p=0.4)"
     with pytest.raises(ValueError, match="p is 1"):
         nn.Dropout(1)
+
+
+def test_layer_norm_is_torch_s():
+    for options in ({}, {"bias": False}, {"elementwise_affine": False}):
+        ours, torchs = nn.LayerNorm(16, eps=1e-3, **options), torch.nn.LayerNorm(16, eps=1e-3, **options)
+        with torch.no_grad():
+            for p in torchs.parameters():
+                p.normal_()
+        ours.load_state_dict(torchs.state_dict())  # the same keys
+        x = torch.randn(3, 5, 16)
+        torch.testing.assert_close(ours(x), torchs(x), rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            ours.reset_parameters(), torchs.reset_parameters()
+        torch.testing.assert_close(ours(x), torchs(x), rtol=1e-6, atol=1e-6)
+
+
+def test_layer_norm_errors_factory_and_repr():
+    with pytest.raises(ValueError, match="its last dimension must be 8"):
+        nn.LayerNorm(8, elementwise_affine=False)(torch.randn(2, 7))
+    assert nn.LayerNorm(8, dtype=torch.bfloat16, device="meta").bias.dtype == torch.bfloat16
+    assert repr(nn.LayerNorm(8, bias=False)) == "LayerNorm(8, eps=1e-05, elementwise_affine=True, bias=False)"
+
+
+@pytest.mark.parametrize(("module", "function"), [(nn.QuickGELU(), F.quick_gelu), (nn.ReLU2(), F.relu2)])
+def test_modules_that_torch_has_not(module, function):
+    x = torch.randn(4, 9)
+    assert torch.equal(module(x), function(x)) and repr(module) == f"{type(module).__name__}()" and not module.state_dict()

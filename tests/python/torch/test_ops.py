@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import re
 import types
@@ -24,8 +25,9 @@ OPS = (
     "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
     "gated_backward_product", "gated_halves_backward", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward",
     "cross_entropy_", "dropout",
+    "layer_norm_forward", "layer_norm_apply", "layer_norm_backward",
     "code_forward", "code_backward", "dither_forward", "dither_backward", "nonzero_encode", "nonzero_decode",
-    "signs_encode", "signs_decode",
+    "signs_encode", "signs_decode", "block_encode", "block_decode",
 )  # fmt: skip
 READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
 
@@ -61,6 +63,14 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
         if op == "rms_norm_apply":
             return x, rstd, weight, 0.0, True, None
         return x, rstd, weight, draw(), 0.0, True, True, True
+    if op.startswith("layer_norm"):
+        x, weight, bias = draw(), torch.randn(shape[-1], generator=generator), torch.randn(shape[-1], generator=generator)
+        if op == "layer_norm_forward":
+            return x, weight, bias, 1e-5, None
+        _, mean, rstd = ops.layer_norm_forward(x, weight, bias, 1e-5, None)
+        if op == "layer_norm_apply":
+            return x, mean, rstd, weight, bias, None
+        return x, mean, rstd, weight, draw(), True, True, True
     if op == "cross_entropy_":
         logits = draw().reshape(-1, shape[-1])
         labels = torch.arange(len(logits)) % shape[-1]
@@ -76,6 +86,10 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
     if op == "dither_backward":
         packed = ops.dither_forward(draw(), "gelu", 3, -7, 3, False)[1]
         return draw(), relayout(packed), "gelu", 3, -7, 3
+    if op == "block_encode":
+        return draw(), "int4", True, -7, 3
+    if op == "block_decode":
+        return relayout(ops.block_encode(draw(), "int8", False, 0, 0)), "int8", shape[-1] if shape else 1, dtype
     if op == "signs_encode":
         return (draw(),)
     if op == "signs_decode":
@@ -89,7 +103,7 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
 
 
 # Whose packed argument is no number, so that no view of it may be negative.
-TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode", "signs_decode")
+TAKE_BYTES = ("mask_backward", "code_backward", "dither_backward", "nonzero_decode", "signs_decode", "block_decode")
 
 
 def tensors(args) -> list[torch.Tensor]:
@@ -248,6 +262,8 @@ def test_any_strided_view(data):
     if shape:
         args = (None, 1e-6, 0.0, True, None)
         assert_same(ops.rms_norm_forward(x, *args), ops.rms_norm_forward(x.contiguous(), *args))
+        args = (None, None, 1e-5, None)
+        assert_same(ops.layer_norm_forward(x, *args), ops.layer_norm_forward(x.contiguous(), *args))
     assert torch.equal(bits(memory), canary)
 
 
@@ -259,7 +275,7 @@ NO_COLUMNS = [(0,), (2, 3, 0)]
     ("op", "shape"),
     [(op, shape) for op in OPS for shape in SMALL]
     + [(op, shape) for op in READERS for shape in NO_COLUMNS]
-    + [(op, ()) for op in READERS if not op.startswith(("rms_norm", "gated_halves"))],
+    + [(op, ()) for op in READERS if "norm" not in op and op != "gated_halves_backward"],
 )
 def test_small_and_empty(op, shape):
     args = sample(op, shape=shape)
@@ -269,8 +285,8 @@ def test_small_and_empty(op, shape):
     with torch.no_grad():
         fake = tensors(call(op, *[x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]))
     assert [x.shape for x in out] == [x.shape for x in fake]
-    if op == "rms_norm_backward" and args[0].numel() == 0:
-        assert out[1].shape == shape[-1:] and not out[1].any()  # the sum over no rows
+    if op.endswith("norm_backward") and args[0].numel() == 0:
+        assert all(sums.shape == shape[-1:] and not sums.any() for sums in out[1:])  # the sum over no rows
 
 
 @pytest.mark.parametrize("op", READERS)
@@ -396,6 +412,39 @@ def test_norm_again_is_the_norm(backend, dtype):
             assert_same(ops.rms_norm_apply(x, rstd, weight, 1.0, cast, out_dtype), y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_applied_again_is_bit_identical(backend, dtype):
+    """What the stash relies on, with every kind of weight and bias; and their gradients alone."""
+    x, dy = (torch.randn(7, 61, dtype=torch.float64).to(dtype) for _ in range(2))
+    vectors = [None, torch.randn(61), torch.randn(61).to(torch.bfloat16)]
+    for weight, bias in itertools.product(vectors, vectors):
+        for out_dtype in (None, torch.float32, torch.bfloat16):
+            y, mean, rstd = ops.layer_norm_forward(x, weight, bias, 1e-5, out_dtype)
+            assert y.dtype == (out_dtype or dtype) and mean.dtype == rstd.dtype == (
+                dtype if dtype == torch.float64 else torch.float32
+            )
+            assert_same(ops.layer_norm_apply(x, mean, rstd, weight, bias, out_dtype), y)
+        dx, dw, db = ops.layer_norm_backward(x, mean, rstd, weight, dy, True, True, True)
+        for wanted in range(3):
+            alone = ops.layer_norm_backward(x, mean, rstd, weight, dy, *(i == wanted for i in range(3)))
+            assert_same(alone[wanted], (dx, dw, db)[wanted])
+            assert sum(t.numel() for t in alone) == alone[wanted].numel()
+
+
+@pytest.mark.parametrize("offset", [0.0, 40.0])
+def test_layer_norm_against_the_twin(backend, offset):
+    x, dy = (torch.randn(9, 130, dtype=torch.float64) + c for c in (offset, 0.0))
+    weight, bias = torch.randn(2, 130, dtype=torch.float64)
+    y, mean, rstd = ops.layer_norm_forward(x, weight, bias, 1e-5, None)
+    gradients = ops.layer_norm_backward(x, mean, rstd, weight, dy, True, True, True)
+    truth = reference.layer_norm_forward(x.numpy(), weight.numpy(), bias.numpy(), 1e-5)
+    for ours, true in zip((y, mean, rstd), truth, strict=True):
+        np.testing.assert_allclose(ours, true, rtol=1e-12, atol=1e-12)
+    truth = reference.layer_norm_backward(x.numpy(), truth[1], truth[2], weight.numpy(), dy.numpy())
+    for ours, true in zip(gradients, truth, strict=True):
+        np.testing.assert_allclose(ours, true, rtol=1e-11, atol=1e-11)
+
+
 def test_cross_entropy_against_the_twin(backend):
     logits = torch.randn(9, 130) * 5
     labels = torch.tensor([0, 129, -100, 3, 3, 64, 65, 1, 2])
@@ -442,6 +491,13 @@ WRONG = [
     (lambda: ops.rms_norm_forward(X, None, 1e-6, 0.0, True, torch.int8), TypeError, "out_dtype has dtype torch.int8"),
     (lambda: ops.rms_norm_forward(X, None, -1.0, 0.0, True, None), ValueError, "eps"),
     (lambda: ops.rms_norm_apply(X, torch.ones(3), None, 0.0, True, None), ValueError, r"of shape \[2\]; pass what"),
+    (lambda: ops.layer_norm_forward(X, torch.ones(2), None, 1e-5, None), ValueError, r"pass a weight of shape \[3\]"),
+    (lambda: ops.layer_norm_forward(X, None, torch.ones(1, 3), 1e-5, None), ValueError, r"pass a bias of shape \[3\]"),
+    (lambda: ops.layer_norm_forward(X[0, 0], None, None, 1e-5, None), ValueError, "no dimension to normalise over"),
+    (lambda: ops.layer_norm_forward(X, None, None, 1e-5, torch.int8), TypeError, "out_dtype has dtype torch.int8"),
+    (lambda: ops.layer_norm_forward(X, None, None, -1.0, None), ValueError, "eps"),
+    (lambda: ops.layer_norm_apply(X, torch.ones(2), torch.ones(3), None, None, None), ValueError, r"rstd is .*; pass what"),
+    (lambda: ops.layer_norm_backward(X, torch.ones(2), torch.ones(2), None, X[0], True, True, True), ValueError, "dy has"),
     (lambda: _cross_entropy(torch.randn(2, 2, 3)), ValueError, r"logits.flatten\(0, -2\)"),
     (lambda: _cross_entropy(torch.randn(3, 2).t()), ValueError, r"pass logits.contiguous\(\)"),
     (lambda: _cross_entropy(X.clone(), torch.tensor([0.0, 1.0])), TypeError, r"labels.to\(torch.int64\)"),
@@ -456,7 +512,7 @@ WRONG = [
     (lambda: ops.code_backward(X, torch.zeros(2, 3, dtype=torch.uint8), [0.0, 1.0], 1), ValueError, r"shape \[2, 4\]"),
     (lambda: ops.code_backward(X, torch.zeros(2, 4, dtype=torch.uint8), [0.0], 1), ValueError, "count is 1"),
     (lambda: ops.dither_forward(X, "relu", 2, 0, 0, True), ValueError, "no activation 'relu'; choose from silu, gelu"),
-    (lambda: ops.nonzero_decode(*ops.nonzero_encode(X), [2, 4]), ValueError, "pass the shape that was encoded"),
+    (lambda: ops.nonzero_decode(*ops.nonzero_encode(X), [2, 40]), ValueError, "pass the shape that was encoded"),
     (lambda: _short_of_values(X), ValueError, "outside .*; pass the sums of what nonzero_count gave"),
 ]  # fmt: skip
 
@@ -546,6 +602,24 @@ def test_rms_norm_backward_brings_scratch_where_a_device_needs_it(rows, cols, ne
     assert (_core.rms_norm_backward_scratch(rows, cols) > 0) == (rows > 0)
 
 
+@pytest.mark.parametrize(("need_dw", "need_db"), [(True, False), (False, True), (False, False)])
+def test_layer_norm_backward_brings_scratch_where_a_device_needs_it(need_dw, need_db, monkeypatch):
+    seen, plain = [], _core.layer_norm_backward
+
+    def backward(*args):
+        *args, scratch, _, _, _ = args
+        seen.append(scratch)
+        plain(*args, 0, -1, 0, 1)
+
+    monkeypatch.setattr(_core, "layer_norm_backward", backward)
+    x, mean, rstd, weight, dy, *_ = sample("layer_norm_backward", shape=(5, 37))
+    for place in ((-1, 0, 1), (0, 64, 0)):
+        monkeypatch.setattr(ops, "_where", lambda x, place=place: place)
+        ops.layer_norm_backward(x, mean, rstd, weight, dy, True, need_dw, need_db)
+    assert [address != 0 for address in seen] == [False, need_dw or need_db]
+    assert _core.layer_norm_backward_scratch(5, 37) == 2 * _core.rms_norm_backward_scratch(5, 37)
+
+
 def _elsewhere(op: str) -> list[int]:
     """The places of an op's tensors, but the first."""
     return [i for i, x in enumerate(sample(op)) if isinstance(x, torch.Tensor)][1:]
@@ -585,7 +659,9 @@ def test_label_out_of_range_writes_nothing(label):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode", "signs_decode")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("mask_backward", "nonzero_decode", "signs_decode", "block_decode")]
+)
 def test_an_op_does_not_cut_the_graph_in_silence(op):
     args = sample(op)
     args[0].requires_grad_()
@@ -610,5 +686,5 @@ def test_lists_of_the_core():
     assert set(ops.DTYPES) == set(DTYPES)
     assert list(ops.MASKS) == ["relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"]
     assert set(ops.MASKS) == set(reference.PREDICATES)
-    assert list(ops.ACTIVATIONS) == ["silu", "gelu", "gelu_tanh", "relu"]
+    assert list(ops.ACTIVATIONS) == ["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
     assert _core.default_threads() >= 1 and _core.version()[0].isdigit()

@@ -10,6 +10,7 @@ from unswag.torch.patterns.dropout import Dropout
 from unswag.torch.patterns.experts import Experts
 from unswag.torch.patterns.fused_mlp import FusedMlp
 from unswag.torch.patterns.gated_mlp import GatedMlp
+from unswag.torch.patterns.layer_norm import LayerNorm
 from unswag.torch.patterns.lora import Lora
 from unswag.torch.patterns.loss import Loss
 from unswag.torch.patterns.norm import Norm
@@ -19,6 +20,7 @@ from unswag.torch.patterns.relu import Relu
 
 ALL: tuple[Pattern, ...] = (  # in the order in which they are tried
     Norm(),
+    LayerNorm(),
     GatedMlp(),
     FusedMlp(),
     Experts(),

@@ -21,13 +21,14 @@ from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, SAME, activation
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
 from unswag.torch.patterns.probing import distance, kind, takes_one_argument, twin, value_and_gradients
 
-OURS = ("silu", "gelu", "gelu_tanh")  # relu is a mask, and another matter
+OURS = tuple(act for act in ACTIVATIONS if act not in ("relu", "relu2"))  # which need less than their input: `patterns.relu`
 NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
 HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
 
 
 class Activation:
     name = "activation"
+    role = "mlp"
     saves = "its input, 16 bits per element in a 16-bit dtype; stock keeps the output too, and more where it is Python"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

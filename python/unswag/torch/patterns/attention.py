@@ -2,13 +2,17 @@
 
 Transformers' SDPA path gives every layer of a padded or packed batch a mask of tokens x tokens, and each keeps a copy in its
 own dtype. Here such a batch is taken as a list of spans, each a plain SDPA call without a mask; what spans cannot say
-(windows, custom masks) uses one boolean mask for the whole batch, and its attention is computed again in the backward.
+(windows, custom masks) uses one boolean mask for the whole batch, and its attention is computed again in the backward. So is
+attention with dropout on the CPU, where SDPA would keep tokens x tokens several times, with the draws of the forward.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
@@ -29,7 +34,8 @@ LINEAR = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_a
 
 class Attention:
     name = "attention"
-    saves = "q, k, v, the output and lse, for padded and packed batches too; stock adds tokens x tokens per layer there"
+    role = "attention"
+    saves = "q, k, v, the output and lse; stock adds tokens x tokens for padded and packed batches, and for dropout on CPUs"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         seen: list[Any] = []
@@ -52,6 +58,8 @@ class Attention:
             return f"its scores have a soft cap ({softcap:g}), which scaled_dot_product_attention cannot compute"
         if not module._can_set_attn_implementation() or not module._supports_sdpa:
             return "its code does not take another attention function"
+        if wanted == NAME and (where := next(filter(None, map(asks_for_sdpa, homes(module))), None)):
+            return f'its code ({where}) asks whether the attention is called "sdpa", and does something else under another name'
         candidate.parts["implementation"] = wanted
         return None
 
@@ -66,6 +74,38 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def homes(model: nn.Module) -> dict[str, None]:
+    """The Python modules of its classes, those of torch and the general ones of transformers aside."""
+    names = dict.fromkeys(cls.__module__ for m in model.modules() for cls in type(m).__mro__)
+    apart = ("torch", "builtins", "transformers")
+    return {n: None for n in names if n.partition(".")[0] not in apart or n.startswith("transformers.models.")}
+
+
+@functools.cache
+def asks_for_sdpa(home: str) -> str | None:
+    """The function in that Python module that knows both "sdpa" and the attribute with the implementation's name, or None. It
+    compares them: sparse attention, for one, folds its choice of keys into the mask for "eager" and "sdpa" only."""
+    found = list(vars(sys.modules[home]).values()) if home in sys.modules else []
+    classes = [c for c in found if inspect.isclass(c) and c.__module__ == home]
+    for member in (*found, *(m for c in classes for m in vars(c).values())):
+        if isinstance(member, property):
+            member = member.fget
+        elif isinstance(member, (staticmethod, classmethod)):
+            member = member.__func__
+        if isinstance(member, types.FunctionType):
+            function = inspect.unwrap(member)
+            if function.__module__ == home and _knows_both(function.__code__):
+                return function.__qualname__
+    return None
+
+
+def _knows_both(code: types.CodeType) -> bool:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    words = [w for c in code.co_consts for w in (c if isinstance(c, (tuple, frozenset)) else (c,))]
+    names = (*code.co_names, *code.co_varnames, *code.co_freevars)
+    return ("sdpa" in words and any(n.endswith("attn_implementation") for n in names)) or any(map(_knows_both, inner))
 
 
 def _flash_attention_runs(module: nn.Module) -> bool:
@@ -144,6 +184,8 @@ def attention_mask(
     terms = _terms(function) if training and square else None
     if terms is None or (terms.packed is None and (attention_mask is None or bool(attention_mask.all()))):
         return stock()
+    if is_fake(terms.packed):  # surgery's dry run of one sequence, whose positions have no values to say so
+        return None if terms.causal and terms.window is None else stock()
     pieces = _pieces(terms, attention_mask, batch_size, q_length)
     return stock() if pieces is None else Spans(pieces, batch_size, q_length, stock)  # type: ignore[arg-type]
 
@@ -224,16 +266,19 @@ def attention_forward(
     Returns [batch, length, heads, dim] and no weights.
 
     Saved: without a mask and with `Spans` what SDPA saves (q, k, v, output, lse); with a boolean mask q, k, v and the one mask
-    (the attention is computed again in the backward, because SDPA would keep its own copy of the mask in q's dtype)."""
+    (the attention is computed again in the backward, because SDPA would keep its own copy of the mask in q's dtype). With
+    dropout on the CPU q, k, v, the mask if there is one, and the state of the generator: 5 KB per layer."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    stash.plays("attention", query, key, value)
     causal = attention_mask is None and query.shape[2] > 1
     if (attention_mask is None or isinstance(attention_mask, Spans)) and not takes_groups(query, key, value, dropout, causal):
         key, value = (for_all_heads(t, query.shape[1]) for t in (key, value))
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    draws = dropout > 0 and query.is_cpu
     if isinstance(attention_mask, Spans):
         size = (attention_mask.batch, attention_mask.length)
-        if not special and all((t.shape[0], t.shape[2]) == size for t in (query, key, value)):
+        if not special and not draws and all((t.shape[0], t.shape[2]) == size for t in (query, key, value)):
             return _attend(query, key, value, attention_mask.pieces, dropout, scaling), None
         attention_mask = attention_mask.tensor()
 
@@ -243,12 +288,14 @@ def attention_forward(
     recompute = (
         torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)) and not torch.compiler.is_compiling()
     )
-    if attention_mask is None or attention_mask.dtype != torch.bool or special or dropout or not recompute:
+    masked = attention_mask is not None and attention_mask.dtype == torch.bool
+    known = masked or attention_mask is None
+    if not known or special or not recompute or not (draws or (masked and not dropout)):
         return stock(query, key, value, attention_mask), None
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
-    return MaskedAttention.apply(query, key, value, attention_mask, stock), None
+    return AttentionAgain.apply(query, key, value, attention_mask, torch.get_rng_state() if draws else None, stock), None
 
 
 def takes_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool) -> bool:
@@ -310,24 +357,36 @@ def _split(t: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int],
     return {cut: part.transpose(0, 1).unsqueeze(0) for cut, part in zip(cuts, parts, strict=True)}
 
 
-class MaskedAttention(torch.autograd.Function):
-    """y = attend(q, k, v, mask), computed again in the backward. Saved: q, k, v and the mask, which all layers share."""
+class AttentionAgain(torch.autograd.Function):
+    """y = attend(q, k, v, mask), computed again in the backward. Saved: q, k, v, the mask, which all layers share, and, if
+    attend draws, the state of the CPU's generator before: it is put in place for as long as the backward draws again."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        random: Tensor | None,
+        attend: Callable[..., Any],
+    ) -> Tensor:
         ctx.attend = attend
-        ctx.save_for_backward(query, key, value, mask)
-        return attend(query, key, value, mask)
+        ctx.save_for_backward(query, key, value, mask, random)
+        y: Tensor = attend(query, key, value, mask)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, mask = ctx.saved_tensors
+        *inputs, mask, random = ctx.saved_tensors
         needed = [i for i in range(3) if ctx.needs_input_grad[i]]
         leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng(devices=(), enabled=random is not None):
+            if random is not None:
+                torch.default_generator.set_state(random)
             y = ctx.attend(*leaves, mask)
-        gradients: list[Tensor | None] = [None] * 5
+        gradients: list[Tensor | None] = [None] * 6
         for i, gradient in zip(needed, torch.autograd.grad(y, [leaves[i] for i in needed], dy), strict=True):
             gradients[i] = gradient
         return tuple(gradients)

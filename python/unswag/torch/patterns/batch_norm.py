@@ -26,6 +26,7 @@ Recipe = tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 class BatchNorm:
     name = "batch_norm"
+    role = None
     saves = "x, as stock; where ReLU or another op keeps the output, stock keeps that too, here it is made again"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

@@ -14,6 +14,7 @@ from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel,
 
 class Dropout:
     name = "dropout"
+    role = None
     saves = "a seed; the next Linear's input is made again too; stock keeps a mask, 8 bits per element, and the output"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

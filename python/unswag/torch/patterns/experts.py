@@ -32,6 +32,7 @@ WIDTH = 32  # of the experts of a probe
 
 class Experts:
     name = "experts"
+    role = "mlp"
     saves = "gate and up of each token and expert; stock keeps act(gate), the product, the input and the result for each too"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

@@ -36,6 +36,7 @@ class Wiring:
 
 class FusedMlp:
     name = "fused_mlp"
+    role = "mlp"
     saves = (
         "gate and up where they are, 32 bits per hidden element in a 16-bit dtype; stock keeps act(gate) and the product too"
     )

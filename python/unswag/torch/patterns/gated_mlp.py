@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 GRID = 12.0  # pre-activations of the probes span -GRID…GRID; gelu and gelu_tanh are 5e-4 apart there, and 8e-8 near 0
 SAME = 1e-9  # a hundredth of a rounding in float32; some spell sqrt(2 / pi) with eight digits and are 1e-10 off
@@ -52,6 +54,7 @@ class Wiring:
 
 class GatedMlp:
     name = "gated_mlp"
+    role = "mlp"
     saves = "gate and up: 32 bits per hidden element in a 16-bit dtype; stock keeps act(gate) and the product too, 64 bits"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

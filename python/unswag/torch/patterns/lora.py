@@ -24,6 +24,7 @@ STATE = ("scaling", "active_adapters", "disable_adapters", "merged", "in_feature
 
 class Lora:
     name = "lora"
+    role = None
     saves = "x in its own dtype, once for all that read it, and r numbers per row; PEFT keeps a float32 cast of x per Linear"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

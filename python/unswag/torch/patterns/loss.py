@@ -1,8 +1,9 @@
-"""The loss of a causal language model: from the hidden states, in chunks, instead of from logits of tokens x vocabulary.
+"""The loss of a language model: from the hidden states, in chunks, instead of from logits of tokens x vocabulary.
 
 On the instance, and in training with gradients only: the output embedding returns `LazyLogits`, and `model.loss_function`
-makes the loss from them.  What the model does in between (a soft-cap, scale, cast or slice) is noted and done in the chunks;
-anything else makes the real logits.  In evaluation, generation, without gradients, under `keep_logits()`, torch.compile and
+makes the loss from them, or F.cross_entropy where a model calls that on its rows (masked, older and encoder-decoder models).
+What the model does in between (a soft-cap, scale, cast or slice) is noted and done in the chunks; anything else makes the real
+logits.  In evaluation, generation, without gradients, under `keep_logits()`, torch.compile and
 torch.func the head works as before.
 
 Left alone, with a reason: models with a loss of their own, heads with backward hooks, sharded heads (the chunks would run after
@@ -41,6 +42,7 @@ class _State:
 
 class Loss:
     name = "loss"
+    role = None
     saves = "hidden states' gradient and the head's (the loss's own buffers); no logits"
 
     def find(self, model: nn.Module) -> Iterable[Candidate]:
@@ -59,13 +61,13 @@ class Loss:
             yield Candidate(names.get(head, ""), head, {"models": models})
 
     def probe(self, candidate: Candidate) -> str | None:
-        from transformers.loss.loss_utils import ForCausalLMLoss
+        from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
         head, models = candidate.module, candidate.parts["models"]
         losses = {model: model.loss_function for model in models}
-        if ForCausalLMLoss not in losses.values():
+        if not {ForCausalLMLoss, ForMaskedLMLoss} & set(losses.values()):
             names = " and ".join(sorted(getattr(loss, "__name__", str(loss)) for loss in losses.values()))
-            return f"the model's loss function is {names}, not the next-token cross-entropy"
+            return f"the model's loss function is {names}, not the cross-entropy of a causal or masked language model"
         for model in models:
             home = foreign_forward(model) or ""
             if home.startswith(("liger", "unsloth")):

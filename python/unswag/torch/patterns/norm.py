@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import rms_norm
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward
-from unswag.torch.patterns.probing import distance, kind, takes_one_argument, twin, ulps, value_and_gradients
+from unswag.torch.patterns.probing import distance, ignores_the_mean, kind, takes_one_argument, twin, ulps, value_and_gradients
 
 ELEMENTS = 1 << 16  # of each probe: enough to see a rate of 1e-4
 FEW = 1 << 12  # where a module of the same kind was probed before
@@ -49,6 +50,7 @@ class Variant:
 
 class Norm:
     name = "norm"
+    role = "residual"
     saves = "x, which the residual stream keeps anyway, and 4 bytes per row; stock keeps a float32 copy of x, and x rstd"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
@@ -65,6 +67,7 @@ class Norm:
                 and len(parameters) <= 1
                 and all(p.ndim == 1 and p.is_floating_point() for _, p in parameters)
                 and takes_one_argument(module)
+                and not ignores_the_mean(module, parameters[0][1] if parameters else like)
             ):
                 like_ = parameters[0][1] if weight else like
                 yield Candidate(name, module, {"weight": weight, "eps": eps, "like": like_, "proven": proven})
@@ -114,35 +117,40 @@ class Norm:
 class Case:
     """An input for a twin of the module with a random weight, and what the module's own forward makes of it."""
 
+    neighbours: ClassVar[dict[torch.dtype, float]] = NEIGHBOURS
+    of_sums: ClassVar[tuple[float, float]] = (1e-6, 0.0)  # how far dw may be: of a float32 x, of a 16-bit x at the least
+
     twin: nn.Module
     x: Tensor
     autocast: bool
-    theirs: list[Tensor]  # y, dx, and dw if there is a weight
+    theirs: list[Tensor]  # y, dx, and the gradients of its vectors
 
-    def differs(self, variant: Variant) -> str | None:
+    def differs(self, variant: Callable[[nn.Module, Tensor], Tensor]) -> str | None:
         """How `variant` differs from the module, or None."""
-        y, *gradients = _run(self.twin, self.x, self.autocast, lambda module, x: variant(module, x))
+        y, *gradients = run(self.twin, self.x, self.autocast, variant)
         words = f"with {self.x.dtype} x of scale {self.x.std():.0e}" + (" under autocast" if self.autocast else "")
         if y.dtype != self.theirs[0].dtype:
             return f"y is {self.theirs[0].dtype} {words}, not {y.dtype}"
         if y.dtype in NEIGHBOURS:
             apart = ulps(y, self.theirs[0])
-            # x rstd one ulp off may be two ulp of the product
-            if (off := int((apart > 0).sum())) > max(1, NEIGHBOURS[y.dtype] * y.numel()) or apart.max() > 2:
+            # x rstd one ulp off may be two ulp of the product; a sum that cancels has no ulp to speak of
+            apart[(y - self.theirs[0]).abs() <= 1e-6 * y.float().square().mean().sqrt()] = 0
+            if (off := int((apart > 0).sum())) > max(1, self.neighbours[y.dtype] * y.numel()) or apart.max() > 2:
                 return f"{words}, {off / y.numel():.1%} of y differ, by up to {apart.max()} ulp"
         # x rstd rounded to 16 bits inside a float32 y: neighbours in 1e-5 of the elements are 2e-5, another order of casts 1e-3
         elif (error := distance(y, self.theirs[0])) > (1e-4 if self.x.dtype in NEIGHBOURS else 1e-6):
             return f"y differs by {error:.1e} {words}"
-        for what, ours, theirs in zip(("dx", "dw"), gradients, self.theirs[1:], strict=False):
+        for what, ours, theirs in zip(("dx", "dw", "db"), gradients, self.theirs[1:], strict=False):
             halves = [torch.finfo(t.dtype).eps for t in (self.x, y, ours) if t.dtype in NEIGHBOURS]
-            tolerance = 4 * max(halves) if halves else 1e-6
+            single, half = (1e-6, 0.0) if what == "dx" else self.of_sums
+            tolerance = max(half, 4 * max(halves)) if halves else single
             if (error := distance(ours, theirs)) > tolerance:
                 return f"{what} differs by {error:.1e} {words}"
         return None
 
 
 def _cases(module: nn.Module, weight: str | None, like: Tensor, elements: int) -> Iterator[Case]:
-    cols = like.numel() if weight else 256
+    cols = like.numel() if weight else getattr(module, "normalized_shape", (256,))[-1]  # torch's takes no other width
     rows = max(2, elements // cols)
     own = like.dtype
     generator = torch.Generator(like.device).manual_seed(2)
@@ -155,10 +163,10 @@ def _cases(module: nn.Module, weight: str | None, like: Tensor, elements: int) -
         for scale in SCALES:
             drawn = {weight: nn.Parameter(draw(cols).to(w_dtype))} if weight else {}
             copy, x = twin(module, **drawn), (scale * draw(rows, cols)).to(x_dtype)
-            yield Case(copy, x, autocast, _run(copy, x, autocast, type(module).forward))
+            yield Case(copy, x, autocast, run(copy, x, autocast, type(module).forward))
 
 
-def _run(module: nn.Module, x: Tensor, autocast: bool, forward: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
+def run(module: nn.Module, x: Tensor, autocast: bool, forward: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
     x = x.detach().requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         return value_and_gradients(lambda: forward(module, x), [x, *module.parameters(recurse=False)])

@@ -46,10 +46,14 @@ class Pattern(Protocol):
 
     name     one word, the same in reports and in the options of `apply_unswag_surgery`
     saves    one line for the table of support: what is kept, and what was
+    role     what its tensors play for a policy (`unswag.policy.ROLES`), or None
     """
 
     name: str
     saves: str
+
+    @property
+    def role(self) -> str | None: ...
 
     def find(self, model: nn.Module) -> Iterable[Candidate]:
         """The places in `model` with the right structure. Looks, changes nothing."""

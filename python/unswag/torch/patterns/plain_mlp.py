@@ -36,6 +36,7 @@ class Wiring:
 
 class PlainMlp:
     name = "plain_mlp"
+    role = "mlp"
     saves = "the pre-activation: 16 bits per hidden element in a 16-bit dtype; stock keeps the activation's output too, 32"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:

@@ -88,6 +88,23 @@ def takes_one_argument(module: nn.Module) -> bool:
     return len(parameters) == 2 and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+def ignores_the_mean(module: nn.Module, like: Tensor) -> bool:
+    """Whether y of x + 8 is y of x: a LayerNorm, with or without weight and bias, and not an RMSNorm. False where it cannot be
+    seen: for a forward that raises, or gives another shape, and where there is nothing to see."""
+    vectors = dict(module.named_parameters(recurse=False))
+    cols = next((v.shape[-1] for v in vectors.values() if v.ndim), getattr(module, "normalized_shape", (8,))[-1])
+    if like.is_meta or cols < 2:
+        return False
+    ones = {name: nn.Parameter(torch.ones_like(v)) for name, v in vectors.items()}
+    x = (torch.arange(2 * cols, device=like.device) % 7 - 3).reshape(2, cols)  # small integers: exact in every format
+    try:
+        with torch.no_grad():
+            low, high = (type(module).forward(twin(module, **ones), v.to(like.dtype)) for v in (x, x + 8))
+            return low.shape == x.shape and bool((low - high).abs().max() <= 0.03 * low.abs().max())
+    except Exception:  # whatever a stranger's forward does on two rows
+        return False
+
+
 def value_and_gradients(f: Callable[[], Tensor], leaves: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """[y, dleaf, …] of y = f() for a random dy, a zero gradient where y does not depend on a leaf. `.grad` stays as it is."""
     y = f()

@@ -27,6 +27,7 @@ Call = Callable[[nn.Module, Tensor, Counter[str]], Tensor]
 
 class Relu:
     name = "relu"
+    role = None
     saves = (
         "1 bit per element; 1 bit and the non-zeros where the next layer keeps the output, or the output itself where that is "
         "smaller; nothing where its input can be made again. Stock keeps the output, and of relu² the square too"

@@ -46,6 +46,7 @@ SPELLINGS = {
         functools.partial(of_transformers, f"gelu_{kind}")
         for kind in ("new", "fast", "accurate", "pytorch_tanh", "python_tanh")
     ],
+    "quick_gelu": [lambda: of_transformers("quick_gelu")],
 }
 CASES = [(act, make) for act, makes in SPELLINGS.items() for make in makes]
 
@@ -137,7 +138,18 @@ def test_what_is_nearly_one_of_ours_is_left_with_the_reason(make, why):
     assert found.name == "act" and why in reason
 
 
-@pytest.mark.parametrize("make", [nn.Identity, nn.ReLU, lambda: nn.Dropout(0.1), nn.Sigmoid, lambda: F.relu, lambda: F.softmax])
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.Identity,
+        nn.ReLU,
+        lambda: of_transformers("relu2"),
+        lambda: nn.Dropout(0.1),
+        nn.Sigmoid,
+        lambda: F.relu,
+        lambda: F.softmax,
+    ],
+)
 def test_other_modules_and_functions_are_no_candidates(make):
     assert not candidates(Mlp(make()))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import unswag
 from unswag.torch.patterns import attention, restore
-from unswag.torch.patterns.attention import Attention, MaskedAttention, Piece, Spans, Terms, _pieces, attention_mask
+from unswag.torch.patterns.attention import Attention, AttentionAgain, Piece, Spans, Terms, _pieces, attention_mask
 from unswag.torch.patterns.probing import sealed
 
 TOLERANCE = 2e-6  # fp32, other orders of summation
@@ -47,6 +47,11 @@ def squares(tensors, length):
     return [t for t in tensors if t.ndim >= 2 and t.shape[-1] == length and t.shape[-2] == length]
 
 
+SPARSE = dict(
+    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=8, index_topk=8,
+    index_n_heads=4, index_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+    moe_intermediate_size=48,
+)  # fmt: skip
 BATCHES = {"plain": plain, "padded": padded, "packed": packed}
 
 
@@ -99,6 +104,51 @@ def test_a_window_under_autocast():
         stock = step(model, plain())
         ours = step(patched(model), plain())
     assert_close(ours, stock, 2e-2)
+
+
+DROPPING = {"llama": dict(attention_dropout=0.3), "gpt2": dict(attn_pdrop=0.3, resid_pdrop=0.1)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_draws_what_stock_draws_and_keeps_no_squares(family, batch, checkpointing):
+    """On the CPU: forward and backward of ours take as many draws from torch's generator as stock's, and the same."""
+    model = families.build(family, **DROPPING[family])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return step(model, batch()), torch.get_rng_state()
+
+    stock, state = drawn(5)
+    other, _ = drawn(6)
+    assert abs(other[0] - stock[0]) > 100 * TOLERANCE  # the seed matters: the test can fail
+    if not checkpointing:
+        assert len([t for t in squares(saved_storages(model, batch())[0], 40) if t.numel() > 2 * 40 * 40]) >= 4
+    patched(model)
+    ours, after = drawn(5)
+    assert_close(ours, stock, TOLERANCE)
+    assert torch.equal(after, state)
+    assert all(t.dtype == torch.bool for t in squares(saved_storages(model, batch())[0], 40))
+
+
+def test_two_forwards_with_dropout_before_their_backwards():
+    """Each draws again what it drew, whatever was drawn since."""
+    model = families.build("llama", attention_dropout=0.3)
+
+    def both():
+        torch.manual_seed(5)
+        model.zero_grad()
+        losses = [model(**batch()).loss for batch in (padded, plain)]
+        torch.rand(7)
+        sum(losses).backward()
+        return losses[0].detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    stock = both()
+    patched(model)
+    assert_close(both(), stock, TOLERANCE)
 
 
 def test_packed_equals_separate():
@@ -176,6 +226,27 @@ def test_soft_cap_is_left_with_a_word():
     (found,) = Attention().find(families.build("gemma2"))
     with sealed():
         assert "soft cap (50)" in Attention().probe(found)
+
+
+def test_code_that_asks_for_sdpa_by_name_is_left():
+    """DeepSeek's sparse attention folds the keys it chose into the mask under the names "eager" and "sdpa" alone."""
+    model = families.build("deepseek_v32", **SPARSE)
+    (found,) = Attention().find(model)
+    with sealed():
+        reason = Attention().probe(found)
+    assert "DeepseekV32Attention.forward" in reason and "sdpa" in reason
+    stock = step(model, plain())
+    unswag.apply_unswag_surgery(model, loss="stock")
+    assert_close(step(model, plain()), stock, TOLERANCE)
+
+
+def test_which_code_asks_for_sdpa():
+    from transformers.models.falcon import modeling_falcon
+    from transformers.models.llama import modeling_llama
+
+    assert attention.asks_for_sdpa(modeling_falcon.__name__) == "FalconAttention.forward"
+    assert attention.asks_for_sdpa(modeling_llama.__name__) is None
+    assert attention.asks_for_sdpa("no.such.module") is None
 
 
 def test_a_linear_implementation_is_left():
@@ -291,7 +362,7 @@ def test_models_without_transformers_have_no_candidates():
 def test_a_penalty_on_gradients_through_a_masked_batch_is_an_error():
     q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    y = MaskedAttention.apply(q, k, v, mask, lambda q, k, v, m: nn.functional.scaled_dot_product_attention(q, k, v, m))
+    y = AttentionAgain.apply(q, k, v, mask, None, lambda q, k, v, m: nn.functional.scaled_dot_product_attention(q, k, v, m))
     (dv,) = torch.autograd.grad(y.sum(), v, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated once"):
         dv.pow(2).sum().backward()

@@ -7,10 +7,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from bench.small import small_config, small_model
 from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from unswag.torch.loss import LazyLogits, keep_logits
 from unswag.torch.patterns.loss import Loss, materialised
@@ -120,6 +128,27 @@ def test_gradients_equal_stock(family):
     with pytest.warns(UserWarning, match="made in full"):
         assert torch.equal(ours.logits.tensor(), stock.logits)
     assert ours.logits.shape == stock.logits.shape and ours.logits.dtype == stock.logits.dtype
+
+
+OWN_LOSS = {  # they call F.cross_entropy on rows of logits themselves
+    "bert": AutoModelForMaskedLM,
+    "roberta": AutoModelForMaskedLM,
+    "modernbert": AutoModelForMaskedLM,
+    "bart": AutoModelForCausalLM,
+    "t5": AutoModelForSeq2SeqLM,
+}
+
+
+@pytest.mark.parametrize("family", OWN_LOSS)
+def test_models_that_make_the_loss_themselves(family):
+    model = small_model(small_config(family), OWN_LOSS[family])
+    stock, want = step(model, **batch())
+    assert patch(model) == []
+    with no_warnings():
+        ours, got = step(model, **batch())
+    assert not materialised(model)
+    assert ours.loss.dtype == stock.loss.dtype and abs(ours.loss - stock.loss) < 2e-6
+    assert_close(got, want, 1e-5)  # biases of keys have no gradient but for rounding
 
 
 @pytest.mark.parametrize("family", ["llama", "llama tied", "gemma2", "phi"])
@@ -272,7 +301,8 @@ def test_any_other_use_makes_the_logits_and_says_so():
         "__rsub__": lambda z: 1 - z,
         "[]": lambda z: z[0, 0, 3:7],
         "cat": lambda z: torch.cat([z, z]),
-        "view": lambda z: z.view(-1, 99),
+        "view": lambda z: z.view(99, -1),
+        "cross_entropy": lambda z: F.cross_entropy(z.view(-1, 99), torch.zeros(34, 99)),  # probabilities
         "where": lambda z: torch.where(torch.tensor(True), z, 0.0),
     }
     for name, use in uses.items():
@@ -298,6 +328,10 @@ def test_chains_that_stay_lazy_are_right():
         lambda z: z[:, 3:5],
         lambda z: z[..., :50],
         lambda z: z[1:],
+        lambda z: z.view(-1, 99),
+        lambda z: (z / 2).reshape(torch.Size((34, 99))).float(),
+        lambda z: z[:, :-1, :].contiguous().view(-1, 99),
+        lambda z: z[..., :50].view(34, 50),
     ]
     for i, chain in enumerate(chains):
         lazy, want = chain(model(**inputs).logits), chain(plain)
@@ -305,7 +339,7 @@ def test_chains_that_stay_lazy_are_right():
         labels = torch.randint(0, want.shape[-1], want.shape[:-1])
         truth = F.cross_entropy(want.flatten(0, -2), labels.flatten())
         got = lazy.cross_entropy(labels)
-        torch.testing.assert_close(got.double(), truth.double())
+        torch.testing.assert_close(got.double(), truth.double(), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(
             torch.autograd.grad(got, model.lm_head.weight), torch.autograd.grad(truth, model.lm_head.weight, retain_graph=True)
         )
@@ -322,6 +356,93 @@ def test_chains_that_the_chunks_cannot_do(chain):
     assert isinstance(lazy, LazyLogits) and lazy.cross_entropy(batch()["labels"]) is None
     with pytest.warns(UserWarning):
         model.loss_function(lazy, batch()["labels"], 99)
+
+
+CALLS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "each": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1, "ignore_index": 5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("how", CALLS)
+def test_cross_entropy_of_rows_is_stocks(how, autocast, dtype):
+    """In value, gradient and dtype; the logits are not made."""
+    model = make(dtype=dtype)
+    inputs = batch()
+    labels = inputs["labels"][:, 1:].flatten()
+    labels[-3:] = 5
+    labels = labels.where(labels >= 0, CALLS[how].get("ignore_index", -100))
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=inputs["input_ids"]).logits[:, :-1, :].contiguous()
+            loss = nn.CrossEntropyLoss(**CALLS[how])(logits.view(-1, 99), labels)
+        loss.float().sum().backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    stock, want = run()
+    patch(model)
+    ours, got = run()
+    assert not materialised(model)
+    rounding = 1e-6 if dtype == torch.float32 and not autocast else 0.03
+    torch.testing.assert_close(ours, stock, rtol=rounding, atol=rounding)  # dtype and shape too
+    assert_close(got, want, 4 * rounding)
+
+
+@pytest.mark.parametrize("argument", ["weight", "3-d", "probabilities", "reduce"])
+def test_cross_entropy_that_the_chunks_cannot_do(argument):
+    model = make()
+    inputs = batch()
+    rows = lambda logits: logits.view(-1, 99)  # noqa: E731
+    labels = torch.arange(34) % 99
+    use = {
+        "weight": lambda z: F.cross_entropy(rows(z), labels, weight=torch.arange(99.0)),
+        "3-d": lambda z: F.cross_entropy(z, torch.arange(2 * 99).view(2, 99) % 17),
+        "probabilities": lambda z: F.cross_entropy(rows(z), torch.full((34, 99), 1 / 99)),
+        "reduce": lambda z: F.cross_entropy(rows(z), labels, reduce=False),
+    }[argument]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = use(model(**inputs).logits)
+        patch(model)
+        got = use(model(**inputs).logits)
+    torch.testing.assert_close(got, want)
+    assert materialised(model) == {"cross_entropy": 1}
+
+
+def test_each_rows_loss_of_a_called_head_needs_its_logits():
+    model = make()
+    model.lm_head = Halved(model.lm_head)
+    patch(model)
+    labels = torch.arange(34) % 99
+    with pytest.warns(UserWarning, match="made in full"):
+        F.cross_entropy(model(**batch()).logits.view(-1, 99), labels, reduction="none")
+    assert materialised(model) == {"cross_entropy": 1}
+
+
+class Halved(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.out_features = inner, inner.out_features
+
+    def forward(self, x):
+        return self.inner(x) / 2
+
+
+def test_rows_of_stale_logits_are_as_stale():
+    model = make()
+    patch(model)
+    for rows in (lambda z: z.view(-1, 99), lambda z: z[:, :-1].reshape(-1, 99)):
+        stale = rows(model(**batch()).logits)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            F.cross_entropy(stale, torch.zeros(stale.shape[0], dtype=torch.long))
 
 
 def test_a_slice_of_stale_logits_is_as_stale():
@@ -456,7 +577,7 @@ def test_state_dict_does_not_change(tmp_path):
 def test_models_with_a_loss_of_their_own_are_left():
     model = make()
     model.loss_function = lambda logits, labels, **kwargs: logits.sum()
-    assert patch(model) == ["the model's loss function is <lambda>, not the next-token cross-entropy"]
+    assert patch(model) == ["the model's loss function is <lambda>, not the cross-entropy of a causal or masked language model"]
     assert "_unswag" not in vars(model.lm_head)
 
 

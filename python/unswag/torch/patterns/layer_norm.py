@@ -1,0 +1,161 @@
+"""LayerNorm: y = (x - mean) rstd weight + bias, torch's own and whatever computes the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from unswag.torch.functional import layer_norm
+from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, run
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward
+from unswag.torch.patterns.probing import ignores_the_mean, kind, takes_one_argument, twin
+
+EPS = (1e-5, 1e-6, 1e-12)  # tried where no attribute holds it: those in use
+
+
+Dtypes = tuple[torch.dtype, torch.dtype, bool]  # of x, of weight and bias (of x if there are none); under autocast
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the LayerNorms in use. `weight`, `bias` and `eps` name attributes, read at each call; eps may be a number."""
+
+    weight: str | None
+    bias: str | None
+    eps: str | float
+    promotes: bool  # y has the dtype of x * weight, or else that of x
+    widens: bool  # under autocast y is float32, as torch's own LayerNorm on CUDA
+    proven: frozenset[Dtypes]
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        weight, bias = self.vectors(module)
+        out = torch.promote_types(x.dtype, weight.dtype) if self.promotes and weight is not None else x.dtype
+        if self.widens and torch.is_autocast_enabled(x.device.type):
+            out = torch.promote_types(x.dtype, torch.float32)
+        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+        return layer_norm(x, weight, bias, eps, out_dtype=out)
+
+    def vectors(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
+        return weight, bias
+
+    def takes(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether it is for us: of a shape and of dtypes that were proven, neither sharded nor another subclass."""
+        vectors = [v for v in self.vectors(module) if v is not None]
+        dtypes = {v.dtype for v in vectors} or {x.dtype}
+        return (
+            len(dtypes) == 1
+            and (x.dtype, *dtypes, torch.is_autocast_enabled(x.device.type)) in self.proven
+            and x.shape[-1:] == tuple(getattr(module, "normalized_shape", x.shape[-1:]))
+            and all(map(is_plain, (x, *vectors)))
+        )
+
+
+class LayerNormCase(Case):
+    """PyTorch's own LayerNorm computes x rstd - mean rstd, and adds up dw and db in x's dtype: 682 rows of bf16 are 3 % off."""
+
+    neighbours: ClassVar[dict[torch.dtype, float]] = {torch.bfloat16: 1e-3, torch.float16: 4e-3}
+    of_sums: ClassVar[tuple[float, float]] = (1e-5, 0.1)
+
+
+class LayerNorm:
+    name = "layer_norm"
+    role = "residual"
+    saves = "x, which the residual stream keeps anyway, and 8 bytes per row; stock keeps y too, for the Linear that reads it"
+
+    def find(self, model: nn.Module) -> Iterator[Candidate]:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        proven: dict[Hashable, Variant] = {}  # by kind, as long as the candidates live
+        for name, module in model.named_modules():
+            parameters = dict(module.named_parameters(recurse=False))
+            settings = [k for k, v in vars(module).items() if isinstance(v, float) and 0 < v <= 1e-2]
+            if (
+                (settings or hasattr(module, "normalized_shape"))
+                and not module._modules
+                and not module._buffers
+                and len(parameters) <= 2
+                and all(p.is_floating_point() for p in parameters.values())
+                and takes_one_argument(module)
+                and (isinstance(module, nn.LayerNorm) or ignores_the_mean(module, like))
+            ):
+                vectors = list(parameters)
+                parts = {"vectors": vectors, "eps": settings or list(EPS), "proven": proven}
+                yield Candidate(name, module, parts | {"like": parameters[vectors[0]] if vectors else like})
+
+    def probe(self, candidate: Candidate) -> str | None:
+        module, parts = candidate.module, candidate.parts
+        vectors, like = parts["vectors"], parts["like"]
+        if other := foreign_forward(module):
+            return f"its forward was already replaced by {other}"
+        if reason := no_kernel(like):
+            return reason
+        shape = getattr(module, "normalized_shape", (0,))
+        if len(shape) != 1 or any(getattr(module, v).ndim != 1 for v in vectors):
+            return f"it normalises over {len(shape)} dimensions, {list(shape)}; the kernels over the last alone"
+        if odd := next((v for v in vectors if not is_plain(getattr(module, v))), None):
+            return f"its {odd} is a {type(getattr(module, odd)).__name__}, which only the module itself can read"
+        same = kind(module)
+        known: Variant | None = parts["proven"].get(same)
+        try:
+            if known is not None and not any(c.differs(known) for c in _cases(module, vectors, like, FEW)):
+                parts["variant"] = known
+                return None
+            cases = list(_cases(module, vectors, like, ELEMENTS))
+            dtypes = frozenset((c.x.dtype, next(c.twin.parameters(recurse=False), c.x).dtype, c.autocast) for c in cases)
+        except Exception as error:  # it is not what it looked like
+            return f"not a LayerNorm: its forward raises {type(error).__name__}: {error}"
+        nearest = (-1, "")
+        for eps, (weight, bias), promotes, widens in itertools.product(
+            parts["eps"], _roles(vectors), (False, True) if vectors else (False,), (False, True)
+        ):
+            variant = Variant(weight, bias, eps, promotes, widens, dtypes)
+            failed = next(((i, why) for i, case in enumerate(cases) if (why := case.differs(variant))), None)
+            if failed is None:
+                parts["variant"] = parts["proven"][same] = variant
+                return None
+            nearest = max(nearest, failed, key=lambda f: f[0])
+        return f"not one of the known LayerNorms: {nearest[1]}"
+
+    def apply(self, candidate: Candidate) -> None:
+        variant: Variant = candidate.parts["variant"]
+
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            (x,) = (*args, *kwargs.values())
+            return variant(self, x) if variant.takes(self, x) else type(self).forward(self, x)
+
+        replace_forward(candidate.module, forward)
+
+
+def _roles(vectors: list[str]) -> list[tuple[str | None, str | None]]:
+    """Who may be (weight, bias)."""
+    if len(vectors) == 2:
+        return [(vectors[0], vectors[1]), (vectors[1], vectors[0])]
+    return [(vectors[0], None), (None, vectors[0])] if vectors else [(None, None)]
+
+
+def _cases(module: nn.Module, vectors: list[str], like: Tensor, elements: int) -> Iterator[LayerNormCase]:
+    cols = like.numel() if vectors else getattr(module, "normalized_shape", (256,))[-1]
+    rows = max(2, elements // cols)
+    own = like.dtype
+    generator = torch.Generator(like.device).manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=like.device, generator=generator)
+
+    kinds = [(own, own, False), (torch.float32, torch.float32, False), (own, own, True)]
+    kinds += [(x, w, autocast) for x in FLOATS for w in (x, torch.float32) for autocast in (False, True)]
+    for i, (x_dtype, dtype, autocast) in enumerate(dict.fromkeys(kinds)):
+        for scale in SCALES:
+            copy = twin(module, **{v: nn.Parameter(draw(cols).to(dtype)) for v in vectors})
+            x = scale * (0.5 + draw(*((2, 1, rows // 2) if i else (rows,)), cols))  # a mean that shows, and other dimensions
+            try:
+                yield LayerNormCase(copy, x.to(x_dtype), autocast, run(copy, x.to(x_dtype), autocast, type(module).forward))
+            except RuntimeError:
+                if i < 2:
+                    raise
+                break  # dtypes that the module does not take together

@@ -1,0 +1,291 @@
+// Block codecs: the same bytes in every row of kernels, round trips within half a step of the scale, loud NaN, and stochastic
+// rounding that is right in the mean.  The bytes themselves are held to the numpy twin in golden_test.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <set>
+
+#include "matrix.hpp"
+
+namespace unswag::test {
+namespace {
+
+constexpr Block codecs[] = {Block::int8, Block::int4, Block::int2, Block::e4m3, Block::e5m2};
+constexpr int sizes_of_blocks[] = {32, 16, 64, 32, 32};
+bool is_float(Block codec) { return codec >= Block::e4m3; }
+int block_size(Block codec) { return sizes_of_blocks[int(codec)]; }
+
+// Packed rows with bytes between them that nobody may touch.
+struct PackedRows {
+  std::int64_t rows, bytes, stride;
+  Memory memory;
+  PackedRows(Block codec, std::int64_t rows, std::int64_t cols, std::int64_t gap = 0)
+      : rows(rows),
+        bytes(block_row_bytes(codec, cols)),
+        stride(bytes + gap),
+        memory(std::size_t(rows ? (rows - 1) * stride + bytes : 0)) {}
+  operator Packed() { return {reinterpret_cast<std::uint8_t*>(memory.data()), stride}; }
+  operator ConstPacked() const { return {reinterpret_cast<const std::uint8_t*>(memory.data()), stride}; }
+  std::vector<char> all() const { return {memory.data(), memory.data() + memory.size()}; }
+};
+
+void fill_with_outliers(Matrix& x, std::uint64_t seed) {
+  Random random(seed);
+  x.fill([&](std::int64_t, std::int64_t c) { return random.normal() * (c % 37 == 5 ? 60 : 1); });
+}
+
+TEST(Block, EveryRowOfKernelsWritesTheSameBytesAndReadsTheSameNumbers) {
+  for (const Block codec : codecs) {
+    for (const DType dtype : float_dtypes) {
+      for (const auto& [rows, cols, gap] : {std::tuple{1, 1, 0},
+                                            {3, 15, 4},
+                                            {2, 16, 0},
+                                            {2, 17, 8},
+                                            {5, 64, 0},
+                                            {2, 65, 0},
+                                            {3, 576, 4},
+                                            {1, 1031, 0},
+                                            {2, 2048, 0},
+                                            {2, 3000, 12}}) {
+        Matrix x(dtype, rows, cols, cols % 2 ? cols + 3 : -(cols + 5));
+        fill_with_outliers(x, std::uint64_t(cols));
+        x.read_only();
+        for (const bool stochastic : {false, true}) {
+          if (stochastic && is_float(codec)) continue;
+          std::vector<char> first, numbers;
+          for (const Kernels* k : backends()) {
+            PackedRows packed(codec, rows, cols, gap);
+            k->block_encode({codec, x, packed, stochastic, 7, 11}, {});
+            Matrix y(dtype, rows, cols, cols + 2);
+            k->block_decode({codec, packed, y}, {});
+            if (first.empty()) first = packed.all(), numbers = y.bytes();
+            ASSERT_EQ(packed.all(), first) << k->name << ' ' << int(codec) << ' ' << name_of(dtype) << ' ' << cols;
+            ASSERT_EQ(y.bytes(), numbers) << k->name << ' ' << int(codec) << ' ' << name_of(dtype) << ' ' << cols;
+            ASSERT_TRUE(y.gaps_untouched());
+          }
+        }
+      }
+    }
+  }
+}
+
+// The largest step of a block is its scale; H / n is orthonormal up to 1 / sqrt(n): an error of half a step in each of n
+// numbers is at most half a step in one, and of the opposite extreme, which is cut, one step more.
+TEST(Block, ARoundTripIsAsNearAsTheScaleSays) {
+  for (const Block codec : {Block::int8, Block::int4}) {
+    const std::int64_t rows = 4, cols = 700;
+    const int n = block_size(codec);
+    Matrix x(DType::f32, rows, cols), y(DType::f32, rows, cols);
+    fill_with_outliers(x, 3);
+    for (const Kernels* k : backends()) {
+      PackedRows packed(codec, rows, cols);
+      k->block_encode({codec, x, packed}, {});
+      k->block_decode({codec, packed, y}, {});
+      long double squares = 0, errors = 0;
+      for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t c = 0; c < cols; ++c) {
+          squares += x.get(r, c) * x.get(r, c);
+          errors += (x.get(r, c) - y.get(r, c)) * (x.get(r, c) - y.get(r, c));
+        }
+      // A uniform quantiser of a block whose largest of n is about 2 to 3 sigma, with q up to 128 or 8.
+      const long double bound = (codec == Block::int8 ? 0.0085L : 0.11L);
+      EXPECT_LT(std::sqrt(errors / squares), bound) << k->name << " n " << n;
+      EXPECT_GT(std::sqrt(errors / squares), bound / 4) << "an error this small is none of this codec";
+    }
+  }
+}
+
+TEST(Block, AConstantBlockAndASingleNumberAreExact) {
+  for (const Block codec : {Block::int8, Block::int4}) {
+    for (const long double value : {1.0L, -3.0L, 0x1p-60L, 0x1p90L, 0x1p-120L}) {
+      Matrix x(DType::f32, 1, 200), y(DType::f32, 1, 200);
+      x.fill([&](std::int64_t, std::int64_t c) { return c == 77 ? value : 0.0L; });
+      for (const Kernels* k : backends()) {
+        PackedRows packed(codec, 1, 200);
+        k->block_encode({codec, x, packed}, {});
+        k->block_decode({codec, packed, y}, {});
+        for (std::int64_t c = 0; c < 200; ++c) {
+          // 2^-120 is below the smallest scale, and -3 has no bfloat16 at a 128th of it but is one itself.
+          const long double want = c == 77 && std::fabs(value) > 0x1p-100L ? value : 0;
+          ASSERT_NEAR(y.get(0, c), want, std::fabs(want) * 0x1p-20L + (want == 0 ? 0x1p-99L : 0)) << k->name << ' ' << value;
+        }
+      }
+    }
+  }
+}
+
+TEST(Block, ZerosStayZerosAndTheirBytesHaveNoScale) {
+  for (const Block codec : codecs) {
+    Matrix x(DType::bf16, 2, 100), y(DType::bf16, 2, 100);
+    x.fill([](auto, std::int64_t c) { return c % 2 ? -0.0L : 0.0L; });
+    for (const Kernels* k : backends()) {
+      PackedRows packed(codec, 2, 100);
+      k->block_encode({codec, x, packed}, {});
+      k->block_decode({codec, packed, y}, {});
+      for (std::int64_t c = 0; c < 100; ++c) ASSERT_EQ(y.get(1, c), 0) << k->name << ' ' << int(codec);
+    }
+  }
+}
+
+TEST(Block, NanAndInfinityMakeTheirWholeBlockNanAndNoOther) {
+  for (const Block codec : codecs) {
+    for (const long double bad : {std::numeric_limits<long double>::quiet_NaN(), std::numeric_limits<long double>::infinity(),
+                                  -std::numeric_limits<long double>::infinity()}) {
+      const std::int64_t cols = 5 * block_size(codec);
+      Matrix x(DType::f32, 2, cols), y(DType::f32, 2, cols);
+      x.fill_normal(1);
+      x.set(1, 7, bad);  // block 7 % 5 = 2 of row 1
+      for (const Kernels* k : backends()) {
+        PackedRows packed(codec, 2, cols);
+        k->block_encode({codec, x, packed}, {});
+        k->block_decode({codec, packed, y}, {});
+        for (std::int64_t r = 0; r < 2; ++r)
+          for (std::int64_t c = 0; c < cols; ++c)
+            ASSERT_EQ(std::isnan(y.get(r, c)), r == 1 && c % 5 == 2) << k->name << ' ' << int(codec) << ' ' << c;
+      }
+    }
+  }
+}
+
+TEST(Block, WhatOverflowsInTheRotationIsNan) {
+  Matrix x(DType::f32, 1, 32), y(DType::f32, 1, 32);
+  x.fill([](auto, std::int64_t c) { return c % 2 ? -3e38L : 3e38L; });
+  for (const Kernels* k : backends()) {
+    PackedRows packed(Block::int8, 1, 32);
+    k->block_encode({Block::int8, x, packed}, {});
+    k->block_decode({Block::int8, packed, y}, {});
+    for (std::int64_t c = 0; c < 32; ++c) ASSERT_TRUE(std::isnan(y.get(0, c))) << k->name;
+  }
+}
+
+// Every finite 16-bit number alone in its block comes back, but for the rounding of a scale.
+TEST(Block, EveryBfloat16AloneInItsBlock) {
+  for (const Block codec : {Block::int8, Block::int4}) {
+    const std::int64_t n = block_size(codec);
+    Matrix x(DType::bf16, 1 << 16, n), y(DType::bf16, 1 << 16, n);
+    x.fill([](std::int64_t, std::int64_t) { return 0.0L; });
+    for (std::int64_t i = 0; i < 1 << 16; ++i) std::memcpy(static_cast<char*>(x.row(i)) + 2 * (i % n), &i, 2);
+    for (const Kernels* k : {backends().front(), backends().back()}) {
+      PackedRows packed(codec, 1 << 16, n);
+      k->block_encode({codec, x, packed}, {});
+      k->block_decode({codec, packed, y}, {});
+      for (std::int64_t i = 0; i < 1 << 16; ++i) {
+        const long double want = x.get(i, i % n), got = y.get(i, i % n);
+        if (!std::isfinite(want)) {
+          ASSERT_TRUE(std::isnan(got)) << want;
+        } else if (std::fabs(want) >= 0x1p-93L && std::fabs(want) < 0x1p120L) {
+          ASSERT_EQ(got, want) << k->name << ' ' << i;  // its scale is a bfloat16, exactly
+        }
+      }
+    }
+  }
+}
+
+// Every code of an 8-bit float is read as the format says and written again as itself.
+TEST(Block, EveryCodeOfTheEightBitFloats) {
+  for (const auto& [codec, mantissa, bias, largest] : {std::tuple{Block::e4m3, 3, 7, 0x7e}, {Block::e5m2, 2, 15, 0x7b}}) {
+    std::set<int> seen;
+    for (const Kernels* k : backends()) {
+      for (int code = 0; code <= largest; ++code) {
+        const int exponent = code >> mantissa, fraction = code & ((1 << mantissa) - 1);
+        const double value = exponent ? std::ldexp(1 + fraction / double(1 << mantissa), exponent - bias)
+                                      : std::ldexp(fraction, 1 - bias - mantissa);
+        Matrix x(DType::f32, 1, 32), y(DType::f32, 1, 32);
+        x.fill([&](auto, std::int64_t c) { return c == 0 ? (codec == Block::e4m3 ? 448 : 57344) : c == 1 ? -value : value; });
+        PackedRows packed(codec, 1, 32);
+        k->block_encode({codec, x, packed}, {});
+        k->block_decode({codec, packed, y}, {});
+        ASSERT_EQ(std::uint8_t(packed.memory.data()[2]), code) << k->name;
+        ASSERT_EQ(y.get(0, 1), -value);
+        ASSERT_EQ(y.get(0, 2), value);
+        seen.insert(code);
+      }
+    }
+    EXPECT_EQ(int(seen.size()), largest + 1);
+  }
+}
+
+TEST(Block, StochasticRoundingIsRightInTheMean) {
+  for (const Block codec : {Block::int8, Block::int4, Block::int2}) {
+    const std::int64_t cols = 128;
+    const int draws = 4000;
+    Matrix x(DType::f32, 1, cols), y(DType::f32, 1, cols);
+    fill_with_outliers(x, 9);
+    std::vector<double> sum(cols), squares(cols);
+    const Kernels* k = backends().back();
+    for (int i = 0; i < draws; ++i) {
+      PackedRows packed(codec, 1, cols);
+      k->block_encode({codec, x, packed, true, std::uint64_t(i), 0}, {});
+      k->block_decode({codec, packed, y}, {});
+      for (std::int64_t c = 0; c < cols; ++c) {
+        sum[std::size_t(c)] += double(y.get(0, c));
+        squares[std::size_t(c)] += double(y.get(0, c) * y.get(0, c));
+      }
+    }
+    int far = 0;
+    for (std::size_t c = 0; c < std::size_t(cols); ++c) {
+      const double mean = sum[c] / draws, deviation = std::sqrt(std::max(squares[c] / draws - mean * mean, 0.0) / draws);
+      far += std::fabs(mean - double(x.get(0, std::int64_t(c)))) > 4 * deviation + 1e-4;
+      ASSERT_GT(deviation, 0);  // rounding to nearest would be the same each time
+    }
+    EXPECT_LE(far, 1) << int(codec);  // 4 sigma: 1 in 16,000 each
+  }
+}
+
+TEST(Block, TheSameBitsForAnyNumberOfThreads) {
+  Matrix x(DType::bf16, 200, 1000), one(DType::bf16, 200, 1000), five(DType::bf16, 200, 1000);
+  fill_with_outliers(x, 2);
+  for (const Kernels* k : backends()) {
+    PackedRows a(Block::int4, 200, 1000), b(Block::int4, 200, 1000);
+    k->block_encode({Block::int4, x, a, true, 3, 5}, {nullptr, 1});
+    k->block_encode({Block::int4, x, b, true, 3, 5}, {nullptr, 5});
+    ASSERT_EQ(a.all(), b.all()) << k->name;
+    k->block_decode({Block::int4, a, one}, {nullptr, 1});
+    k->block_decode({Block::int4, a, five}, {nullptr, 5});
+    ASSERT_EQ(one.bytes(), five.bytes()) << k->name;
+  }
+}
+
+TEST(Block, Float64IsRoundedToFloatFirst) {
+  Matrix x(DType::f64, 3, 100), as_float(DType::f32, 3, 100), y(DType::f64, 3, 100), y_float(DType::f32, 3, 100);
+  x.fill_normal(4);
+  as_float.fill([&](std::int64_t r, std::int64_t c) { return x.get(r, c); });
+  for (const Kernels* k : backends(true)) {
+    PackedRows packed(Block::int8, 3, 100), from_float(Block::int8, 3, 100);
+    k->block_encode({Block::int8, x, packed}, {});
+    k->block_encode({Block::int8, as_float, from_float}, {});
+    ASSERT_EQ(packed.all(), from_float.all()) << k->name;
+    k->block_decode({Block::int8, packed, y}, {});
+    k->block_decode({Block::int8, packed, y_float}, {});
+    for (std::int64_t c = 0; c < 100; ++c) ASSERT_EQ(float(y.get(2, c)), y_float.get(2, c)) << k->name;
+  }
+}
+
+TEST(Block, NothingIsDoneForNothingAndArgumentsAreChecked) {
+  EXPECT_TRUE(block_encode({Block::int8, {nullptr, DType::f32, 0, 8, 8}, {nullptr, 0}}).ok());
+  EXPECT_TRUE(block_decode({Block::int8, {nullptr, 0}, {nullptr, DType::f32, 3, 0, 0}}).ok());
+  Matrix x(DType::f32, 2, 40);
+  x.fill_normal(1);
+  PackedRows packed(Block::e4m3, 2, 40);
+  const Status fp8 = block_encode({Block::e4m3, x, packed, true});
+  EXPECT_EQ(fp8.code(), StatusCode::not_supported);
+  EXPECT_NE(fp8.message().find("stochastic"), std::string::npos) << fp8.message();
+  EXPECT_EQ(block_encode({Block(9), x, packed}).code(), StatusCode::invalid_argument);
+  EXPECT_EQ(block_encode({Block::int8, x, {nullptr, 8}}).code(), StatusCode::invalid_argument);
+  Packed narrow = packed;
+  narrow.stride = 8;
+  EXPECT_EQ(block_encode({Block::int8, x, narrow}).code(), StatusCode::invalid_argument);
+}
+
+TEST(Block, RowBytes) {
+  EXPECT_EQ(block_row_bytes(Block::int8, 0), 0);
+  EXPECT_EQ(block_row_bytes(Block::int8, 1), 36);
+  EXPECT_EQ(block_row_bytes(Block::int8, 576), 18 * 34);
+  EXPECT_EQ(block_row_bytes(Block::int4, 1536), 96 * 10);
+  EXPECT_EQ(block_row_bytes(Block::int2, 1536), 24 * 18);
+  EXPECT_EQ(block_row_bytes(Block::e5m2, std::int64_t{1} << 40), (std::int64_t{1} << 35) * 34);
+}
+
+}  // namespace
+}  // namespace unswag::test
