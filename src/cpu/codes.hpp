@@ -84,14 +84,17 @@ struct Factors {
 
   // factor[0] ... factor[n - 1], and up to 7 more.  Reads no byte past the row's last.
   UNSWAG_INLINE void read(const std::uint8_t* packed, std::int64_t n, S* factor) const {
-    const std::int64_t bytes = packed_row_bytes(n, bits);
-    for (std::int64_t i = 0; i < n; i += 8) {
-      const std::int64_t at = i / 8 * bits;
-      std::uint32_t fields = 0;
-      memcpy(&fields, packed + at, at + bits <= bytes ? std::size_t(bits) : std::size_t(bytes - at));
-      for (int k = 0; k < 8; k += together)
-        memcpy(factor + i + k, of[fields >> (k * bits) & ((1u << (together * bits)) - 1)], sizeof of[0]);
-    }
+    std::int64_t i = 0;
+    for (; i + 8 <= n; i += 8) read_eight(packed + i / 8 * bits, bits, factor + i);
+    if (i < n) read_eight(packed + i / 8 * bits, std::size_t(packed_row_bytes(n, bits) - i / 8 * bits), factor + i);
+  }
+
+ private:
+  UNSWAG_INLINE void read_eight(const std::uint8_t* packed, std::size_t bytes, S* factor) const {
+    std::uint32_t fields = 0;
+    memcpy(&fields, packed, bytes < bits ? bytes : bits);
+    for (int k = 0; k < 8; k += together)
+      memcpy(factor + k, of[fields >> (k * bits) & ((1u << (together * bits)) - 1)], sizeof of[0]);
   }
 };
 
