@@ -245,7 +245,8 @@ def test_functions_held_by_torchs_own_layers(layer):
     memory = () if layer is nn.TransformerEncoderLayer else (x,)
     for model in (stock, ours):
         model(x, *memory).square().sum().backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), stock.parameters(), strict=True))
+    for p, q in zip(ours.parameters(), stock.parameters(), strict=True):  # LayerNorm is ours too, and rounds otherwise
+        torch.testing.assert_close(p.grad, q.grad)
     assert report.relus_kept == {"bitmap + non-zeros": 1}
     remove_unswag_surgery(ours)
     assert ours.activation is F.relu
