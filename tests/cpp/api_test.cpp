@@ -325,7 +325,7 @@ TEST(Code, RefusesWhatDoesNotFit) {
                "code_forward: bounds[2] is 0, not above 0 before it; pass them in ascending order");
   EXPECT_ERROR(with([](auto& a) { a.y.dtype = DType::f16; }), invalid_type,
                "code_forward: y is float16 but x is float32; convert y to float32");
-  EXPECT_ERROR(with([](auto& a) { a.packed.data = &a.packed.data[-4]; }), invalid_argument,
+  EXPECT_ERROR(with([](auto& a) { a.packed.data = &a.packed.data[-8]; }), invalid_argument,
                "code_forward: y is written but shares memory with packed; pass separate memory");
   CodeBackward back{
       .count = 4, .dy = in(memory.rows(0, 3, 17)), .packed = {&memory.bytes[512], 8}, .dx = memory.rows(1024, 3, 17)};
