@@ -74,6 +74,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "convnext": dict(patch_size=4, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1]),
     "dbrx": dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8.0)),
     "deepseek_v2": dict(num_experts_per_tok=2),
+    "deepseek_v3": dict(first_k_dense_replace=1),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1),
     "dots3_note_text": dict(
         num_key_value_heads=4,
@@ -86,6 +87,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         swa_head_dim=24,
     ),
     "falcon_h1": dict(mamba_d_ssm=128, **_MAMBA_HEADS),
+    "flint": dict(mlp_only_layers=[0]),
     "gemma3n_text": dict(num_kv_shared_layers=0, intermediate_size=96),
     "gemma4_text": dict(global_head_dim=32),
     "gemma4_unified_text": dict(global_head_dim=32),

@@ -76,13 +76,13 @@ def test_the_reference_rounds_nowhere():
 
 def test_a_small_error_of_one_gradient_is_too_far():
     exact = Step(torch.tensor(1.0, dtype=torch.float64), {n: torch.ones(5, dtype=torch.float64) for n in "ab"})
-    ours = Step(torch.tensor(1.0), {"a": torch.ones(5), "b": torch.ones(5) * (1 + 4e-6)})
+    ours = Step(torch.tensor(1.0), {"a": torch.ones(5), "b": torch.ones(5) * (1 + 2**-18)})
     apart = architectures.Scale(exact).apart(ours, exact)
     error = relative([apart, apart])
-    assert error["b"] == pytest.approx(4e-6, rel=0.05) and error["a"] == 0
+    assert error["b"] == pytest.approx(2**-18) and error["a"] == 0
     sides = {"stock": dict.fromkeys(error, 0.0), "stock loss": dict.fromkeys(error, 0.0), "chunked loss": error}
     (problem,) = architectures._too_far(sides | {"stock loss, from stock": error})
-    assert problem.startswith("chunked loss: b is 4.0e-06 from fp64")
+    assert problem.startswith("chunked loss: b is 3.8e-06 from fp64")
     nan = Step(torch.tensor(1.0), {"a": torch.ones(5), "b": torch.full((5,), float("nan"))})
     assert relative([architectures.Scale(exact).apart(nan, exact)])["b"] == float("inf")
 
@@ -102,7 +102,9 @@ def test_a_small_config_keeps_a_layer_of_each_kind():
     config = small_config("qwen3_next")
     assert config.layer_types == ["linear_attention", "full_attention"] and config.num_hidden_layers == 2
     assert (config.hidden_size, config.vocab_size, config.num_experts) == (64, 128, 4)
-    assert small_config("deepseek_v3").mlp_layer_types == ["dense", "sparse"]
+    assert small_config("qwen3_5_moe_text").layer_types == ["linear_attention", "full_attention"]
+    assert small_config("axk1").mlp_layer_types == ["dense", "sparse"]
+    assert small_config("deepseek_v3").first_k_dense_replace == 1
 
 
 def test_a_small_model_hides_nothing():
