@@ -12,14 +12,26 @@ Layout = Callable[[torch.Tensor], torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIXTEEN = (torch.bfloat16, torch.float16)
 MASKS = {"relu": 0.0, "leaky_relu": 0.01, "relu6": 0.0}  # with their slopes
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-GATED = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
+GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
+DITHERED = ("silu", "gelu", "gelu_tanh")
+BLOCKS = ("int8", "int4", "int2", "e4m3", "e5m2")
 OPS = (
     "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
-    "gated_backward_product", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward", "cross_entropy_", "dropout",
+    "gated_backward_product", "gated_halves_backward", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward",
+    "layer_norm_forward", "layer_norm_apply", "layer_norm_backward", "cross_entropy_", "dropout", "code_forward",
+    "code_backward", "dither_forward", "dither_backward", "block_encode", "block_decode", "signs_encode", "signs_decode", "nonzero_encode",
+    "nonzero_decode",
 )  # fmt: skip
+CODES = (([0.1], 1), ([-0.5, 0.1, 0.9], 2), ([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0], 3))  # bounds, bits
 WRITES = "cross_entropy_"  # over its logits
-OTHER_LIBRARY = ("activation", "gated", "cross_entropy")  # in float64 these take exp, log and erf from the device's library
+OTHER_LIBRARY = (
+    "activation",
+    "gated",
+    "cross_entropy",
+    "code_forward",
+    "dither",
+)  # in float64 these take exp, log and erf from the device's library
 
 
 def registered() -> set[str]:
@@ -134,6 +146,54 @@ def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], lay: Layout =
             (None, None, 0.0, 0.0, 1.0), (weight, scale, 0.1, 0.0, 1.0), (None, None, 0.1, 30.0, 0.5)
         ):  # fmt: skip
             yield logits.clone(), labels, class_weight, row_scale, 0.5, -100, smoothing, softcap, factor, True
+    elif op == "gated_halves_backward":
+        for act in GATED:
+            yield torch.cat([draw(shape, dtype, 1), draw(shape, dtype, 2)], -1), x(3), act, act == "gelu"
+    elif op.startswith("layer_norm"):
+        x_, dy = lay(plain(shape, dtype, 1)), lay(plain(shape, dtype, 2))
+        for weight, bias in (
+            (plain((cols,), dtype, 3), plain((cols,), dtype, 4)),
+            (plain((cols,), wide, 3), None),
+            (None, None),
+        ):
+            if op == "layer_norm_forward":
+                yield x_, weight, bias, 1e-5, None
+                continue
+            _, mean, rstd = ops.layer_norm_forward(x_, weight, bias, 1e-5, None)
+            if op == "layer_norm_apply":
+                yield x_, mean, rstd, weight, bias, None
+            else:
+                yield x_, mean, rstd, weight, dy, True, weight is not None, bias is not None
+    elif op == "code_forward":
+        for book in CODES:
+            yield x(), "silu", *book, False, True
+    elif op == "code_backward":
+        for bounds, bits in CODES:
+            packed = ops.code_forward(draw(shape, dtype, 1), "silu", bounds, bits, False, False)[1]
+            yield x(2), lay(packed), [k / len(bounds) for k in range(len(bounds) + 1)], bits
+    elif op == "dither_forward":
+        for act in DITHERED:
+            yield lay(plain(shape, dtype, 1)), act, 2, -7, 3, True
+    elif op == "dither_backward":
+        for act in DITHERED:
+            packed = ops.dither_forward(plain(shape, dtype, 1), act, 2, -7, 3, False)[1]
+            yield x(2), lay(packed), act, 2, -7, 3
+    elif op == "block_encode":
+        for codec in BLOCKS:
+            yield x(), codec, False, 0, 0
+        yield x(), "int4", True, -7, 3
+    elif op == "block_decode":
+        for codec in BLOCKS:
+            yield lay(ops.block_encode(plain(shape, dtype, 1), codec, False, 0, 0)), codec, cols, dtype
+    elif op == "signs_encode":
+        yield (x(),)
+    elif op == "signs_decode":
+        yield lay(ops.signs_encode(draw(shape, dtype, 1))), list(shape), dtype
+    elif op == "nonzero_encode":
+        yield (lay(draw(shape, dtype, 1).relu()),)
+    elif op == "nonzero_decode":
+        bitmap, offsets, values = ops.nonzero_encode(draw(shape, dtype, 1).relu())
+        yield lay(bitmap), offsets, values, list(shape)
     elif op == "dropout":
         yield x(), 0.5, -7, 3
         yield x(), 0.1, 1 << 40, 1 << 33

@@ -6,6 +6,8 @@ stream of the handle `stream` and every address is memory of that device. Errors
 shape), NotImplementedError (no kernel), RuntimeError (device). The global lock is released while kernels run.
 """
 
+import collections.abc
+
 # fmt: off
 dtypes: tuple[str, ...]
 masks: tuple[str, ...]
@@ -264,7 +266,7 @@ def code_forward(
     act: int,
     of_derivative: bool,
     bits: int,
-    bounds: list[float],
+    bounds: collections.abc.Sequence[float],
     dtype: int,
     rows: int,
     cols: int,
@@ -280,7 +282,7 @@ def code_forward(
 ) -> None: ...
 def code_backward(
     bits: int,
-    levels: list[float],
+    levels: collections.abc.Sequence[float],
     dtype: int,
     rows: int,
     cols: int,

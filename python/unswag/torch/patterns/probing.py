@@ -95,13 +95,13 @@ def ignores_the_mean(module: nn.Module, like: Tensor) -> bool:
     cols = next((v.shape[-1] for v in vectors.values() if v.ndim), getattr(module, "normalized_shape", (8,))[-1])
     if like.is_meta or cols < 2:
         return False
-    ones = {name: nn.Parameter(torch.ones_like(v)) for name, v in vectors.items()}
-    x = (torch.arange(2 * cols, device=like.device) % 7 - 3).reshape(2, cols)  # small integers: exact in every format
     try:
+        ones = {name: nn.Parameter(torch.ones_like(v)) for name, v in vectors.items()}
+        x = (torch.arange(2 * cols, device=like.device) % 7 - 3).reshape(2, cols)  # small integers: exact in every format
         with torch.no_grad():
             low, high = (type(module).forward(twin(module, **ones), v.to(like.dtype)) for v in (x, x + 8))
             return low.shape == x.shape and bool((low - high).abs().max() <= 0.03 * low.abs().max())
-    except Exception:  # whatever a stranger's forward does on two rows
+    except Exception:  # whatever a stranger's forward does on two rows, or a device that is not there
         return False
 
 

@@ -342,4 +342,8 @@ def test_bert_equals_stock(autocast):
         stock = families.step(model, batch)
         report = unswag.apply_unswag_surgery(model, loss="stock")
         assert [pattern for _, pattern in report.patched].count("layer_norm") == 5
-        families.assert_close(families.step(model, batch), stock, 5e-2 if autocast else 5e-6)
+        ours = families.step(model, batch)
+    for found in (ours, stock):  # a key's bias shifts all scores of a query alike: its gradient is rounding and nothing else
+        for name in [n for n in found[1] if n.endswith("key.bias")]:
+            del found[1][name]
+    families.assert_close(ours, stock, 5e-2 if autocast else 5e-6)
