@@ -20,8 +20,8 @@ OPS = (
     "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
     "gated_backward_product", "gated_halves_backward", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward",
     "layer_norm_forward", "layer_norm_apply", "layer_norm_backward", "cross_entropy_", "dropout", "code_forward",
-    "code_backward", "dither_forward", "dither_backward", "block_encode", "block_decode", "signs_encode", "signs_decode", "nonzero_encode",
-    "nonzero_decode",
+    "code_backward", "dither_forward", "dither_backward", "block_encode", "block_decode", "signs_encode",
+    "signs_decode", "nonzero_encode", "nonzero_decode",
 )  # fmt: skip
 CODES = (([0.1], 1), ([-0.5, 0.1, 0.9], 2), ([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0], 3))  # bounds, bits
 WRITES = "cross_entropy_"  # over its logits
