@@ -9,7 +9,7 @@ namespace {
 
 template <class T, class Act>
 struct Forward {
-  static constexpr int threads = 256, resident = 0;
+  static constexpr int threads = 256, resident = sizeof(T) == 8 ? 1 : 0;
   using Shared = Nothing;
   using V = compute_t<T>;
 
@@ -30,10 +30,10 @@ struct Forward {
       UNSWAG_UNROLL
       for (int k = 0; k < 8; ++k) {
         const V element_x = value<V>(v.e[k]);
-        V compared = element_x;
-        if (of_derivative) compared = math::backward<T>(Act{}, element_x, V(1));
-        if (k < n) fields |= math::code_of(compared, bounds, bits) << (k * bits);
-        if (y.data) v.e[k] = element<T>(math::forward<T>(Act{}, element_x));
+        V of_x = element_x, slope = element_x;
+        if (y.data || of_derivative) math::forward_backward<T>(Act{}, element_x, V(1), of_x, slope);
+        if (k < n) fields |= math::code_of(of_derivative ? slope : element_x, bounds, bits) << (k * bits);
+        v.e[k] = element<T>(of_x);
       }
       store_fields(packed.data + row * packed.stride, col, row_bytes, bits, fields);
       if (y.data) store_eight(row_of<T>(y, row) + col, v, n, wide);

@@ -77,7 +77,7 @@ struct Forward {
 // dx, and the sums of dy xhat and of dy over each block of math::RowTree, into scratch.  E: the type of x, weight, dy and dx.
 template <class E, class V>
 struct Backward {
-  static constexpr int threads = 256, resident = sizeof(V) == 8 ? 1 : std::is_same_v<E, Any> ? 2 : 4;
+  static constexpr int threads = 256, resident = sizeof(V) == 8 ? 1 : std::is_same_v<E, Any> ? 2 : 3;
   struct Shared {
     RowSums<V> sums;
     V mean[together], rstd[together], mean_of_g[together], slope[together];

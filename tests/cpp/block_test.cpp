@@ -174,7 +174,9 @@ TEST(Block, EveryBfloat16FillingItsBlock) {
       for (std::int64_t i = 0; i < 1 << 16; ++i) {
         const long double want = x.get(i, 0), got = y.get(i, n - 1);
         if (!std::isfinite(want) || std::fabs(want) >= 0x1p122L) {  // the sum of the block overflows
-          if (!std::isfinite(want) || std::fabs(want) * n > 0x1p128L) ASSERT_TRUE(std::isnan(got)) << want;
+          if (!std::isfinite(want) || std::fabs(want) * n > 0x1p128L) {
+            ASSERT_TRUE(std::isnan(got)) << want;
+          }
         } else if (std::fabs(want) >= 0x1p-96L) {
           ASSERT_EQ(got, want) << k->name << ' ' << i;
           ++exact;
