@@ -22,7 +22,6 @@ BYTES = {"int8": 235_000, "int4": 190_000, "2bit": 170_000}  # full training, at
 SECONDS = {"int8": 1.05, "int4": 1.10}  # of exact, at most
 ROWS = {
     "full": Job(side="ours"),
-    "lora": Job(side="ours", training="lora"),
     "checkpointing": Job(side="ours", checkpointing=True),
 }
 
@@ -55,7 +54,7 @@ def take_turns(tokens: int, rounds: list[int]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024, help="of the steps that are timed (default 1024)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--rounds", type=int, default=4, help="(default 4)")
     args = parser.parse_args()
 
     kept, kept_bytes = Kept("policies"), {}
