@@ -76,9 +76,9 @@ UNSWAG_INLINE void write(const std::uint8_t* code, std::uint8_t* out, int count)
   if constexpr (B::bits == 8) {
     memcpy(out, code, std::size_t(count));
   } else if constexpr (B::bits == 4) {
-    for (int i = 0; i < count / 2; ++i) out[i] = std::uint8_t(code[2 * i] | code[2 * i + 1] << 4);
+    for (std::int64_t i = 0; i < count / 2; ++i) out[i] = std::uint8_t(code[2 * i] | code[2 * i + 1] << 4);
   } else {
-    for (int i = 0; i < count / 4; ++i)
+    for (std::int64_t i = 0; i < count / 4; ++i)
       out[i] = std::uint8_t(code[4 * i] | code[4 * i + 1] << 2 | code[4 * i + 2] << 4 | code[4 * i + 3] << 6);
   }
 }

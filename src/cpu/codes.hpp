@@ -15,7 +15,7 @@ UNSWAG_INLINE void visit_bits(int bits, const F& f) {
     case 1: return f(std::integral_constant<int, 1>());
     case 2: return f(std::integral_constant<int, 2>());
     case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
+    default: return f(std::integral_constant<int, 4>());
   }
 }
 
@@ -47,7 +47,7 @@ UNSWAG_INLINE void write_word_of_codes(V low, V high, const math::Bounds<S>& bou
   if constexpr (bits == 1) {
     memcpy(packed, plane, 4);
   } else {
-    for (int byte = 0; byte < 4; ++byte) {
+    for (std::int64_t byte = 0; byte < 4; ++byte) {
       std::uint32_t fields = 0;
       for (int k = 0; k < bits; ++k) fields |= spread<bits>.of[plane[k] >> (8 * byte) & 255] << k;
       memcpy(packed + byte * bits, &fields, bits);

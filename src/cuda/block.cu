@@ -57,7 +57,7 @@ struct Encode {
       });
       worker.sync();
       // Lanes without a block would read what nobody wrote.
-      share(worker, (lanes - blocks) * B::n, [&](std::int64_t i) {
+      share(worker, std::int64_t{lanes - blocks} * B::n, [&](std::int64_t i) {
         const int spare = lanes - blocks;
         s.t[i / spare * lanes + blocks + i % spare] = 0.f;
       });
@@ -65,7 +65,7 @@ struct Encode {
       if constexpr (B::rotated) rotate(worker, s);
       share(worker, blocks, [&](std::int64_t l) {
         float extreme = 0, squares = 0, check = 0;
-        for (int i = 0; i < B::n; ++i) {
+        for (std::int64_t i = 0; i < B::n; ++i) {
           const float v = s.t[i * lanes + l];
           extreme = ::fabsf(v) > ::fabsf(extreme) ? v : extreme;
           if constexpr (!B::rotated) check = check + v * 0.f;
@@ -136,7 +136,7 @@ struct Decode {
         const std::uint8_t* in = packed + row.scale_byte(at.rest) + 2 * l;
         s.factor[l] = l < blocks ? math::block_factor<B>(std::uint16_t(in[0] | in[1] << 8)) : 0.f;
       });
-      share(worker, (lanes - blocks) * B::n, [&](std::int64_t i) {
+      share(worker, std::int64_t{lanes - blocks} * B::n, [&](std::int64_t i) {
         const int spare = lanes - blocks;
         s.t[i / spare * lanes + blocks + i % spare] = 0.f;
       });

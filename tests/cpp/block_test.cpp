@@ -132,7 +132,7 @@ TEST(Block, NanAndInfinityMakeTheirWholeBlockNanAndNoOther) {
   for (const Block codec : codecs) {
     for (const long double bad : {std::numeric_limits<long double>::quiet_NaN(), std::numeric_limits<long double>::infinity(),
                                   -std::numeric_limits<long double>::infinity()}) {
-      const std::int64_t cols = 5 * block_size(codec);
+      const std::int64_t cols = std::int64_t{5} * block_size(codec);
       Matrix x(DType::f32, 2, cols), y(DType::f32, 2, cols);
       x.fill_normal(1);
       x.set(1, 7, bad);  // block 7 % 5 = 2 of row 1

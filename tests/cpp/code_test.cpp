@@ -19,8 +19,7 @@ const long double nan = std::nanl("");
 
 // Bounds of every kind: not representable, on both sides, so near that they are one float, and at the ends of the range.
 std::vector<double> bounds_of(int bits) {
-  const std::vector<double> all{-3e38,         -6.5, -1.5, -0.1, -1e-40, 0.0,  1e-45, 0.1,
-                                0.10000000001, 0.25, 1.0,  1.5,  6.0,    7.25, 3e38};
+  std::vector<double> all{-3e38, -6.5, -1.5, -0.1, -1e-40, 0.0, 1e-45, 0.1, 0.10000000001, 0.25, 1.0, 1.5, 6.0, 7.25, 3e38};
   switch (bits) {
     case 1: return {0.0};
     case 2: return {-0.1, 0.0, 1.5};
@@ -28,7 +27,7 @@ std::vector<double> bounds_of(int bits) {
     default: return all;
   }
 }
-const std::vector<double> levels{-0.1, 0.3, 0.7, 1.1, 0.0, 1e-3, 2.0, -3.5, 1.0, -1.0, 0.5, 1e30, -1e-30, 0.25, 0.75, 0.9};
+constexpr double levels[]{-0.1, 0.3, 0.7, 1.1, 0.0, 1e-3, 2.0, -3.5, 1.0, -1.0, 0.5, 1e30, -1e-30, 0.25, 0.75, 0.9};
 
 CodeForward forward(const std::vector<double>& bounds, int bits, ConstRows x, Rows y, Packed packed) {
   CodeForward a{.bits = bits, .count = int(bounds.size()), .x = x, .y = y, .packed = packed};
@@ -37,7 +36,7 @@ CodeForward forward(const std::vector<double>& bounds, int bits, ConstRows x, Ro
 }
 CodeBackward backward(int count, int bits, ConstRows dy, ConstPacked packed, Rows dx) {
   CodeBackward a{.bits = bits, .count = count, .dy = dy, .packed = packed, .dx = dx};
-  std::copy_n(levels.begin(), count, a.levels);
+  std::copy_n(levels, count, a.levels);
   return a;
 }
 

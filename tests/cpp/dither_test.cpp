@@ -49,7 +49,7 @@ TEST(Dither, CodesAndFactorsAreThoseOfTheFormulaWhateverTheStrides) {
             Matrix x(dtype, rows, cols, stride), dy(dtype, rows, cols, stride), y(dtype, rows, cols), value(dtype, rows, cols);
             x.fill_normal(3, 2), dy.fill_normal(4);
             if (cols > 30) x.set(0, 3, -2.3993573L), x.set(1, 4, 2.3993573L), x.set(2, 5, std::nanl(""));
-            if (cols > 30) x.set(0, 20, INFINITY), x.set(1, 20, -INFINITY), x.set(2, 20, -0.0L);
+            if (cols > 30) x.set(0, 20, (long double)INFINITY), x.set(1, 20, -(long double)INFINITY), x.set(2, 20, -0.0L);
             // The derivative, of f32 copies where x has 16 bits.
             const DType wide = f64 ? dtype : DType::f32;
             Matrix copy(wide, rows, cols), one(wide, rows, cols), slope(wide, rows, cols), dx(dtype, rows, cols, stride);
