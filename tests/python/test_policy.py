@@ -1,8 +1,10 @@
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
-from unswag.policy import ALIASES, BLOCKS, CODEBOOKS, POLICIES, ROLES, Policy
+from unswag.policy import ALIASES, BLOCKS, CODEBOOKS, MEASURED, POLICIES, ROLES, Policy
 
 
 def test_exact_keeps_everything_as_it_is():
@@ -74,3 +76,12 @@ def test_codebooks_exist():
         if name not in ("dither2", "regelu2"):
             assert codebooks.codebook("silu", 2, name).bits == 2
     assert codebooks.codebook("gelu", 2, "regelu2").bits == 2 and codebooks.dither("silu", 2).bits == 2
+
+
+def test_the_errors_that_are_printed_are_those_of_the_committed_result():
+    result = json.loads((Path(__file__).parents[2] / "bench" / "results" / "fidelity.json").read_text())
+    assert result["tokens"] == 768 and set(MEASURED) == {name for name, policy in POLICIES.items() if policy.lossy}
+    for name, error in MEASURED.items():
+        assert error == pytest.approx(result["sides"][name]["error"], rel=0.01)
+        assert f"{error:.2g}" in POLICIES[name].cost() and "lossy" in POLICIES[name].cost()
+    assert POLICIES["exact"].cost() == "" and "not measured" in Policy(mlp="int4").cost()
