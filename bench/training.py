@@ -109,7 +109,8 @@ def plot(runs: dict[str, list[dict]]) -> None:
     for side, of in runs.items():
         smooth = np.array([np.convolve(run["losses"], window, "valid") for run in of])
         steps = np.arange(25, 25 + smooth.shape[1])
-        axes.plot(steps, smooth.mean(0), label=side, lw=2 if side == "stock" else 1.2)
+        label = side if len(of) == len(runs["stock"]) else f"{side}, the first {len(of)} of the seeds"
+        axes.plot(steps, smooth.mean(0), label=label, lw=2 if side == "stock" else 1.2)
         if side == "stock":
             axes.fill_between(steps, smooth.min(0), smooth.max(0), alpha=0.2, label="stock, smallest to largest seed")
     axes.set_xlabel("step")
