@@ -298,11 +298,11 @@ class _Mark:
     def whole(self, t: torch.Tensor) -> torch.Tensor | None:
         """The marked tensor, of which `t` is all or a part in any order; None if `t` is something else in its storage."""
         start = int(t.storage_offset()) - self.offset
-        if (t.size(), t.stride(), start) != (self.layout.size, self.layout.stride, 0):
-            last = start + sum((n - 1) * step for n, step in zip(t.size(), t.stride(), strict=True))
-            if not _fills(self.layout) or t.numel() == 0 or start < 0 or last >= self.layout.size.numel():
-                return None
         if t.dtype != self.layout.dtype or t.is_conj() or t.is_neg():
+            return None
+        if (t.size(), t.stride(), start) != (self.layout.size, self.layout.stride, 0) and not (
+            t.numel() and _fills(self.layout) and _is_view(t, self.layout, start)
+        ):
             return None
         return t.detach().as_strided(self.layout.size, self.layout.stride, self.offset)
 
