@@ -7,7 +7,7 @@ import itertools
 import logging
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +22,24 @@ from unswag.policy import EXACT, Policy
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import LiveStorages
 from unswag.torch.patterns.loss import logits_counters
-from unswag.torch.patterns.pattern import Candidate, Pattern, maker, replace, replace_forward, restore, values, wrapped
+from unswag.torch.patterns.pattern import (
+    Candidate,
+    Pattern,
+    bring_back,
+    cannot_operate,
+    maker,
+    replace,
+    restore,
+    state,
+    wrap_method,
+    wrapped,
+)
 from unswag.torch.patterns.probing import HOOKS, kind, sealed
 from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
 DRY_TOKENS = 64
-INNER = "_unswag_forward"  # model.__dict__[INNER]: the forward on the instance before the stash was put around it
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left as it is, each sentence once
 
 
@@ -139,7 +149,7 @@ def apply_unswag_surgery(
     before = _take_back(model)
     try:
         with sealed():
-            planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify)
+            planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify, options)
             kept_before = _dry_run(model) if planned else None
         for pattern, candidate in planned:
             pattern.apply(candidate)
@@ -159,9 +169,8 @@ def apply_unswag_surgery(
             kept_after = _dry_run(model) if planned else None
     except BaseException:
         _take_back(model)
-        for module, replaced in before:
-            for path, value in replaced.items():
-                replace(module, path, value)
+        for module, had in before:
+            bring_back(module, had)
         raise
     left = vars(model).get(NOTES, [])
     words, relus = chosen.cost() or str(chosen), kept_as(model)
@@ -191,14 +200,14 @@ def _take_back(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
             "take the wrapper back first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
     checkpoint.release(model)
-    had = [(module, values(module)) for module in model.modules()]
+    had = [(module, state(module)) for module in model.modules()]
     for module in model.modules():
         restore(module)
     return had
 
 
 def _plan(
-    model: nn.Module, chosen: list[Pattern], verify: bool
+    model: nn.Module, chosen: list[Pattern], verify: bool, options: Mapping[str, str]
 ) -> tuple[list[tuple[Pattern, Candidate]], list[tuple[str, str]]]:
     """What to patch, and what to leave with its reason. Changes nothing."""
     planned: list[tuple[Pattern, Candidate]] = []
@@ -209,9 +218,10 @@ def _plan(
         for candidate in pattern.find(model):
             if id(candidate.module) in covered:
                 continue
+            candidate.options = options
             key = candidate.module if verify else kind(candidate.module)
             if key not in probed:
-                probed[key] = (pattern.probe(candidate), candidate.parts)
+                probed[key] = (cannot_operate(candidate.module) or pattern.probe(candidate), candidate.parts)
             reason, parts = probed[key]
             candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
             if reason is None:
@@ -243,28 +253,21 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
 def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
     replace(model, NOTES, notes)
-    inner = model.__dict__.get("forward")
-    if inner is not None:  # of a pattern, or of whoever wrapped the model before
-        replace(model, INNER, inner)
-    bound = inspect.signature(model.forward)
+    signature = inspect.signature(model.forward)
     base = next((m for m in model.modules() if hasattr(type(m), "set_attn_implementation")), None)
     takes_use_cache = base is not None and "use_cache" in inspect.signature(base.forward).parameters
-    place = list(bound.parameters).index("use_cache") if "use_cache" in bound.parameters else len(bound.parameters)
+    names = list(signature.parameters)
+    place = names.index("use_cache") if "use_cache" in names else len(names)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
         trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
         if takes_use_cache and trains and len(args) <= place:
             kwargs.setdefault("use_cache", False)
         with Stash(policy, model=self):
-            inner: Callable[..., Any] | None = self.__dict__.get(INNER)
-            return type(self).forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+            return inner(self, *args, **kwargs)
 
-    # not functools.wraps: accelerate follows __wrapped__ as far as it goes, past us
-    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", model.forward.__qualname__, model.forward.__doc__
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = bound.replace(parameters=[this, *bound.parameters.values()])  # type: ignore[attr-defined]
-    replace_forward(model, forward)
+    wrap_method(model, "forward", around)
 
 
 def _dry_run(model: nn.Module) -> float | None:

@@ -18,7 +18,7 @@ from unswag.torch import ops
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import activation
 from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, SAME, activation_distance, codes_of
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward, stock
 from unswag.torch.patterns.probing import distance, kind, takes_one_argument, twin, value_and_gradients
 
 OURS = tuple(act for act in ACTIVATIONS if act not in ("relu", "relu2"))  # which need less than their input: `patterns.relu`
@@ -71,7 +71,7 @@ class Activation:
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
-            result: Tensor = activation(x, act, codes_of(self)) if ordinary(x) else type(self).forward(self, x)
+            result: Tensor = activation(x, act, codes_of(self)) if ordinary(x) else stock(self, x)
             return result
 
         replace(candidate.module, CODES, Codes())

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from unswag.torch import stash
 from unswag.torch.autograd import once_differentiable
-from unswag.torch.patterns.pattern import Candidate, replace
+from unswag.torch.patterns.pattern import Candidate, replace_view
 
 NAME = "unswag"  # in transformers' registries of attention functions and masks
 LINEAR = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -65,7 +65,26 @@ class Attention:
 
     def apply(self, candidate: Candidate) -> None:
         register()
-        replace(candidate.module, "config._attn_implementation_internal", candidate.parts["implementation"])
+        config, wanted = candidate.module.config, candidate.parts["implementation"]
+        for module in candidate.module.modules():
+            if vars(module).get("config") is config:
+                replace_view(module, "config", functools.partial(_as_chosen, wanted))
+
+
+def _as_chosen(wanted: str, module: nn.Module, config: Any) -> Any:
+    """The same config, by reference, in which the attention is called `wanted`."""
+    stock: Any = type(config)
+    cls: Any = _chosen_class(stock, wanted)
+    seen: Any = object.__new__(cls)
+    seen.__dict__ = config.__dict__
+    return seen
+
+
+@functools.cache
+def _chosen_class(config: Any, wanted: str) -> type:
+    about = {"__module__": config.__module__, "__qualname__": config.__qualname__}
+    name = property(lambda self: wanted, lambda self, value: config._attn_implementation.fset(self, value))
+    return type(config.__name__, (config,), about | {"_attn_implementation": name})
 
 
 def register() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unswag.torch import stash
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace_forward, stock
 from unswag.torch.patterns.probing import twin
 from unswag.torch.stash import is_plain
 
@@ -43,7 +43,7 @@ class BatchNorm:
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
             recipe = _recipe(self, x)
-            y: Tensor = type(self).forward(self, x)
+            y: Tensor = stock(self, x)
             if recipe is not None:
                 stash.remember(y, batch_norm_again, x, *recipe[0], **recipe[1])
             return y

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unswag.torch.functional import dropout
 from unswag.torch.patterns.activation import ordinary
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward, stock
 
 
 class Dropout:
@@ -36,7 +36,8 @@ class Dropout:
     def apply(self, candidate: Candidate) -> None:
         def forward(self: nn.Dropout, input: Tensor) -> Tensor:
             if not (self.training and 0 < self.p < 1 and ordinary(input)) or not _draws(input):
-                return nn.Dropout.forward(self, input)
+                result: Tensor = stock(self, input)
+                return result
             return dropout(input, self.p)
 
         replace_forward(candidate.module, forward)

@@ -8,7 +8,6 @@ needs only its inner product with the gradient, which is that of the gradient be
 from __future__ import annotations
 
 import itertools
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,16 @@ from unswag.torch.autograd import once_differentiable
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated_halves
 from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, GRID, SAME, codes_of
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
+from unswag.torch.patterns.pattern import (
+    Candidate,
+    foreign_forward,
+    is_plain,
+    no_kernel,
+    replace,
+    replace_forward,
+    replace_method,
+    stock,
+)
 from unswag.torch.patterns.probing import distance, twin, value_and_gradients
 
 GATE = "_apply_gate"  # transformers' name for act(gate) * up of its packed experts; grouped_mm and batched_mm call it
@@ -71,12 +79,11 @@ class Experts:
 
         def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
             if kwargs or len(args) != 3 or not _ordinary(self, *args):
-                result: Tensor = type(self).forward(self, *args, **kwargs)
+                result: Tensor = stock(self, *args, **kwargs)
                 return result
             return grouped(*args, self.gate_up_proj, self.down_proj, act, gate_first, codes_of(self))
 
-        apply_gate.__name__ = GATE  # by which a pickled method is found again: in the class, so what is loaded is unpatched
-        replace(candidate.module, GATE, types.MethodType(apply_gate, candidate.module))
+        replace_method(candidate.module, GATE, apply_gate)
         replace(candidate.module, CODES, Codes())
         if candidate.parts["whole"]:
             replace_forward(candidate.module, forward)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward, stock
 from unswag.torch.patterns.probing import distance, has_hooks, takes_one_argument, twin, value_and_gradients
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -170,7 +170,7 @@ def install(candidate: Candidate) -> None:
         (x,) = (*args, *kwargs.values())
         act = activation(self)
         if act is not vars(self)[PROVEN] or (isinstance(act, nn.Module) and has_hooks(act)):  # changed since the surgery
-            return type(self).forward(self, x)
+            return stock(self, x)
         return wiring(self, x)
 
     replace(candidate.module, PROVEN, activation(candidate.module))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import layer_norm
 from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, run
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
 from unswag.torch.patterns.probing import ignores_the_mean, kind, takes_one_argument, twin
 
 EPS = (1e-5, 1e-6, 1e-12)  # tried where no attribute holds it: those in use
@@ -124,9 +124,9 @@ class LayerNorm:
     def apply(self, candidate: Candidate) -> None:
         variant: Variant = candidate.parts["variant"]
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())
-            return variant(self, x) if variant.takes(self, x) else type(self).forward(self, x)
+            return variant(self, x) if variant.takes(self, x) else stock(self, x)
 
         replace_forward(candidate.module, forward)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unswag.torch.draws import draw_seed
 from unswag.torch.lora import Adapter, add_lora
 from unswag.torch.patterns.gated_mlp import Drawn
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward, stock, stock_class
 from unswag.torch.patterns.probing import distance, has_hooks, twin, ulps, value_and_gradients
 
 ROWS = 32  # of each probe
@@ -57,7 +57,7 @@ class Lora:
 
         def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if args or kwargs or not _ordinary(self, x):  # e.g. adapter_names: another adapter for each row
-                return type(self).forward(self, x, *args, **kwargs)
+                return stock(self, x, *args, **kwargs)
             return _forward(self, x, round_products)
 
         replace_forward(candidate.module, forward)
@@ -106,7 +106,7 @@ def _unlike(module: Any, name: str) -> str | None:
         return f"its adapter {name!r} is of another kind, DoRA"
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
         return f"its adapter {name!r} is no pair of Linears, the first without bias"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or not getattr(dropout, "p", 0.0) < 1:
+    if stock_class(dropout) not in (nn.Identity, nn.Dropout) or not getattr(dropout, "p", 0.0) < 1:
         return f"its adapter {name!r} has a dropout that is no nn.Dropout with p < 1"
     if any(has_hooks(part) for part in (a, b, dropout)):
         return f"its adapter {name!r} has hooks, which would not run"

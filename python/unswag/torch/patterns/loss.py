@@ -13,6 +13,7 @@ weight is called on chunks as a module would be; nobody reads its weight.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,16 +27,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from unswag.torch.loss import Head, LazyLogits, check_labels, logits_are_kept
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward, stock
 
 STATE = "_unswag_loss"  # head.__dict__[STATE]: _State
 
 
 @dataclass
 class _State:
-    """previous: the head's forward before ours.  linear: it is F.linear(x, weight, bias).  notes: see `Head`."""
+    """linear: it is F.linear(x, weight, bias).  notes: see `Head`."""
 
-    previous: Any
     linear: bool
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -78,7 +78,7 @@ class Loss:
 
     def apply(self, candidate: Candidate) -> None:
         head = candidate.module
-        replace(head, STATE, _State(head.forward, candidate.parts["linear"]))
+        replace(head, STATE, _State(candidate.parts["linear"]))
         replace_forward(head, _lazy_forward)
         for model in candidate.parts["models"]:
             replace(model, "_loss_function", _chunked_loss)
@@ -149,13 +149,13 @@ def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The output embedding's forward: lazy logits in training, else what it was."""
     state: _State = vars(self)[STATE]
     if len(args) != 1 or kwargs or not _wanted(self, args[0]):
-        return state.previous(*args, **kwargs)
+        return stock(self, *args, **kwargs)
     reason = _cannot_be_lazy(self, state.linear)  # hooks, sharding and devices may have changed since the surgery
     classes = _classes(self)
     if reason is not None or classes is None:
-        return state.previous(*args)
+        return stock(self, *args)
     linear = (self.weight, self.bias) if state.linear else None
-    return LazyLogits(Head(state.previous, tuple(self.parameters()), classes, linear, state.notes), args[0])
+    return LazyLogits(Head(functools.partial(stock, self), tuple(self.parameters()), classes, linear, state.notes), args[0])
 
 
 def _wanted(head: nn.Module, hidden: Any) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import rms_norm
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
 from unswag.torch.patterns.probing import distance, ignores_the_mean, kind, takes_one_argument, twin, ulps, value_and_gradients
 
 ELEMENTS = 1 << 16  # of each probe: enough to see a rate of 1e-4
@@ -104,10 +104,10 @@ class Norm:
     def apply(self, candidate: Candidate) -> None:
         variant: Variant = candidate.parts["variant"]
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())
             if not (is_plain(x) and is_plain(getattr(self, variant.weight) if variant.weight else None)):  # sharded since
-                return type(self).forward(self, x)
+                return stock(self, x)
             return variant(self, x)
 
         replace_forward(candidate.module, forward)

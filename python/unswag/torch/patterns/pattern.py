@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
+import functools
+import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +17,9 @@ from torch import nn
 from unswag import _core
 from unswag.torch import stash
 
-RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute path: Replaced}
+RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute: Replaced}
+METHODS = "_unswag_methods"  # module.__dict__[METHODS]: {name: function(self, …)}
+STOCK = "_unswag_stock"  # of an operated class: the class whose place it takes
 ABSENT = ...  # survives deepcopy and pickle as itself
 
 
@@ -34,11 +39,13 @@ class Candidate:
     module   the module whose forward (or other attribute) would be replaced
     parts    what `find` saw and `probe` chose, for `apply`: the pattern's own business; but parts["covers"] names the children
              that the replacement no longer calls, and tells later patterns that they and the module itself are done with
+    options  of `apply_unswag_surgery`: "attention", "loss", "dropout"
     """
 
     name: str
     module: nn.Module
     parts: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pattern(Protocol):
@@ -63,61 +70,228 @@ class Pattern(Protocol):
         but `candidate.parts`: random numbers, gradients, buffers and hooks of the model stay as they are."""
 
     def apply(self, candidate: Candidate) -> None:
-        """Puts the replacement in place, by `replace` or `replace_forward` alone, so that `restore` undoes it."""
+        """Puts the replacement in place, by `replace`, `replace_method` and their like alone, so that `restore` undoes it."""
 
 
-def replace(module: nn.Module, path: str, value: Any) -> None:
-    """Sets the attribute `path` (dotted: "forward", "config.use_cache") below `module` on the instance, and records
-    in the module what was there. A second replacement of the same path keeps the first record."""
-    owner, name = _owner(module, path)
+# ---- replacing on the instance ----------------------------------------------------------------------------------------------
+#
+# A function in an instance's __dict__ does not know which module is called: whatever copies __dict__ (copy.copy, the replicas
+# of nn.DataParallel) would run the weights of the first one. So a module that gets a method of ours also gets a class of its
+# own, as parametrizations and FSDP2 do it: a subclass of its class under the same name, whose methods look up what the instance
+# says. Its class itself is not written to, and an instance that says nothing runs its class's own method.
+
+
+def replace(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute on the instance, and records in the module what was there. A second replacement of the same attribute
+    keeps the first record. For methods use `replace_method`: `value` is shared by shallow copies of the module."""
     record = module.__dict__.setdefault(RECORD, {})
-    record[path] = Replaced(record[path].before if path in record else vars(owner).get(name, ABSENT), value)
-    vars(owner)[name] = value
+    record[name] = Replaced(record[name].before if name in record else vars(module).get(name, ABSENT), value)
+    vars(module)[name] = value
+
+
+def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Replaces the method `name` by `function(self, …)` on this instance; `self` is the module that is called, be it a copy.
+    What stood on the instance until now is recorded; `stock` calls it."""
+    record = module.__dict__.setdefault(RECORD, {})
+    if name not in record:
+        record[name] = Replaced(vars(module).pop(name, ABSENT), ABSENT)
+    module.__dict__.setdefault(METHODS, {})[name] = function
+    _become(module, name, _method)
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Replaces `module.forward` by the function `forward(self, …)`, bound to the instance: a deepcopy binds it to the
-    copy, and class and state_dict do not change."""
-    forward.__name__ = "forward"  # by which a pickled method is found again: in the class, so what is loaded is unpatched
-    replace(module, "forward", types.MethodType(forward, module))
+    """`replace_method` for the forward."""
+    replace_method(module, "forward", forward)
+
+
+def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around(inner, self, …)` around the method as it is now, ours or not; `inner(self, …)` calls that."""
+    inner = module.__dict__.get(METHODS, {}).get(name) or functools.partial(stock_method, name)
+    replace_method(module, name, functools.partial(around, inner))
+
+
+def replace_view(module: nn.Module, name: str, seen: Callable[[nn.Module, Any], Any]) -> None:
+    """Reading the attribute `name` of this instance gives `seen(self, value)`; the value itself stays where and what it is."""
+    module.__dict__.setdefault(RECORD, {})
+    module.__dict__.setdefault(METHODS, {})[name] = seen
+    _become(module, name, _attribute)
+
+
+def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls the forward that `module` had before the surgery: its class's, or the one that stood on the instance."""
+    return stock_method("forward", module, *args, **kwargs)
+
+
+def stock_method(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """As `stock`, of any method."""
+    was = module.__dict__.get(RECORD, {}).get(name)
+    if was is not None and was.before is not ABSENT:
+        return was.before(*args, **kwargs)
+    return getattr(stock_class(module), name)(module, *args, **kwargs)
+
+
+def stock_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before the surgery, or has."""
+    cls = module if isinstance(module, type) else type(module)
+    return getattr(cls, STOCK, cls)
+
+
+def cannot_operate(module: nn.Module) -> str | None:
+    """The reason why `module` cannot get methods of ours, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a compiled TorchScript module"
+    try:
+        operated = _operated_class(stock_class(module))
+        object.__new__(stock_class(module)).__class__ = operated
+    except Exception as error:  # a class that cannot be derived from, or of a fixed layout
+        return f"its class cannot be derived from ({type(error).__name__}: {error})"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "it is parametrized, and its parametrization counts on its class"
+    return None
 
 
 def restore(module: nn.Module) -> bool:
-    """Puts back everything `replace` changed on `module`, last first; what somebody else has set since stays theirs. True if
-    there was something."""
-    record = module.__dict__.pop(RECORD, {})
-    for path, was in reversed(record.items()):
-        owner, name = _owner(module, path)
-        if vars(owner).get(name, was.ours) != was.ours:
-            continue
-        if was.before is ABSENT:
-            vars(owner).pop(name, None)
-        else:
-            vars(owner)[name] = was.before
-    return bool(record)
+    """Puts back everything that was replaced on `module`; what somebody else has set since stays theirs. True if there was
+    something."""
+    record, methods = module.__dict__.pop(RECORD, {}), module.__dict__.pop(METHODS, {})
+    for name, was in reversed(record.items()):
+        if name in methods:
+            if _is_own_method(module, name):
+                del vars(module)[name]
+            if was.before is not ABSENT:
+                vars(module).setdefault(name, was.before)
+        elif vars(module).get(name, was.ours) == was.ours:
+            if was.before is ABSENT:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = was.before
+    if STOCK in vars(type(module)):  # else somebody has derived from it since; without a record it passes everything on
+        module.__class__ = stock_class(module)
+    return bool(record or methods)
 
 
 def wrapped(module: nn.Module) -> bool:
     """Whether somebody else has put a forward over ours since (accelerate does, for mixed precision). Theirs calls ours, so
     neither can be taken away without the other."""
-    was = module.__dict__.get(RECORD, {}).get("forward")
-    return was is not None and vars(module).get("forward", was.ours) != was.ours
+    ours = "forward" in module.__dict__.get(METHODS, {})
+    return ours and "forward" in vars(module) and not _is_own_method(module, "forward")
 
 
-def values(module: nn.Module) -> dict[str, Any]:
-    """What `replace` has put on `module`, by path: giving each to `replace` again brings it back after `restore`."""
+def _is_own_method(module: nn.Module, name: str) -> bool:
+    """Whether the instance holds its own method, which is what wrappers leave when they are taken back."""
+    held = vars(module).get(name)
+    return isinstance(held, types.MethodType) and held.__self__ is module and held.__func__ is getattr(type(module), name)
+
+
+def state(module: nn.Module) -> dict[str, Any]:
+    """What surgery has put on `module`: giving it to `bring_back` after `restore` puts it there again."""
     record = module.__dict__.get(RECORD, {})
-    return {path: vars(owner)[name] for path in record for owner, name in [_owner(module, path)] if name in vars(owner)}
+    names = (RECORD, METHODS, *(name for name, was in record.items() if was.ours is not ABSENT))
+    return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
-def _owner(module: nn.Module, path: str) -> tuple[Any, str]:
-    parent, _, name = path.rpartition(".")
-    return (attrgetter(parent)(module) if parent else module), name
+def bring_back(module: nn.Module, state: dict[str, Any]) -> None:
+    """Undoes `restore`."""
+    for name, value in state.items():
+        if name == METHODS:
+            for method, function in value.items():
+                if method in state[RECORD]:
+                    replace_method(module, method, function)
+                else:
+                    replace_view(module, method, function)
+        elif name != RECORD:
+            replace(module, name, value)
 
 
-def replaced(module: nn.Module, path: str = "forward") -> bool:
-    """Whether UnSwag has replaced `path` on this module."""
-    return path in module.__dict__.get(RECORD, {})
+def replaced(module: nn.Module, name: str = "forward") -> bool:
+    """Whether UnSwag has replaced this method or attribute of this module."""
+    return name in module.__dict__.get(RECORD, {})
+
+
+def _become(module: nn.Module, name: str, member: Callable[[type[nn.Module], str], Any]) -> None:
+    operated = _operated_class(stock_class(module))
+    if name not in vars(operated):
+        setattr(operated, name, member(operated, name))
+    if not isinstance(module, operated):
+        module.__class__ = operated
+
+
+def _operated_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `stock` whose instances may have methods of ours; one as long as there are instances."""
+    made = next((cls for cls in stock.__subclasses__() if vars(cls).get(STOCK) is stock), None)
+    if made is None:
+        about = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+        copying = {"__copy__": _copy, "__deepcopy__": _copy, "__reduce_ex__": _reduce}
+        metaclass: Any = type(stock)
+        made = metaclass(stock.__name__, (stock,), {STOCK: stock} | about | copying)
+    return made
+
+
+def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
+    """A method that is ours where the instance says so."""
+    plain = getattr(operated, name)
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ours = self.__dict__.get(METHODS)
+        if ours is None or name not in ours:
+            return plain(self, *args, **kwargs)
+        return ours[name](self, *args, **kwargs)
+
+    # not functools.wraps: accelerate follows __wrapped__ as far as it goes, past us
+    method.__name__, method.__qualname__, method.__doc__ = name, plain.__qualname__, plain.__doc__
+    method.__module__ = plain.__module__
+    method.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # HF Trainer reads it to choose columns
+    return method
+
+
+def _attribute(operated: type[nn.Module], name: str) -> property:
+    """An attribute that is seen as the instance says."""
+
+    def get(self: nn.Module) -> Any:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        seen = self.__dict__.get(METHODS, {}).get(name)
+        return self.__dict__[name] if seen is None else seen(self, self.__dict__[name])
+
+    def set_(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def delete(self: nn.Module) -> None:
+        del self.__dict__[name]
+
+    return property(get, set_, delete)
+
+
+def _copy(self: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """copy.copy and copy.deepcopy of an operated module: operated, too."""
+    plain = stock_class(self)
+    if memo is None and hasattr(plain, "__copy__"):
+        return plain.__copy__(self)
+    if memo is not None and hasattr(plain, "__deepcopy__"):
+        return plain.__deepcopy__(self, memo)
+    made = plain.__new__(plain)
+    made.__class__ = type(self)
+    if memo is None:
+        made.__setstate__(plain.__getstate__(self))
+    else:
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(plain.__getstate__(self), memo))
+    return made
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """A pickled module is stock: it can be loaded where UnSwag is not."""
+    plain = stock_class(self)
+    if STOCK not in vars(type(self)):
+        return plain.__reduce_ex__(self, protocol)
+    as_stock = plain.__new__(plain)
+    vars(as_stock).update(vars(self))
+    restore(as_stock)
+    reduced: Any = as_stock.__reduce_ex__(protocol)
+    make, arguments, *rest = reduced
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # which pickle allows for the object's own class alone
+        make, arguments = copyreg._reconstructor, (arguments[0], object, None)  # type: ignore[attr-defined]
+    return make, arguments, *rest
 
 
 def foreign_forward(module: nn.Module) -> str | None:
@@ -128,7 +302,8 @@ def foreign_forward(module: nn.Module) -> str | None:
     on_instance = module.__dict__.get("forward")
     if on_instance is not None:
         return maker(on_instance)
-    homes = {home.partition(".")[0] for home in (type(module).__module__, type(module).forward.__module__)}
+    cls = stock_class(module)
+    homes = {home.partition(".")[0] for home in (cls.__module__, cls.forward.__module__)}
     return next(iter(homes & {"liger_kernel", "unsloth", "unsloth_zoo"}), None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unswag.torch.patterns.pattern import RECORD
+from unswag.torch.patterns.pattern import METHODS, RECORD, stock_class
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -42,8 +42,9 @@ def sealed() -> Iterator[None]:
 def twin(module: nn.Module, **replaced: Any) -> nn.Module:
     """A shallow copy of `module` in which the named children and parameters are others. It has no hooks, its buffers
     are copies, and its forward is that of the class."""
-    copy = type(module).__new__(type(module))
-    copy.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (RECORD, "forward")})
+    cls = stock_class(module)
+    copy = cls.__new__(cls)
+    copy.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (RECORD, METHODS, "forward")})
     copy.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
     copy._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
     copy._parameters = {k: replaced.get(k, p) for k, p in module._parameters.items()}

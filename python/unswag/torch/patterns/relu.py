@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace, replace_forward
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace, replace_forward, stock
 from unswag.torch.patterns.probing import takes_one_argument, twin
 from unswag.torch.rectified import rectified, squared
 from unswag.torch.stash import Stash
@@ -93,7 +93,7 @@ def kept_as(model: nn.Module) -> list[Counter[str]]:
 
 
 def _relu(module: nn.Module, x: Tensor, kept: Counter[str]) -> Tensor:
-    return rectified(lambda x: type(module).forward(module, x), x, kept)
+    return rectified(lambda x: stock(module, x), x, kept)
 
 
 def _squared(module: nn.Module, x: Tensor, kept: Counter[str]) -> Tensor:

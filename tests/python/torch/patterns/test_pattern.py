@@ -1,8 +1,9 @@
-"""Replacing on the instance, and putting back only what is ours."""
+"""Replacing on the instance: what is called, what is copied, and putting back only what is ours."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 import types
 
 import torch
@@ -10,40 +11,136 @@ from odd_weights import halved
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unswag.torch.patterns.pattern import is_plain, replace, replace_forward, replaced, restore, values, wrapped
+from unswag.torch.patterns.pattern import (
+    bring_back,
+    cannot_operate,
+    is_plain,
+    replace,
+    replace_forward,
+    replace_view,
+    replaced,
+    restore,
+    state,
+    stock,
+    stock_class,
+    wrap_method,
+    wrapped,
+)
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.settings = types.SimpleNamespace(way="stock")
+        self.way, self.weight = "stock", nn.Parameter(torch.ones(()))
 
     def forward(self, x):
-        return x
+        return x * self.weight
 
 
 def ours(self, x):
-    return 2 * x
+    return 2 * stock(self, x)
 
 
-def test_restore_puts_back_the_first_value_of_each_path():
+def test_restore_puts_back_the_first_value_of_each_attribute():
     model = Model()
-    before = dict(vars(model))
+    before, forward = dict(vars(model)), Model.forward
     replace_forward(model, ours)
-    replace(model, "settings.way", "first")
-    replace(model, "settings.way", "second")
-    assert model(3) == 6 and model.settings.way == "second" and replaced(model) and replaced(model, "settings.way")
-    assert values(model) == {"forward": model.forward, "settings.way": "second"}
-    assert restore(model) and vars(model) == before and model.settings.way == "stock" and model(3) == 3
+    replace(model, "way", "first")
+    replace(model, "way", "second")
+    assert model(3) == 6 and model.way == "second" and replaced(model) and replaced(model, "way")
+    assert Model.forward is forward and isinstance(model, Model) and type(model).__name__ == "Model"
+    had = state(model)
+    assert restore(model) and vars(model) == before and type(model) is Model and model(3) == 3
     assert not restore(model) and not replaced(model)
+    bring_back(model, had)
+    assert model(3) == 6 and model.way == "second"
+    restore(model)
+    assert vars(model) == before
 
 
 def test_what_somebody_set_since_stays_theirs():
     model = Model()
-    replace(model, "settings.way", "ours")
-    model.settings.way = "theirs"
+    replace(model, "way", "ours")
+    model.way = "theirs"
     restore(model)
-    assert model.settings.way == "theirs"
+    assert model.way == "theirs"
+
+
+def test_a_forward_of_the_instance_is_stock_and_comes_back():
+    model = Model()
+    model.forward = mine = lambda x: x + 1
+    replace_forward(model, ours)
+    assert model(3) == 8 and not wrapped(model)
+    restore(model)
+    assert vars(model)["forward"] is mine
+
+
+def test_wraps_go_around_what_was_there():
+    model = Model()
+    wrap_method(model, "forward", lambda inner, self, x: inner(self, x) + 1)
+    assert model(3) == 4
+    replace_forward(model, ours)
+    wrap_method(model, "forward", lambda inner, self, x: inner(self, x) + 1)
+    assert model(3) == 7
+
+
+def test_the_module_that_is_called_acts():
+    """copy.copy and the replicas of nn.DataParallel share __dict__."""
+    model = Model()
+    replace_forward(model, ours)
+    replica = model._replicate_for_data_parallel()
+    replica.weight = torch.tensor(5.0)
+    shallow = copy.copy(model)
+    shallow._parameters = {"weight": nn.Parameter(torch.tensor(7.0))}
+    deep = copy.deepcopy(model)
+    deep.weight.data.fill_(9.0)
+    assert [float(m(torch.ones(()))) for m in (model, replica, shallow, deep)] == [2, 10, 14, 18]
+    restore(shallow)
+    assert type(shallow) is Model and [float(m(torch.ones(()))) for m in (model, shallow)] == [2, 7]
+
+
+def test_a_pickle_is_stock():
+    model = Model()
+    replace_forward(model, ours)
+    replace(model, "way", "ours")
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        data = pickle.dumps(model, protocol)
+        again = pickle.loads(data)
+        assert b"unswag" not in data and type(again) is Model and again.way == "stock" and again(3) == 3
+
+
+def test_an_instance_made_by_the_operated_class_is_stock():
+    model = Model()
+    replace_forward(model, ours)
+    again = type(model)()
+    assert again(3) == 3 and not replaced(again) and stock_class(again) is Model
+    assert not restore(again) and type(again) is Model
+
+
+def test_who_derives_from_the_operated_class_keeps_its_own_method():
+    model = Model()
+    replace_forward(model, ours)
+    model.__class__ = type("New", (type(model),), {"forward": lambda self, x: 100 * super(type(self), self).forward(x)})
+    assert model(3) == 600
+    restore(model)
+    assert model(3) == 300
+
+
+def test_an_attribute_is_seen_as_the_instance_says():
+    model, other = Model(), Model()
+    replace_view(model, "way", lambda self, way: way.upper())
+    assert (model.way, other.way, vars(model)["way"]) == ("STOCK", "stock", "stock")
+    model.way = "new"
+    assert model.way == "NEW" and copy.deepcopy(model).way == "NEW" and pickle.loads(pickle.dumps(model)).way == "new"
+    restore(model)
+    assert model.way == "new" and type(model) is Model
+
+
+def test_what_cannot_be_derived_from_is_left():
+    assert cannot_operate(Model()) is None
+    assert "TorchScript" in cannot_operate(torch.jit.trace(Model(), torch.ones(())))
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    assert "parametrized" in cannot_operate(linear)
 
 
 def test_wrapped_means_by_somebody_else():

@@ -60,4 +60,4 @@ def test_accelerate(precision, tolerance, checkpointing, when, monkeypatch):
 def test_an_unwrapped_model_can_be_taken_back(precision):
     _, model = train("before", precision)
     unswag.remove_unswag_surgery(model)
-    assert not any("forward" in vars(m) or "_unswag" in vars(m) for m in model.modules())
+    assert not any("_unswag" in vars(m) for m in model.modules())
