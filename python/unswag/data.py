@@ -520,8 +520,8 @@ class _Encoder:
     def _unwritten(self, chat: Chat, whole: str) -> list[str]:
         """Notes of what the template does not write.  Raises Bad for a message or a tool call that it leaves out.
 
-        Contents that follow each other in the text are there.  For any other, and for all else, the template is asked: without
-        it, is the text the same?
+        Contents that follow each other in the text are there, unless they are so short that the template itself may write them.
+        Of all others, and of all else, the template is asked: without it, is the text the same?
         """
         messages, tools = chat.messages, chat.tools
         notes = list[str]()
@@ -535,16 +535,17 @@ class _Encoder:
         def without(key: str) -> list[dict[str, Any]]:
             return [{k: v for k, v in message.items() if k != key} for message in messages]
 
-        at = 0
-        for i, message in enumerate(messages):
-            role, content = message["role"], message["content"].strip()
-            found = whole.find(content, at)
-            at = max(at, found + len(content))
-            if content and (found < 0 or len(content) < 16):  # a short one may stand in what the template writes
+        contents, at = [message["content"].strip() for message in messages], 0
+        for content in contents:
+            found = whole.find(content, at) if at >= 0 else -1
+            at = found + len(content) if found >= 0 else -1
+        for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            role = message["role"]
+            if content and (at < 0 or len(content) < 16):
                 if not changes([*messages[:i], {**message, "content": ""}, *messages[i + 1 :]]):
                     raise Bad("chat template", f"the chat template leaves out message {i}, which is from the {role}")
                 if content not in whole:
-                    notes.append(f"the content of a {role} message is written otherwise by the chat template")
+                    notes.append(f"what the {role} says is written otherwise by the chat template")
             if "tool_calls" in message:
                 bare = {k: v for k, v in message.items() if k != "tool_calls"}
                 if not changes([*messages[:i], bare, *messages[i + 1 :]]):
@@ -1127,11 +1128,11 @@ class Report:
             for what in sorted(counter):
                 yield Text(f"{heading}: {what}")
                 for place in c.where.get(what, []):
-                    yield Text(f"  {place}", overflow="fold")
+                    yield Text(f"  {place}")
                 if counter[what] > len(c.where.get(what, [])) > 0:
                     yield Text(f"  and {counter[what] - len(c.where[what]):,} more")
         for path in c.quarantine:
-            yield Text(f"bad lines were written to {path}", overflow="fold")
+            yield Text(f"bad lines were written to {path}")
         yield from self._histogram()
 
     def __str__(self) -> str:
