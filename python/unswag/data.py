@@ -45,7 +45,7 @@ import weakref
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -85,6 +85,7 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
 }
 _WHERE = 3  # lines that the report names for each reason
 _NAMES = 20  # columns that it names
+_MANY = 64  # messages, from which on a rendering for each of them is dear
 
 # The two prompts of Stanford Alpaca (Taori et al., 2023); a system prompt stands in the place of their first paragraph.
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -189,7 +190,7 @@ def prepare_data(
     max_length = _check_arguments(tokenizer, max_length, template, columns, packing, too_long, on_error, verbose)
     sizes = [_check_file(path) for path in paths]
 
-    encoder = _Encoder(tokenizer, template)
+    encoder = _Encoder(tokenizer, template, max_length if too_long == "drop" else None)
     counts = Counts()
     folder = Path(tempfile.mkdtemp(prefix="unswag-data-"))
     try:
@@ -448,8 +449,9 @@ class _Text:
 class _Encoder:
     """Text → token ids, with the trained ones marked."""
 
-    def __init__(self, tokenizer: Any, template: str):
+    def __init__(self, tokenizer: Any, template: str, longest: int | None):
         self.tokenizer = tokenizer
+        self.longest = longest  # tokens of a sequence that is not dropped
         eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
         if eos is None:
             raise ValueError(
@@ -494,6 +496,8 @@ class _Encoder:
             )
         messages, tools = chat.messages, chat.tools
         whole, pieces, prompt, done = self._render(messages, tools), list[str](), "", 0
+        if len(messages) > _MANY and self.longest and len(self._ids([whole])[0]) > self.longest + 2:  # 2: what follows the EOS
+            return _Text([whole], False, notes)  # too long: not worth a rendering for each message
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -532,8 +536,8 @@ class _Encoder:
             except Bad:
                 return True
 
-        def without(key: str) -> list[dict[str, Any]]:
-            return [{k: v for k, v in message.items() if k != key} for message in messages]
+        def without(keys: Collection[str]) -> list[dict[str, Any]]:
+            return [{k: v for k, v in message.items() if k not in keys} for message in messages]
 
         contents, at = [message["content"].strip() for message in messages], 0
         for content in contents:
@@ -550,9 +554,12 @@ class _Encoder:
                 bare = {k: v for k, v in message.items() if k != "tool_calls"}
                 if not changes([*messages[:i], bare, *messages[i + 1 :]]):
                     raise Bad("chat template", f"the chat template leaves out the tool calls of message {i}")
-        for key in dict.fromkeys(key for message in messages for key in message):
-            if key not in ("role", "content", "tool_calls") and not changes(without(key)):
-                notes.append(f"{key!r} of a message is not written by the chat template")
+        others = {key: None for message in messages for key in message if key not in ("role", "content", "tool_calls")}
+        if others and changes(without(others)):  # then which of them?  Of the first few: the line is to take linear time
+            if len(others) > _NAMES:
+                notes.append(f"of the keys of a message only the first {_NAMES} were looked for in what the chat template writes")
+            others = {key: None for key in list(others)[:_NAMES] if not changes(without([key]))}
+        notes += [f"{key!r} of a message is not written by the chat template" for key in others]
         if tools and not changes(messages, None):
             notes.append("tools are not written by the chat template")
         return notes
@@ -976,7 +983,8 @@ class PackedDataset:
         )
         used = np.add.reduceat((sequences[1:] - sequences[:-1])[order], packs[:-1])
         yield f"a row has more than max_length={self.max_length} tokens", bool(used.max() <= self.max_length)
-        c, trained = self.counts, int(np.count_nonzero(tokens >= _TRAINED))
+        c, blocks = self.counts, range(0, len(tokens), 1 << 20)
+        trained = sum(int(np.count_nonzero(tokens[at : at + (1 << 20)] >= _TRAINED)) for at in blocks)
         yield "its counts are not those of its arrays", (c.kept, c.tokens, c.trained) == (n, len(tokens), trained)
 
 

@@ -686,7 +686,7 @@ def test_trainer_takes_it(tmp_path):
     assert sum(int((b["labels"] != -100).sum()) for b in batches) == data.counts.trained
 
 
-# ---- what a line says is heeded, refused or reported --------------------------------------------------------------------------
+# ---- what a line says is heeded, refused or reported ------------------------------------------------------------------------
 
 
 def turns(*said, **last):
@@ -716,7 +716,10 @@ def test_an_answer_that_is_not_to_be_learnt_has_no_labels(flag, which, tmp_path)
 
 
 def test_an_end_that_is_put_there_is_not_learnt_after_an_answer_that_is_not(tmp_path):
-    template = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     messages = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), weight=0)
     ((text, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, template=template))
     assert text.endswith("[assistant]d<|im_end|>") and learnt == "b"
@@ -748,7 +751,7 @@ def test_a_line_of_which_nothing_is_to_be_learnt_is_no_error_but_counted(tmp_pat
     assert [learnt for _, learnt in rows_of(data)] == ["a<|im_end|>", "c<|im_end|>"]
     assert data.counts.dropped == {"not to be learnt": 2} and not data.counts.noted
     assert data.counts.where == {"not to be learnt": [f"{tmp_path / 'm.jsonl'}:{n}" for n in (2, 3)]}
-    with pytest.raises(ValueError, match="no usable line.*'not to be learnt': 1"):
+    with pytest.raises(ValueError, match=r"no usable line.*'not to be learnt': 1"):
         chat(tmp_path, none)
     data = chat(tmp_path, {"prompt": "q", "completion": "c", "weight": 0.5})
     assert data.counts.noted == {"column 'weight' is not read": 1}
@@ -912,7 +915,7 @@ def test_tool_calls_need_no_content(content, tmp_path):
         [*turns(("user", "q")), message, *turns(("tool", "sun"), ("assistant", "a"))],
     ):
         ((text, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, template=WITH_CALLS))
-        assert learnt.startswith(("so[{" if content == "so" else "[{")) and "Rome" in learnt and "None" not in text
+        assert learnt.startswith("so[{" if content == "so" else "[{") and "Rome" in learnt and "None" not in text
         with pytest.raises(DataError, match="leaves out the tool calls of message 1"):
             chat(tmp_path, {"messages": messages})
 
@@ -954,7 +957,7 @@ def test_columns_that_are_not_read_are_in_the_report_once_each(tmp_path, capsys)
     assert data.counts.noted == {"column 'tools' is not read": 1, "column 'system' is not read": 1}
 
 
-# ---- chat templates -----------------------------------------------------------------------------------------------------------
+# ---- chat templates ---------------------------------------------------------------------------------------------------------
 
 DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}" + CHATML
@@ -982,7 +985,7 @@ def test_tool_calls_of_an_assistant_who_speaks_first(tmp_path):
 def test_whatever_a_template_raises_is_a_bad_line(raises, tmp_path):
     template = "{% for m in messages %}{% if m.content == 'bad' %}{{ " + raises + " }}{% endif %}{% endfor %}" + CHATML
     good, bad = ({"messages": turns(("user", q), ("assistant", "a"))} for q in ("good", "bad"))
-    with pytest.raises(DataError, match="the chat template (fails|refuses it)") as caught:
+    with pytest.raises(DataError, match=r"the chat template (fails|refuses it)") as caught:
         chat(tmp_path, good, bad, good, template=template)
     assert (caught.value.line, caught.value.kind) == (2, "chat template")
     data = chat(tmp_path, good, bad, good, template=template, on_error="skip")
@@ -990,7 +993,10 @@ def test_whatever_a_template_raises_is_a_bad_line(raises, tmp_path):
     assert data.counts.where["chat template"][0].startswith(f"{tmp_path / 'm.jsonl'}:2:1: the chat template ")
 
 
-ROLES = "{% for m in messages %}{% if m['role'] ROLE %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+ROLES = (
+    "{% for m in messages %}{% if m['role'] ROLE %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}"
+)
 GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 
@@ -1037,7 +1043,7 @@ def test_a_template_that_gives_no_text(tmp_path, monkeypatch):
         prepare(write(tmp_path / "a.jsonl", ROW), tok=tok, on_error="skip")
 
 
-# ---- what is no line ------------------------------------------------------------------------------------------------------------
+# ---- what is no line --------------------------------------------------------------------------------------------------------
 
 
 def test_files_that_are_no_lines(tmp_path):
@@ -1126,8 +1132,8 @@ def test_errors_name_the_argument_its_value_and_the_remedy(arguments, error, mes
 
 def test_paths_of_every_kind(tmp_path):
     path = write(tmp_path / "ä b.jsonl", ROW)
-    for given in (path, str(path), os.fsencode(path), [os.fsencode(path)], (path,), iter([path]), {path: 1}.keys()):
-        assert prepare(given, np.int64(256), packing=np.bool_(True)).counts.kept == 1
+    for one in (path, str(path), os.fsencode(path), [os.fsencode(path)], (path,), iter([path]), {path: 1}.keys()):
+        assert prepare(one, np.int64(256), packing=np.bool_(True)).counts.kept == 1
 
 
 @pytest.mark.parametrize("index", ["input_ids", None, 1.0, [0, 1], (0, 1), np.array([0, 1]), slice("a", None)], ids=str)
@@ -1167,13 +1173,13 @@ def test_the_collator_refuses_what_would_be_wrong(tmp_path):
         ([1], TypeError, "pass a list of rows"),
         ([{k: row[k] for k in ("input_ids", "labels")}], ValueError, "row 0 has .*position_ids or seq_lengths"),
         ([row, {k: row[k] for k in ("input_ids", "position_ids")}], ValueError, "row 1 has"),
-        ([row | {k: row[k][:5] for k in ("input_ids", "labels")}], ValueError, "has 5 tokens, 5 labels and 10 positions; was it cut"),
+        ([row | {k: row[k][:5] for k in ("input_ids", "labels")}], ValueError, "has 5 tokens, 5 labels and 10 positions"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             data.collator(rows)
 
 
-# ---- the quarantine -------------------------------------------------------------------------------------------------------------
+# ---- the quarantine ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_quarantine_is_no_data_and_goes_when_nothing_is_bad(tmp_path, capsys):
@@ -1182,12 +1188,12 @@ def test_the_quarantine_is_no_data_and_goes_when_nothing_is_bad(tmp_path, capsys
     there = quarantine_path(path)
     assert data.counts.quarantine == [str(there)] and str(there) in capsys.readouterr().err
     assert list(tmp_path.glob("*.jsonl")) == [path] and there.exists()
-    for given in (there, [path, there], tmp_path / "b.jsonl.quarantine.jsonl"):  # by the name of former versions as well
+    for paths in (there, [path, there], tmp_path / "b.jsonl.quarantine.jsonl"):  # by the name of former versions as well
         (tmp_path / "b.jsonl.quarantine.jsonl").write_bytes(there.read_bytes())
         with pytest.raises(ValueError, match='is what on_error="quarantine" wrote'):
-            prepare(given, on_error="skip")
+            prepare(paths, on_error="skip")
     renamed = write(tmp_path / "c.jsonl", raw=there.read_bytes() + GOOD)
-    with pytest.raises(DataError, match='c.jsonl:1:1: a line that on_error="quarantine" wrote'):
+    with pytest.raises(DataError, match=r'c\.jsonl:1:1: a line that on_error="quarantine" wrote'):
         prepare(renamed)
     prepare(write(path, raw=GOOD), on_error="skip")
     assert there.exists()
@@ -1212,7 +1218,7 @@ def test_the_report_names_lines_reasons_and_paths(tmp_path, capsys):
     assert [len(v) for v in data.counts.where.values()] == [1, 3, 1, 1]
 
 
-# ---- copies, pickles and other processes ----------------------------------------------------------------------------------------
+# ---- copies, pickles and other processes ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1329,7 +1335,7 @@ def test_a_process_that_was_started_keeps_the_files_and_nothing_is_left_at_exit(
     assert not list(spool.iterdir())
 
 
-# ---- load -----------------------------------------------------------------------------------------------------------------------
+# ---- load -------------------------------------------------------------------------------------------------------------------
 
 
 def saved(folder, arrays=None, **changes):
@@ -1365,10 +1371,12 @@ def test_what_was_saved_without_notes_loads(tmp_path):
     "changes",
     [
         {"files": None}, {"files": []}, {"files": {}}, {"files": 5}, {"files": {"tokens.bin": 5}},
-        {"counts": None}, {"counts": []}, {"counts": {"evil": 1}}, {"counts__kept": "2"}, {"counts__kept": -2}, {"counts__kept": 3},
-        {"counts__kept": True}, {"counts__dropped": 5}, {"counts__dropped": {"a": "b"}}, {"counts__tokens": None},
+        {"counts": None}, {"counts": []}, {"counts": {"evil": 1}}, {"counts__kept": "2"}, {"counts__kept": -2},
+        {"counts__kept": 3}, {"counts__kept": True}, {"counts__dropped": 5}, {"counts__dropped": {"a": "b"}},
+        {"counts__tokens": None},
         {"counts__trained": 1}, {"counts__where": {"a": 5}}, {"counts__noted": [1]}, {"counts__quarantine": "a"},
-        {"max_length": None}, {"max_length": "8"}, {"max_length": 5}, {"max_length": 8.5}, {"pad": None}, {"pad": -1}, {"pad": [0]},
+        {"max_length": None}, {"max_length": "8"}, {"max_length": 5}, {"max_length": 8.5},
+        {"pad": None}, {"pad": -1}, {"pad": [0]},
     ],
     ids=str,
 )  # fmt: skip
@@ -1390,8 +1398,9 @@ def test_a_manifest_that_is_none(raw, tmp_path):
     [
         {"order": [10**6, 1]}, {"order": [-2, 1]}, {"order": [1, 1]}, {"order": [0]}, {"order": [0, 1, 2]},
         {"sequences": [0, 10**14, 10]}, {"sequences": [0, 4, 9]}, {"sequences": [1, 4, 10]}, {"sequences": [0, 10, 4]},
-        {"sequences": [0, 4, 4, 10]}, {"sequences": [0]}, {"sequences": [-(2**63), 4, 10]}, {"packs": [0, 1]}, {"packs": [0, 2, 1]},
-        {"packs": [0, 1, 1, 2]}, {"packs": [0]}, {"packs": [0, 2]}, {"packs": b""}, {"tokens": b""}, {"tokens": b"abc"},
+        {"sequences": [0, 4, 4, 10]}, {"sequences": [0]}, {"sequences": [-(2**63), 4, 10]}, {"packs": [0, 1]},
+        {"packs": [0, 2, 1]}, {"packs": [0, 1, 1, 2]}, {"packs": [0]}, {"packs": [0, 2]}, {"packs": b""},
+        {"tokens": b""}, {"tokens": b"abc"},
         {"order": b"1234567"}, {"tokens": [1]},
     ],
     ids=str,
@@ -1412,13 +1421,13 @@ def test_folders_that_are_none(tmp_path):
             with pytest.raises(error, match=message):
                 call(folder)
     for folder in (tmp_path / "no", tmp_path, tmp_path / "s.jsonl"):
-        with pytest.raises(ValueError, match="is not a saved data set: manifest.json cannot be read"):
+        with pytest.raises(ValueError, match=r"is not a saved data set: manifest\.json cannot be read"):
             PackedDataset.load(folder)
     data.save(os.fsencode(tmp_path / "saved"))
     assert len(PackedDataset.load(os.fsencode(tmp_path / "saved"))) == 1
 
 
-# ---- Hugging Face ---------------------------------------------------------------------------------------------------------------
+# ---- Hugging Face -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1493,9 +1502,10 @@ def test_trl_that_cuts_packed_rows_is_refused(tmp_path, hf):
         bf16=False,
         disable_tqdm=True,
     )
+    rows, ours = data.to_hf(packed=True), data.collator
     trainer = trl.SFTTrainer(
-        tiny_llama().float(), arguments, train_dataset=data.to_hf(packed=True), processing_class=tokenizer(), data_collator=data.collator
-    )  # fmt: skip
+        tiny_llama().float(), arguments, train_dataset=rows, processing_class=tokenizer(), data_collator=ours
+    )
     with pytest.raises(ValueError, match="was it cut"):
         trainer.train()
 
