@@ -1,4 +1,4 @@
-"""Packed rows through stock models: do the sequences of a row see each other? Every causal type of transformers (bench/small.py).
+"""Packed rows through stock models: do the sequences of a row see each other? Every causal type that bench/small.py builds.
 
 Five random sequences of 4 to 10 tokens through `Collator`, as two rows and as a row each, against each sequence alone without a
 cache: the largest difference of a logit, by the largest logit of the sequence. Below 1e-3 they are apart (rounding is 1e-6,

@@ -557,7 +557,9 @@ class _Encoder:
         others = {key: None for message in messages for key in message if key not in ("role", "content", "tool_calls")}
         if others and changes(without(others)):  # then which of them?  Of the first few: the line is to take linear time
             if len(others) > _NAMES:
-                notes.append(f"of the keys of a message only the first {_NAMES} were looked for in what the chat template writes")
+                notes.append(
+                    f"of the keys of a message only the first {_NAMES} were looked for in what the chat template writes"
+                )
             others = {key: None for key in list(others)[:_NAMES] if not changes(without([key]))}
         notes += [f"{key!r} of a message is not written by the chat template" for key in others]
         if tools and not changes(messages, None):
@@ -1078,7 +1080,8 @@ class Collator:
             n = len(places)
             for name in ("input_ids", "labels"):
                 batch[name][i, :n] = row[name]
-            batch["position_ids"][i] = [*places, *range(length - n)]
+            batch["position_ids"][i, :n] = places
+            batch["position_ids"][i, n:] = np.arange(length - n)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -941,6 +941,32 @@ def test_other_keys_of_a_message_go_to_the_template_or_are_noted(tmp_path):
     assert rows_of(data)[0][1] == "thinkEvea<|im_end|>" and not data.counts.noted
 
 
+def test_many_keys_of_a_message_take_a_few_renderings(tmp_path, monkeypatch):
+    counts = Counter()
+    render = data_module._Encoder._render
+    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    messages = turns(("user", "q"), ("assistant", "a"), **{f"k{i}": i for i in range(1000)})
+    data = chat(tmp_path, {"messages": messages})
+    assert data.counts.noted["more that is not read"] == 980 and counts["render"] < 10
+    data = chat(tmp_path, {"messages": messages}, template=CHATML.replace("m['content']", "m['content'] + (m.k999 | string)"))
+    assert counts["render"] < 50
+    assert "of the keys of a message only the first 20 were looked for in what the chat template writes" in data.counts.noted
+
+
+def test_a_long_conversation_is_not_rendered_for_each_message_if_it_is_dropped(tmp_path, monkeypatch):
+    messages = turns(*[(role, f"{role} {i}") for i in range(50) for role in ("user", "assistant")])
+    ((_, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, max_length=4096))
+    assert learnt == "\n".join(f"assistant {i}<|im_end|>" for i in range(50))
+    counts = Counter()
+    render = data_module._Encoder._render
+    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    with pytest.raises(ValueError, match="'too long': 1"):
+        chat(tmp_path, {"messages": messages}, max_length=256)
+    assert counts["render"] == 1
+    data = chat(tmp_path, {"messages": messages}, max_length=256, too_long="truncate")
+    assert data.counts.truncated == 1 and rows_of(data)[0][1].startswith("assistant 0<|im_end|>\nassistant 1")
+
+
 def test_columns_that_are_not_read_are_in_the_report_once_each(tmp_path, capsys):
     rest = {"id": 7, "label": False, "empty": "", "none": None, "list": []}
     path = write(tmp_path / "a.jsonl", *[ROW | rest] * 5, ROW | {"label": True}, ROW)
