@@ -36,6 +36,7 @@ import json
 import multiprocessing
 import operator
 import os
+import re
 import shutil
 import stat
 import sys
@@ -506,8 +507,9 @@ class _Encoder:
             if len(asked) < done or not (told.startswith(asked) and whole.startswith(told)):
                 raise Bad(
                     "chat template",
-                    f"the chat template writes message {i} otherwise when others follow, so what the model is to write cannot "
-                    "be told from the prompt; give each answer a line of its own",
+                    f"the chat template writes message {i} otherwise when others follow, or begins it otherwise than its "
+                    "generation prompt, so what the model is to write cannot be told from the prompt; give each answer a "
+                    "line of its own, or take a template for training (trl.chat_template_utils.get_training_chat_template)",
                 )
             if chat.learnt[i]:
                 pieces += [prompt + told[done : len(asked)], told[len(asked) :]]
@@ -525,7 +527,7 @@ class _Encoder:
         """Notes of what the template does not write.  Raises Bad for a message or a tool call that it leaves out.
 
         Contents that follow each other in the text are there, unless they are so short that the template itself may write them.
-        Of all others, and of all else, the template is asked: without it, is the text the same?
+        Of all others the template is asked: with another content, is the text the same?  And of all else: without it?
         """
         messages, tools = chat.messages, chat.tools
         notes = list[str]()
@@ -546,7 +548,7 @@ class _Encoder:
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
             role = message["role"]
             if content and (at < 0 or len(content) < 16):
-                if not changes([*messages[:i], {**message, "content": ""}, *messages[i + 1 :]]):
+                if not changes([*messages[:i], {**message, "content": _another(content)}, *messages[i + 1 :]]):
                     raise Bad("chat template", f"the chat template leaves out message {i}, which is from the {role}")
                 if content not in whole:
                     notes.append(f"what the {role} says is written otherwise by the chat template")
@@ -622,6 +624,11 @@ class _Encoder:
         marks = np.concatenate([np.zeros(len(out) - last, bool), trained[:last]])
         marks[0] = False  # nothing comes before it: in a row it would be predicted from another sequence
         return out | marks * _TRAINED, merged
+
+
+def _another(text: str) -> str:
+    """As long as `text`, with the same spaces, and other letters."""
+    return re.sub(r"\S", lambda letter: "y" if letter[0] == "x" else "x", text)
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -1052,6 +1052,15 @@ def test_a_template_that_moves_or_trims_messages_leaves_none_out(tmp_path):
     assert not data.counts.noted and "user\nBe as brief as ever you can.\nq<|im_end|>" in rows_of(data)[0][0]
 
 
+def test_a_template_that_wants_parts_leaves_out_a_text(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}{{ part['text'] }} "
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    ) + GENERATION
+    with pytest.raises(DataError, match="leaves out message 0"):
+        chat(tmp_path, ROW, template=template)
+
+
 def test_reasoning_that_a_template_drops_is_noticed(tmp_path):
     drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     messages = turns(("user", "q"), ("assistant", "<think>because</think>a"))
