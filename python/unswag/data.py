@@ -3,12 +3,16 @@
     data = unswag.prepare_data("train.jsonl", tokenizer, max_length=2048)
     Trainer(model, args, train_dataset=data, data_collator=data.collator)
 
-A line is one of (found out from the first line of each file)
-    {"instruction": …, "input": …, "output": …}     input may be missing
-    {"messages": [{"role": …, "content": …}, …]}    the last one from the assistant
+A line is one of (found out line by line, so that a file may mix them)
+    {"instruction": …, "input": …, "output": …}     Alpaca; input may be missing, `system` and `history` may be there
+    {"messages": [{"role": …, "content": …}, …]}    the last one from the assistant; `tools` and `system` may stand beside it
+    {"conversations": [{"from": …, "value": …}, …]} ShareGPT, likewise
     {"prompt": …, "completion": …}                  texts, or lists of messages
-What the model is to write has labels; everything else is masked with -100.  Sequences are packed best fit decreasing into rows
-of at most `max_length` tokens; position ids start at 0 with each sequence, so attention stays inside it.
+    {"text": …}                                     all of it is learnt
+What the model is to write has labels; everything else is masked with -100, and so is an answer whose message says
+"weight": 0, "train": false or "loss": false.  Sequences are packed best fit decreasing into rows of at most `max_length`
+tokens; position ids start at 0 with each sequence, so attention stays inside it (`Collator` says what that takes).
+What of a line is neither used nor refused stands in the report, by name.  docs/data.md has all of this at length.
 
 Memory is bounded by one batch of lines plus a few bytes per sequence: tokens go to a temporary file and are read through a
 memory map.  The same input gives the same bytes.
@@ -24,11 +28,15 @@ On disk (a spool in the temporary folder, or what `save` writes), all little-end
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import hashlib
 import io
 import json
+import multiprocessing
+import operator
 import os
+import re
 import shutil
 import stat
 import sys
@@ -38,16 +46,29 @@ import weakref
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+import unswag
+
+try:
+    import orjson
+except ModuleNotFoundError as error:
+    unswag._missing("unswag.data", error, "torch")
+
+from unswag import records
+from unswag.records import Bad, Chat, Instruction, NotLearnt, Plain
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORE = -100
 VERSION = 1
@@ -56,24 +77,34 @@ BATCH_ROWS = 256
 BATCH_BYTES = 8 << 20
 
 _TRAINED = np.uint32(1 << 31)
+_QUARANTINE = ".quarantine"
 _ARRAYS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<u4"),
     "sequences": np.dtype("<i8"),
     "order": np.dtype("<i8"),
     "packs": np.dtype("<i8"),
 }
-_FORMS = {"messages": ("messages",), "completion": ("prompt", "completion"), "instruction": ("instruction", "output")}
+_WHERE = 3  # lines that the report names for each reason
+_NAMES = 20  # columns that it names
+_MANY = 64  # messages, from which on a rendering for each of them is dear
 
-# The two prompts of Stanford Alpaca (Taori et al., 2023).
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
+# The two prompts of Stanford Alpaca (Taori et al., 2023); a system prompt stands in the place of their first paragraph.
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Write a response that appropriately completes the request."
 )
+
+# Files that are taken for .jsonl by mistake, by their first bytes.
+_OTHER_FILES = {
+    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"PAR1": "Parquet; convert it: datasets.load_dataset('parquet', data_files=…)['train'].to_json(…)",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it, or use gzip",
+    b"\xfd7zX": "compressed with xz; unpack it, or use gzip",
+    b"BZh": "compressed with bzip2; unpack it, or use gzip",
+}
 
 
 class DataError(ValueError):
@@ -98,10 +129,31 @@ class Counts:
     merged: int = 0  # kept; a token spans the end of the prompt, and has a label
     tokens: int = 0
     trained: int = 0  # tokens that have a label
+    noted: Counter[str] = field(default_factory=Counter)  # kept lines, by what of them was not used as it stands
+    where: dict[str, list[str]] = field(default_factory=dict)  # the first lines of each reason and note, path:line first
+    quarantine: list[str] = field(default_factory=list)  # files that were written
+
+    def plain(self) -> dict[str, Any]:
+        return vars(self) | {"dropped": dict(self.dropped), "noted": dict(self.noted)}
+
+    def drop(self, kind: str, place: str) -> None:
+        self.dropped[kind] += 1
+        self._at(kind, place)
+
+    def note(self, what: str, place: str) -> None:
+        if what not in self.noted and len(self.noted) >= _NAMES:
+            what = "more that is not read"
+        self.noted[what] += 1
+        self._at(what, place)
+
+    def _at(self, what: str, place: str) -> None:
+        places = self.where.setdefault(what, [])
+        if len(places) < _WHERE:
+            places.append(place)
 
 
 def prepare_data(
-    path_or_paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    path_or_paths: str | bytes | os.PathLike[Any] | Iterable[str | bytes | os.PathLike[Any]],
     tokenizer: Any,
     max_length: int,
     *,
@@ -120,45 +172,36 @@ def prepare_data(
             the padding token as well).
         max_length: tokens per row.
         template: "chat" renders instructions and messages with the tokenizer's chat template, "alpaca" instructions in the form
-            of Stanford Alpaca, "auto" takes the chat template if there is one.  Texts of prompt / completion are taken as they
-            are.
+            of Stanford Alpaca, "auto" takes the chat template if there is one.  Texts of prompt / completion and of text are
+            taken as they are.
         columns: our field → the name that it has in the files, such as {"output": "answer"}.
         packing: False gives each sequence a row of its own.
         too_long: what happens to sequences of more than `max_length` tokens: "drop", or "truncate" at the end.
         on_error: "raise" stops at the first bad line; "skip" leaves it out and counts it; "quarantine" also writes it, with the
-            reason, to `<file>.quarantine.jsonl` beside the file.
+            reason, to `<file>.quarantine` beside the file, and takes that file away when no line is bad.
         verbose: prints the report, and the progress of anything that takes more than two seconds.
 
-    Raises DataError (a ValueError) for a bad line, ValueError for anything else that cannot be used: a missing, empty or
-    directory path, an array instead of lines, arguments, no usable line at all.
+    Bad is also a line whose chat template raises, or leaves out a message or a tool call.  Lines of which nothing is to be
+    learnt ("weight": 0) and those that are too long are counted and left out whatever `on_error` says.
+
+    Raises DataError (a ValueError) for a bad line; ValueError for anything else that cannot be used: a missing, empty, blank or
+    directory path, an array instead of lines, arguments, no usable line at all; TypeError for an argument of another type.
     """
-    for name, value, allowed in (
-        ("template", template, ("auto", "chat", "alpaca")),
-        ("too_long", too_long, ("drop", "truncate")),
-        ("on_error", on_error, ("raise", "skip", "quarantine")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"prepare_data: {name}={value!r}; choose {', '.join(map(repr, allowed))}")
-    if max_length < 2:
-        raise ValueError(f"prepare_data: max_length={max_length}; a row needs 2 tokens at least, one to predict another")
-    unknown = set(columns or {}) - {"instruction", "input", "output", "messages", "prompt", "completion"}
-    if unknown:
-        raise ValueError(f"prepare_data: columns names {sorted(unknown)}, which is no field of ours")
-    paths = [Path(path_or_paths)] if isinstance(path_or_paths, (str, os.PathLike)) else [Path(p) for p in path_or_paths]
-    if not paths:
-        raise ValueError("prepare_data: no files given")
+    paths = _paths(path_or_paths)
+    max_length = _check_arguments(tokenizer, max_length, template, columns, packing, too_long, on_error, verbose)
     sizes = [_check_file(path) for path in paths]
 
-    encoder = _Encoder(tokenizer, template)
+    encoder = _Encoder(tokenizer, template, max_length if too_long == "drop" else None)
     counts = Counts()
     folder = Path(tempfile.mkdtemp(prefix="unswag-data-"))
     try:
         with _Progress("preparing", sum(sizes), verbose) as progress, open(folder / "tokens.bin", "wb") as out:
             lengths = array("q")
             for path in paths:
+                before = counts.read - counts.blank
                 with _Rejected(path, on_error) as rejected:
-                    for whole, merged in _sequences(path, encoder, columns or {}, counts, rejected, progress):
-                        ids = _fit(whole, max_length, too_long, counts)
+                    for text, whole, merged in _sequences(path, encoder, columns or {}, counts, rejected, progress):
+                        ids = _fit(whole, max_length, too_long, counts, text.place)
                         if ids is not None:
                             out.write(ids.tobytes())
                             lengths.append(len(ids))
@@ -166,17 +209,21 @@ def prepare_data(
                             counts.merged += merged
                             counts.tokens += len(ids)
                             counts.trained += int((ids >= _TRAINED).sum())
+                            for what in dict.fromkeys(text.notes):
+                                counts.note(what, text.place)
+                    if counts.read - counts.blank == before:
+                        raise ValueError(
+                            f"prepare_data: no usable line in {path}: all its lines are blank ({counts.blank} read)"
+                        )
                     rejected.keep = True
+                counts.quarantine += rejected.written
         if counts.read != counts.kept + counts.blank + sum(counts.dropped.values()):
             raise AssertionError(f"prepare_data lost count of its lines: {counts}")
         if not counts.kept:
-            raise ValueError(
-                f"prepare_data: no usable line in {', '.join(map(str, paths))} ({counts.read} read; dropped: "
-                f"{dict(counts.dropped) or 'none'}); a larger max_length keeps longer sequences"
-            )
+            raise ValueError(_no_usable_line(paths, counts, max_length))
         if os.path.getsize(folder / "tokens.bin") != 4 * counts.tokens:
             raise OSError(f"the token file in {folder} is shorter than what was written to it; is the disk full?")
-        order, packs = _pack(np.asarray(lengths), max_length if packing else 0)
+        order, packs = _pack(np.asarray(lengths), min(max_length, counts.tokens) if packing else 0)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         for name, values in (("sequences", starts), ("order", order), ("packs", packs)):
             values.astype(_ARRAYS[name]).tofile(folder / f"{name}.bin")
@@ -185,8 +232,110 @@ def prepare_data(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if verbose:
-        Console(stderr=True).print(data.report())
+        console = Console(stderr=True)
+        console.print(data.report(), soft_wrap=not console.is_terminal)
     return data
+
+
+def _no_usable_line(paths: list[Path], counts: Counts, max_length: int) -> str:
+    long = any("too long" in reason for reason in counts.dropped)
+    first = [place for places in counts.where.values() for place in places][:_WHERE]
+    return (
+        f"prepare_data: no usable line in {', '.join(map(str, paths))} ({counts.read} read; dropped: {dict(counts.dropped)}); "
+        + (f"a larger max_length than {max_length} keeps longer sequences; " if long else "")
+        + f"the first: {'; '.join(first)}"
+    )
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _paths(given: Any) -> list[Path]:
+    one = isinstance(given, (str, bytes, os.PathLike))
+    if isinstance(given, (set, frozenset)):
+        raise TypeError("prepare_data: path_or_paths is a set, which has no order; pass sorted(…)")
+    if not one and (isinstance(given, Mapping) or not isinstance(given, Iterable) or hasattr(given, "read")):
+        raise TypeError(f"prepare_data: path_or_paths={_shown(given)}; pass the path of a .jsonl file, or a list of paths")
+    paths = [_path("prepare_data", "path_or_paths", path) for path in ([given] if one else given)]
+    if not paths:
+        raise ValueError(f"prepare_data: no files given: path_or_paths={_shown(given)}; if it is from a glob, nothing matched")
+    return paths
+
+
+def _path(where: str, name: str, given: Any) -> Path:
+    if not isinstance(given, (str, bytes, os.PathLike)):
+        what = "a record, not a path; write records to a .jsonl file, one a line" if isinstance(given, Mapping) else "no path"
+        raise TypeError(f"{where}: {name}: {_shown(given)} is {what}")
+    path = os.fsdecode(given)
+    if not path or "\0" in path:
+        raise ValueError(f"{where}: {name}: {path!r} is no path; pass the name of a file or folder")
+    return Path(path)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '…'}"
+
+
+def _check_arguments(
+    tokenizer: Any,
+    max_length: Any,
+    template: Any,
+    columns: Any,
+    packing: Any,
+    too_long: Any,
+    on_error: Any,
+    verbose: Any,
+) -> int:
+    """`max_length` as an int, everything else as it is, or an error that names it."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        raise TypeError(
+            f"prepare_data: tokenizer={tokenizer!r} is a name; pass AutoTokenizer.from_pretrained({str(tokenizer)!r})"
+        )
+    if not callable(tokenizer) or not all(hasattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")):
+        remedy = "AutoTokenizer.from_pretrained(…) of Hugging Face"
+        if hasattr(tokenizer, "tokenizer"):
+            remedy = "its .tokenizer"
+        elif type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+            remedy = "transformers.PreTrainedTokenizerFast(tokenizer_object=…, eos_token=…)"
+        raise TypeError(f"prepare_data: tokenizer is a {type(tokenizer).__name__}; pass {remedy}")
+    try:
+        if isinstance(max_length, (bool, np.bool_)):
+            raise TypeError
+        length = operator.index(max_length)
+    except TypeError:
+        raise TypeError(
+            f"prepare_data: max_length={max_length!r} is a {type(max_length).__name__}; pass an int, such as 2048"
+        ) from None
+    if length < 2:
+        raise ValueError(f"prepare_data: max_length={length}; a row needs 2 tokens at least, one to predict another")
+    if length >= 1 << 31:
+        raise ValueError(
+            f"prepare_data: max_length={length}; a row has fewer than 2**31 tokens.  Tokenizers without a limit say 1e30: pass "
+            "the model's own, such as model.config.max_position_embeddings"
+        )
+    for name, value, allowed in (
+        ("template", template, ("auto", "chat", "alpaca")),
+        ("too_long", too_long, ("drop", "truncate")),
+        ("on_error", on_error, ("raise", "skip", "quarantine")),
+    ):
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"prepare_data: {name}={value!r}; choose {', '.join(map(repr, allowed))}")
+    for name, value in (("packing", packing), ("verbose", verbose)):
+        if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
+            raise TypeError(f"prepare_data: {name}={value!r}; pass True or False")
+    if columns is not None and not isinstance(columns, Mapping):
+        raise TypeError(
+            f'prepare_data: columns={columns!r}; pass a dict of our field → your column, such as {{"output": "answer"}}'
+        )
+    known = {*(name for names in records.FORMS.values() for name in names), *records.OPTIONAL}
+    unknown = [name for name in columns or {} if name not in known]
+    if unknown:
+        raise ValueError(f"prepare_data: columns names {unknown}, which is no field of ours; those are {sorted(known)}")
+    for name, column in (columns or {}).items():
+        if not isinstance(column, str):
+            raise TypeError(f"prepare_data: columns[{name!r}]={column!r}; pass the name of a column, text")
+    return length
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------------
@@ -197,7 +346,13 @@ def _check_file(path: Path) -> int:
     try:
         about = path.stat()
     except OSError as e:
-        raise ValueError(f"prepare_data: {path} cannot be read: {e.strerror}") from None
+        hint = "; a pattern? Pass sorted(glob.glob(…))" if any(c in str(path) for c in "*?[") else ""
+        raise ValueError(f"prepare_data: {path} cannot be read: {e.strerror}{hint}") from None
+    if path.name.endswith((_QUARANTINE, f"{_QUARANTINE}.jsonl")):
+        raise ValueError(
+            f'prepare_data: {path} is what on_error="quarantine" wrote; leave it out, or correct the lines in it and write '
+            "their texts to a file of another name"
+        )
     if stat.S_ISDIR(about.st_mode):
         raise ValueError(
             f"prepare_data: {path} is a directory; pass the files in it, such as sorted(Path({str(path)!r}).glob('*.jsonl'))"
@@ -206,11 +361,38 @@ def _check_file(path: Path) -> int:
         raise ValueError(f"prepare_data: {path} is not a regular file; write the lines to a file first")
     if not about.st_size:
         raise ValueError(f"prepare_data: {path} is empty (0 bytes)")
-    with open(path, "rb") as f:
-        start = f.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"prepare_data: {path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        with open(path, "rb") as f:
+            start = f.read(4)
+    except OSError as e:
+        raise ValueError(f"prepare_data: {path} cannot be read: {e.strerror}") from None
+    for begin, what in _OTHER_FILES.items():
+        if start.startswith(begin):
+            raise ValueError(f"prepare_data: {path} is {what}")
+    _check_first_line(path)
     return about.st_size
+
+
+def _check_first_line(path: Path) -> None:
+    """One array, or objects over several lines, are no lines: said at once, not once for each line."""
+
+    def is_json(line: bytes) -> bool:
+        try:
+            orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return False
+        return True
+
+    first: list[bytes] = []  # lines that are not blank
+    with contextlib.suppress(EOFError, OSError, zlib.error), _opened(path) as (f, _):  # what cannot be read is said by _lines
+        while len(first) < 2 and (line := f.readline(MAX_LINE_BYTES)):
+            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                first.append(line)
+    if not first or not (first[0] == b"{" or first[0].startswith(b"[")) or any(map(is_json, first)):
+        return  # a bad first line at most
+    if first[0] == b"{":
+        raise ValueError(f"prepare_data: {path} has objects over several lines; make one line of each: jq -c . {path}")
+    raise ValueError(f"prepare_data: {path} is an array; each line must be an object of its own: jq -c '.[]' {path}")
 
 
 @contextlib.contextmanager
@@ -246,52 +428,10 @@ def _lines(path: Path, progress: _Progress) -> Iterator[tuple[int, bytes]]:
             before = now
 
 
-class _Bad(Exception):
-    """A line that cannot be used, before it is known which one it is."""
-
-    def __init__(self, kind: str, reason: str, column: int = 1):
-        self.kind, self.reason, self.column = kind, reason, column
-
-
 def _record(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
-        raise _Bad("line too long", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as e:
-        column = len(line[: e.start].decode()) + 1
-        raise _Bad("invalid UTF-8", f"byte {line[e.start]:#04x} is not UTF-8 ({e.reason})", column) from None
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as e:
-        raise _Bad("invalid JSON", f"not JSON: {e.msg}", _column(text, e)) from None
-    if isinstance(record, list):
-        raise _Bad("not an object", "an array; each line must be an object of its own, such as jq -c '.[]' makes of an array")
-    if not isinstance(record, dict):
-        raise _Bad("not an object", f"{type(record).__name__}, where an object was expected")
-    return record
-
-
-def _column(text: str, error: json.JSONDecodeError) -> int:
-    return min(max(error.pos, 0), len(text)) + 1
-
-
-def _check_keys(line: bytes, record: dict[str, Any], messages: int) -> None:
-    """JSON parsers keep the last of equal keys in silence.  Looked for only where a key occurs too often in the bytes."""
-    often = {key: 1 for key in record} | ({"role": messages, "content": messages} if messages else {})
-    if all(line.count(orjson.dumps(key)) <= n for key, n in often.items()):
-        return
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = Counter(key for key, _ in pairs)
-        key, n = keys.most_common(1)[0] if keys else ("", 0)
-        if n > 1:
-            at = line.decode().rfind(json.dumps(key, ensure_ascii=False))
-            raise _Bad("duplicate key", f"the key {key!r} is there {n} times", max(at, 0) + 1)
-        return dict(pairs)
-
-    with contextlib.suppress(RecursionError):
-        json.loads(line, object_pairs_hook=unique)
+        raise Bad("line too long", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+    return records.parse(line)
 
 
 # ---- from a record to text -------------------------------------------------------------------------------------------
@@ -299,80 +439,20 @@ def _check_keys(line: bytes, record: dict[str, Any], messages: int) -> None:
 
 @dataclass
 class _Text:
-    """Pieces of text, every other one trained: prompt, answer, prompt, answer …"""
+    """Pieces of text, every other one trained: prompt, answer, prompt, answer … and perhaps a prompt at the end."""
 
     pieces: list[str]
     bos: bool  # as plain texts start; a chat template writes its own
-
-
-def _text(record: dict[str, Any], form: str, columns: Mapping[str, str], encoder: _Encoder) -> _Text:
-    def get(name: str, *types: type) -> Any:
-        column = columns.get(name, name)
-        if column not in record:
-            raise _Bad("missing field", f"the field {column!r} is missing; there are {sorted(record)}")
-        value = record[column]
-        if not isinstance(value, types):
-            names = " or ".join("text" if t is str else "a list" for t in types)
-            raise _Bad("wrong type", f"the field {column!r} is {_json_type(value)}, where {names} was expected")
-        return value
-
-    def answer(name: str, value: str) -> str:
-        if not value.strip():
-            raise _Bad("empty output", f"the field {columns.get(name, name)!r} is empty: there is nothing to learn")
-        return value
-
-    if form == "messages":
-        return encoder.chat(_messages(get("messages", list)))
-    if form == "completion":
-        prompt, completion = get("prompt", str, list), get("completion", str, list)
-        if isinstance(prompt, list) != isinstance(completion, list):
-            raise _Bad("wrong type", "prompt and completion must both be texts, or both lists of messages")
-        if isinstance(prompt, list):
-            return encoder.chat(_messages(prompt + completion))
-        return _Text([prompt, answer("completion", completion)], bos=True)
-    instruction, output = get("instruction", str), answer("output", get("output", str))
-    column = columns.get("input", "input")
-    extra = record.get(column)
-    if extra is not None and not isinstance(extra, str):
-        raise _Bad("wrong type", f"the field {column!r} is {_json_type(extra)}, where text was expected")
-    if not instruction.strip() and not (extra or "").strip():
-        raise _Bad("empty instruction", "both instruction and input are empty")
-    return encoder.instruction(instruction, extra or "", output)
-
-
-def _messages(messages: list[Any]) -> list[dict[str, Any]]:
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise _Bad("wrong type", f"message {i} is {_json_type(message)}, where an object was expected")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                what = _json_type(message[key]) if key in message else "missing"
-                raise _Bad("wrong type", f"{key!r} of message {i} is {what}, where text was expected")
-    if not messages or messages[-1]["role"] != "assistant":
-        raise _Bad("no answer", "the last message is not from the assistant: there is nothing to learn")
-    if not messages[-1]["content"].strip():
-        raise _Bad("empty output", "the last message is empty: there is nothing to learn")
-    return messages
-
-
-def _json_type(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return "a number"
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
+    notes: list[str]  # what of the line was not used as it stands
+    place: str = ""  # path:line
 
 
 class _Encoder:
     """Text → token ids, with the trained ones marked."""
 
-    def __init__(self, tokenizer: Any, template: str):
+    def __init__(self, tokenizer: Any, template: str, longest: int | None):
         self.tokenizer = tokenizer
+        self.longest = longest  # tokens of a sequence that is not dropped
         eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
         if eos is None:
             raise ValueError(
@@ -390,43 +470,119 @@ class _Encoder:
         self.use_chat = template == "chat" or (template == "auto" and has_template)
         self.has_template = has_template
 
-    def instruction(self, instruction: str, extra: str, output: str) -> _Text:
-        if self.use_chat:
-            asked = f"{instruction}\n\n{extra}" if extra else instruction
-            return self.chat([{"role": "user", "content": asked}, {"role": "assistant", "content": output}])
-        form = _ALPACA_INPUT if extra else _ALPACA
-        return _Text([form.format(instruction=instruction, input=extra), output], bos=True)
+    def text(self, said: Chat | Instruction | Plain, notes: list[str]) -> _Text:
+        if isinstance(said, Plain):
+            return _Text([said.prompt, said.answer], True, notes)
+        if isinstance(said, Instruction) and not self.use_chat:
+            return self._alpaca(said, notes)
+        return self._chat(said.chat() if isinstance(said, Instruction) else said, notes)
 
-    def chat(self, messages: list[dict[str, Any]]) -> _Text:
+    def _alpaca(self, said: Instruction, notes: list[str]) -> _Text:
+        if said.history:
+            raise Bad(
+                "wrong type",
+                'the Alpaca form has one turn, and here is a history; it takes a chat template and template="chat"',
+            )
+        if said.tools:
+            notes = [*notes, "tools are not written by the Alpaca form"]
+        first = said.system or (_ALPACA_INPUT if said.input else _ALPACA)
+        extra = f"\n\n### Input:\n{said.input}" if said.input else ""
+        prompt = f"{first}\n\n### Instruction:\n{said.instruction}{extra}\n\n### Response:\n"
+        return _Text([prompt, said.output], True, notes)
+
+    def _chat(self, chat: Chat, notes: list[str]) -> _Text:
         if not self.has_template:
             raise ValueError(
                 "prepare_data: messages need a chat template, and the tokenizer has none; set tokenizer.chat_template"
             )
-        whole, pieces, done = self._render(messages), [], 0
+        messages, tools = chat.messages, chat.tools
+        whole, pieces, prompt, done = self._render(messages, tools), list[str](), "", 0
+        if len(messages) > _MANY and self.longest and len(self._ids([whole])[0]) > self.longest + 2:  # 2: what follows the EOS
+            return _Text([whole], False, notes)  # too long: not worth a rendering for each message
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:i], add_generation_prompt=True)
-            told = whole if i == len(messages) - 1 else self._render(messages[: i + 1])
+            told = whole if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
+            asked = self._render(messages[:i], tools, add_generation_prompt=True) if i else self._opening(message, told, tools)
             if len(asked) < done or not (told.startswith(asked) and whole.startswith(told)):
-                raise _Bad(
+                raise Bad(
                     "chat template",
-                    f"the chat template writes message {i} otherwise when others follow, so what the model is to write cannot "
-                    "be told from the prompt; give each answer a line of its own",
+                    f"the chat template writes message {i} otherwise when others follow, or begins it otherwise than its "
+                    "generation prompt, so what the model is to write cannot be told from the prompt; give each answer a "
+                    "line of its own, or take a template for training (trl.chat_template_utils.get_training_chat_template)",
                 )
-            pieces += [told[done : len(asked)], told[len(asked) :]]
+            if chat.learnt[i]:
+                pieces += [prompt + told[done : len(asked)], told[len(asked) :]]
+                prompt = ""
+            else:
+                prompt += told[done:]
             done = len(told)
-        return _Text(pieces, bos=False)
+        return _Text([*pieces, prompt] if prompt else pieces, False, notes + self._unwritten(chat, whole))
 
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        import jinja2
+    def _opening(self, message: dict[str, Any], told: str, tools: list[Any] | None) -> str:
+        """What the template writes before the first message says anything: all that another content does not change."""
+        return told[: _common(told, self._render([{**message, "content": "\ue000"}], tools))]
 
-        if not messages:
-            return ""
+    def _unwritten(self, chat: Chat, whole: str) -> list[str]:
+        """Notes of what the template does not write.  Raises Bad for a message or a tool call that it leaves out.
+
+        Contents that follow each other in the text are there, unless they are so short that the template itself may write them.
+        Of all others the template is asked: with another content, is the text the same?  And of all else: without it?
+        """
+        messages, tools = chat.messages, chat.tools
+        notes = list[str]()
+
+        def changes(others: list[dict[str, Any]], tools: list[Any] | None = tools) -> bool:
+            try:
+                return self._render(others, tools) != whole
+            except Bad:
+                return True
+
+        def without(keys: Collection[str]) -> list[dict[str, Any]]:
+            return [{k: v for k, v in message.items() if k not in keys} for message in messages]
+
+        contents, at = [message["content"].strip() for message in messages], 0
+        for content in contents:
+            found = whole.find(content, at) if at >= 0 else -1
+            at = found + len(content) if found >= 0 else -1
+        for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            role = message["role"]
+            if content and (at < 0 or len(content) < 16):
+                if not changes([*messages[:i], {**message, "content": _another(content)}, *messages[i + 1 :]]):
+                    raise Bad("chat template", f"the chat template leaves out message {i}, which is from the {role}")
+                if content not in whole:
+                    notes.append(f"what the {role} says is written otherwise by the chat template")
+            if "tool_calls" in message:
+                bare = {k: v for k, v in message.items() if k != "tool_calls"}
+                if not changes([*messages[:i], bare, *messages[i + 1 :]]):
+                    raise Bad("chat template", f"the chat template leaves out the tool calls of message {i}")
+        others = {key: None for message in messages for key in message if key not in ("role", "content", "tool_calls")}
+        if others and changes(without(others)):  # then which of them?  Of the first few: the line is to take linear time
+            if len(others) > _NAMES:
+                notes.append(
+                    f"of the keys of a message only the first {_NAMES} were looked for in what the chat template writes"
+                )
+            others = {key: None for key in list(others)[:_NAMES] if not changes(without([key]))}
+        notes += [f"{key!r} of a message is not written by the chat template" for key in others]
+        if tools and not changes(messages, None):
+            notes.append("tools are not written by the chat template")
+        return notes
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
+        if tools:
+            options["tools"] = tools
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except jinja2.TemplateError as e:
-            raise _Bad("chat template", f"the chat template refuses it: {e}") from None
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as e:  # templates are programs: they raise whatever Python raises
+            refused = type(e).__module__.startswith("jinja2")
+            why = f"refuses it: {e}" if refused else f"fails: {type(e).__name__}: {e}"
+            raise Bad("chat template", f"the chat template {why}") from None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"prepare_data: apply_chat_template(…, tokenize=False) of {type(self.tokenizer).__name__} gives "
+                f"{type(text).__name__}, where text was expected"
+            )
+        return text
 
     def encode(self, texts: Sequence[_Text]) -> list[tuple[np.ndarray, bool]]:
         """(ids with bit 31 on the trained ones, whether a token spans the end of a prompt) of each text."""
@@ -448,11 +604,12 @@ class _Encoder:
         merged = False
         borders = []
         for prefix in prefixes:
-            same = next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids)))
+            same = _common(prefix, ids)
             merged |= same != len(prefix)  # the tokenizer joined characters of both sides of the border
             borders.append(same)
         trained = np.zeros(len(ids) + 1, bool)
-        for begin, end in zip(borders[::2], [*borders[1::2], len(ids)], strict=True):
+        ends = borders[1::2] if len(borders) % 2 == 0 else [*borders[1::2], len(ids)]
+        for begin, end in zip(borders[::2], ends, strict=True):
             trained[begin:end] = True
         # A chat template ends the answer with EOS and perhaps a line break, which nobody generates.
         last = len(ids)
@@ -462,18 +619,27 @@ class _Encoder:
         else:
             ids = [*ids, self.eos]
             last = len(ids)
-            trained[last - 1] = True
+            trained[last - 1] = len(borders) % 2 == 1  # not after an answer that is not learnt
         out = np.array([*(self.bos if text.bos else []), *ids], np.uint32)
         marks = np.concatenate([np.zeros(len(out) - last, bool), trained[:last]])
         marks[0] = False  # nothing comes before it: in a row it would be predicted from another sequence
         return out | marks * _TRAINED, merged
 
 
+def _another(text: str) -> str:
+    """As long as `text`, with the same spaces, and other letters."""
+    return re.sub(r"\S", lambda letter: "y" if letter[0] == "x" else "x", text)
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many elements are the same from the start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _sequences(
     path: Path, encoder: _Encoder, columns: Mapping[str, str], counts: Counts, rejected: _Rejected, progress: _Progress
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """(marked ids, whether a token spans the end of a prompt) of each usable line, in order."""
-    form = None
+) -> Iterator[tuple[_Text, np.ndarray, bool]]:
+    """(text, marked ids, whether a token spans the end of a prompt) of each usable line, in order."""
     waiting: list[_Text] = []
     size = 0
     for number, line in _lines(path, progress):
@@ -481,41 +647,38 @@ def _sequences(
         if not line.strip(b" \t\r"):
             counts.blank += 1
             continue
+        place = f"{path}:{number}"
         try:
-            record = _record(line)
-            found = _form(record, columns)
-            form = form or found
-            if form is None:
-                raise _Bad(
-                    "missing field",
-                    f"neither messages, nor prompt and completion, nor instruction and output, but {sorted(record)}",
-                )
-            messages = record.get(columns.get("messages", "messages")) if form == "messages" else None
-            _check_keys(line, record, len(messages) if isinstance(messages, list) else 0)
-            waiting.append(_text(record, form, columns, encoder))
-        except _Bad as bad:
-            counts.dropped[bad.kind] += 1
+            text = encoder.text(*records.read(_record(line), columns))
+        except NotLearnt:
+            counts.drop("not to be learnt", place)
+            continue
+        except Bad as bad:
+            counts.drop(bad.kind, f"{place}:{bad.column}: {bad.reason[:300]}")
             rejected.add(number, line, bad)
             continue
+        text.place = place
+        waiting.append(text)
         size += len(line)
         if len(waiting) >= BATCH_ROWS or size >= BATCH_BYTES:
-            yield from encoder.encode(waiting)
+            yield from _encoded(encoder, waiting)
             waiting, size = [], 0
-    yield from encoder.encode(waiting)
+    yield from _encoded(encoder, waiting)
 
 
-def _form(record: dict[str, Any], columns: Mapping[str, str]) -> str | None:
-    return next((form for form, fields in _FORMS.items() if all(columns.get(f, f) in record for f in fields)), None)
+def _encoded(encoder: _Encoder, texts: list[_Text]) -> Iterator[tuple[_Text, np.ndarray, bool]]:
+    for text, (ids, merged) in zip(texts, encoder.encode(texts), strict=True):
+        yield text, ids, merged
 
 
-def _fit(ids: np.ndarray, max_length: int, too_long: str, counts: Counts) -> np.ndarray | None:
+def _fit(ids: np.ndarray, max_length: int, too_long: str, counts: Counts, place: str) -> np.ndarray | None:
     if len(ids) > max_length:
         if too_long == "drop":
-            counts.dropped["too long"] += 1
+            counts.drop("too long", f"{place}: {len(ids)} tokens")
             return None
         ids = ids[:max_length]
         if not (ids >= _TRAINED).any():
-            counts.dropped["prompt too long"] += 1
+            counts.drop("prompt too long", place)
             return None
         counts.truncated += 1
     return ids
@@ -527,11 +690,12 @@ class _Rejected:
     def __init__(self, path: Path, on_error: str):
         self.path, self.on_error, self.keep = path, on_error, False
         self.file: IO[bytes] | None = None
+        self.written: list[str] = []
 
     def __enter__(self) -> _Rejected:
         return self
 
-    def add(self, number: int, line: bytes, bad: _Bad) -> None:
+    def add(self, number: int, line: bytes, bad: Bad) -> None:
         if self.on_error == "raise":
             raise DataError(self.path, number, bad.column, bad.kind, bad.reason) from None
         if self.on_error == "quarantine":
@@ -543,18 +707,21 @@ class _Rejected:
 
     def __exit__(self, *exception: object) -> None:
         if self.file is None:
+            if self.keep and self.on_error == "quarantine":  # what an earlier run wrote there is bad no more
+                quarantine_path(self.path).unlink(missing_ok=True)
             return
         with self.file as f:
             _to_disk(f)
         if self.keep:
             os.replace(self.name, quarantine_path(self.path))
+            self.written.append(str(quarantine_path(self.path)))
         else:
             os.unlink(self.name)
 
 
 def quarantine_path(path: str | os.PathLike[str]) -> Path:
-    """Where `on_error="quarantine"` writes the bad lines of `path`."""
-    return Path(f"{os.fspath(path)}.quarantine.jsonl")
+    """Where `on_error="quarantine"` writes the bad lines of `path`: a name that "*.jsonl" does not match."""
+    return Path(f"{os.fspath(path)}{_QUARANTINE}")
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -594,35 +761,107 @@ def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 # ---- the data set ----------------------------------------------------------------------------------------------------
 
 
+class _Files:
+    """The files of a data set, mapped.  All copies of a data set share this; a spool is removed with the last of them."""
+
+    def __init__(self, folder: Path, *, temporary: bool, owned: bool):
+        self.folder, self.temporary = folder, temporary
+        self.arrays: dict[str, np.ndarray] = {}
+        for name, dtype in _ARRAYS.items():
+            try:
+                self.arrays[name] = np.memmap(folder / f"{name}.bin", dtype, "r")
+            except FileNotFoundError as e:
+                raise FileNotFoundError(
+                    f"{e.filename} is gone, and with it the data set; prepare the data again, and keep it with save(folder)"
+                ) from None
+        if owned:
+            weakref.finalize(self, _remove_in, os.getpid(), folder)
+
+
 class PackedDataset:
     """Rows of packed sequences, read from a memory map.
 
     data[i] is a dict of int64 arrays: input_ids, labels (-100 where there is nothing to learn, and at the first token of each
-    sequence), position_ids (from 0 in each sequence) and seq_lengths.  `collator` makes batches of such rows.
+    sequence), position_ids (from 0 in each sequence) and seq_lengths.  data[a:b] is a list of rows.  `collator` makes batches
+    of rows, and says what a model must do with them; `to_hf` makes a data set of Hugging Face.
+
+    What `prepare_data` returns lies in the temporary folder until the last copy of it is let go, or the interpreter ends; what
+    `load` returns stays where it is.  Copies share the files.  A pickle carries them (4 bytes per token), except to the worker
+    processes of a DataLoader, which open the same files; a pickle of a loaded data set carries only the name of its folder.
     """
 
     def __init__(self, folder: Path, counts: Counts, max_length: int, pad: int, *, owned: bool = False):
-        self.folder, self.counts, self.max_length, self.pad = folder, counts, max_length, pad
+        self.counts, self.max_length, self.pad = counts, max_length, pad
         self.collator = Collator(pad)
-        self._arrays: dict[str, np.ndarray] = {}
-        if owned:  # a spool: gone with this object
-            weakref.finalize(self, _remove_in, os.getpid(), folder)
+        self._files = _Files(folder, temporary=owned, owned=owned)
+
+    @property
+    def folder(self) -> Path:
+        return self._files.folder
+
+    def __copy__(self) -> PackedDataset:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedDataset:
+        other = self.__copy__()
+        memo[id(self)] = other
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_files"})
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_arrays": {}}  # a worker opens the files itself
+        state = {name: value for name, value in vars(self).items() if name != "_files"} | {"at": str(self.folder)}
+        starting = multiprocessing.context.get_spawning_popen()
+        if starting is not None:  # a process that is being started: the files are kept until it is let go
+            weakref.finalize(starting, id, self._files).atexit = False
+            return state | {"temporary": self._files.temporary}
+        if self._files.temporary:
+            return state | {"arrays": {name: array.tobytes() for name, array in self._files.arrays.items()}}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays, folder, temporary = state.pop("arrays", None), Path(state.pop("at")), state.pop("temporary", False)
+        vars(self).update(state)
+        if arrays is None:
+            self._files = _Files(folder, temporary=temporary, owned=False)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="unswag-data-"))
+        try:
+            for name, raw in arrays.items():
+                (folder / f"{name}.bin").write_bytes(raw)
+            self._files = _Files(folder, temporary=True, owned=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _array(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            self._arrays[name] = np.memmap(self.folder / f"{name}.bin", _ARRAYS[name], "r")
-        return self._arrays[name]
+        return self._files.arrays[name]
 
     def __len__(self) -> int:
         return len(self._array("packs")) - 1
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = range(len(self))[index]
-        packs, starts = self._array("packs"), self._array("sequences")
-        sequences = self._array("order")[packs[index] : packs[index + 1]]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._row(i) for i in range(len(self))[index]]
+        try:
+            i = operator.index(index)
+        except TypeError:
+            raise TypeError(
+                f"data[{index!r}]: an index is an int or a slice.  A field is data[i]['input_ids'], a choice of rows "
+                "torch.utils.data.Subset(data, rows), a table of columns data.to_hf()"
+            ) from None
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"data[{i}]: the data set has {n} rows")
+        return self._row(i % n)
+
+    def _row(self, i: int) -> dict[str, np.ndarray]:
+        packs = self._array("packs")
+        return self._joined(self._array("order")[packs[i] : packs[i + 1]])
+
+    def _joined(self, sequences: np.ndarray) -> dict[str, np.ndarray]:
+        starts = self._array("sequences")
         tokens = np.concatenate([self._array("tokens")[starts[s] : starts[s + 1]] for s in sequences])
         lengths = starts[sequences + 1] - starts[sequences]
         ids = (tokens & ~_TRAINED).astype(np.int64)
@@ -632,6 +871,32 @@ class PackedDataset:
             "position_ids": np.concatenate([np.arange(n) for n in lengths]),
             "seq_lengths": np.asarray(lengths),
         }
+
+    def to_hf(self, *, packed: bool = False) -> datasets.Dataset:
+        """A `datasets.Dataset` with the columns input_ids, labels, position_ids and seq_lengths, in the cache of `datasets`.
+
+        packed False: one sequence per row, in the order of the files.  Right with every trainer and collator: TRL pads the
+        rows, or packs them itself (`packing=True`).
+        packed True: the rows as they are here.  They need a collator that heeds seq_lengths or position_ids: `data.collator`,
+        or that of TRL with `padding_free=True`.  TRL's default collator does not: the sequences of a row see each other.
+
+        TRL cuts rows at its own `SFTConfig(max_length=1024)`; give it the max_length of the data, or None.
+        """
+        try:
+            import datasets
+        except ModuleNotFoundError as e:
+            raise ModuleNotFoundError("to_hf needs the module 'datasets': pip install datasets", name=e.name) from e
+        digest = hashlib.sha256(b"unswag-data rows" if packed else b"unswag-data sequences")
+        for name in _ARRAYS:
+            digest.update(self._array(name).data)
+        return datasets.Dataset.from_generator(
+            _hf_rows,
+            gen_kwargs={"data": self, "packed": packed},
+            features=datasets.Features(
+                dict.fromkeys(("input_ids", "labels", "position_ids", "seq_lengths"), datasets.List(datasets.Value("int64")))
+            ),
+            fingerprint=digest.hexdigest()[:16],
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -643,7 +908,7 @@ class PackedDataset:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the data set into a new folder, complete or not at all.  Raises FileExistsError if `folder` is there."""
-        target = Path(folder)
+        target = _path("save", "folder", folder)
         if target.exists():
             raise FileExistsError(f"{target} is there already; save into a new folder, or remove it first")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -651,16 +916,16 @@ class PackedDataset:
         try:
             files = {}
             for name in _ARRAYS:
-                digest = hashlib.sha256()
-                with open(self.folder / f"{name}.bin", "rb") as source, open(part / f"{name}.bin", "wb") as copy:
-                    while block := source.read(1 << 20):
-                        digest.update(block)
-                        copy.write(block)
-                    _to_disk(copy)
-                    files[f"{name}.bin"] = {"bytes": copy.tell(), "sha256": digest.hexdigest()}
+                digest, raw = hashlib.sha256(), self._array(name).view(np.uint8).data
+                with open(part / f"{name}.bin", "wb") as out:
+                    for at in range(0, len(raw), 1 << 20):
+                        digest.update(raw[at : at + (1 << 20)])
+                        out.write(raw[at : at + (1 << 20)])
+                    _to_disk(out)
+                    files[f"{name}.bin"] = {"bytes": out.tell(), "sha256": digest.hexdigest()}
             manifest = {
                 "format": "unswag-data", "version": VERSION, "max_length": self.max_length, "pad": self.pad,
-                "counts": vars(self.counts) | {"dropped": dict(self.counts.dropped)}, "files": files,
+                "counts": self.counts.plain(), "files": files,
             }  # fmt: skip
             with open(part / "manifest.json", "wb") as f:
                 f.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
@@ -674,27 +939,100 @@ class PackedDataset:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PackedDataset:
-        """Opens what `save` wrote.  Raises ValueError if a file is missing, cut short or changed, or of another version."""
-        folder = Path(folder)
+        """Opens what `save` wrote.  Raises ValueError if a file is missing, cut short or changed, of another version, or if
+        what they say does not fit together."""
+        folder = _path("load", "folder", folder)
+
+        def refused(what: str) -> ValueError:
+            return ValueError(f"{folder} is not a saved data set: {what}; prepare the data again, and save it")
+
         try:
             manifest = orjson.loads((folder / "manifest.json").read_bytes())
         except (OSError, ValueError) as e:
-            raise ValueError(f"{folder} is not a saved data set: manifest.json cannot be read ({e}); save it again") from None
+            raise refused(f"manifest.json cannot be read ({e})") from None
+        if not isinstance(manifest, dict):
+            raise refused(f"manifest.json is {records.json_type(manifest)}, where an object was expected")
         if manifest.get("format") != "unswag-data" or manifest.get("version") != VERSION:
             raise ValueError(
                 f"{folder}: format {manifest.get('format')!r} version {manifest.get('version')!r}, but this is unswag-data "
                 f"version {VERSION}; prepare the data again"
             )
-        for name in _ARRAYS:
+        counts, max_length, pad = _checked(manifest, refused)
+        for name, dtype in _ARRAYS.items():
             about, path = manifest["files"][f"{name}.bin"], folder / f"{name}.bin"
             size = path.stat().st_size if path.is_file() else None
             if size != about["bytes"]:
                 raise ValueError(f"{path} has {size} bytes, where the manifest has {about['bytes']}; prepare the data again")
+            if not size or size % dtype.itemsize:
+                raise refused(f"{name}.bin has {size} bytes, of {dtype.itemsize} for each value")
             with open(path, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != about["sha256"]:
                     raise ValueError(f"{path} has changed since it was saved (SHA-256); prepare the data again")
-        counts = manifest["counts"]
-        return cls(folder, Counts(**counts | {"dropped": Counter(counts["dropped"])}), manifest["max_length"], manifest["pad"])
+        data = cls(folder, counts, max_length, pad)
+        for what, right in data._rules():
+            if not right:
+                raise refused(what)
+        return data
+
+    def _rules(self) -> Iterator[tuple[str, bool]]:
+        """What must hold of the arrays; a rule may rely on those before it."""
+        tokens, sequences, order, packs = map(self._array, _ARRAYS)
+        n = len(sequences) - 1
+        yield (
+            "sequences.bin does not divide tokens.bin",
+            bool(n > 0 and sequences[0] == 0 and sequences[-1] == len(tokens) and (sequences[1:] > sequences[:-1]).all()),
+        )
+        yield (
+            "order.bin does not hold each sequence once",
+            bool(len(order) == n and order.min() >= 0 and order.max() < n and (np.bincount(order, minlength=n) == 1).all()),
+        )
+        yield (
+            "packs.bin does not divide order.bin",
+            bool(len(packs) > 1 and packs[0] == 0 and packs[-1] == n and (packs[1:] > packs[:-1]).all()),
+        )
+        used = np.add.reduceat((sequences[1:] - sequences[:-1])[order], packs[:-1])
+        yield f"a row has more than max_length={self.max_length} tokens", bool(used.max() <= self.max_length)
+        c, blocks = self.counts, range(0, len(tokens), 1 << 20)
+        trained = sum(int(np.count_nonzero(tokens[at : at + (1 << 20)] >= _TRAINED)) for at in blocks)
+        yield "its counts are not those of its arrays", (c.kept, c.tokens, c.trained) == (n, len(tokens), trained)
+
+
+def _hf_rows(data: PackedDataset, packed: bool) -> Iterator[dict[str, np.ndarray]]:
+    return iter(data) if packed else (data._joined(np.array([i])) for i in range(len(data.lengths)))
+
+
+def _checked(manifest: dict[str, Any], refused: Callable[[str], ValueError]) -> tuple[Counts, int, int]:
+    """(counts, max_length, pad) of a manifest whose entries have the types that `save` writes."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "dropped": lambda v: isinstance(v, dict) and all(map(number, v.values())),
+        "noted": lambda v: isinstance(v, dict) and all(map(number, v.values())),
+        "where": lambda v: isinstance(v, dict) and all(map(texts, v.values())),
+        "quarantine": lambda v: texts(v),
+    }
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+    files, counts = manifest.get("files"), manifest.get("counts")
+    for name in _ARRAYS:
+        about = files.get(f"{name}.bin") if isinstance(files, dict) else None
+        if not isinstance(about, dict) or not number(about.get("bytes")) or not isinstance(about.get("sha256"), str):
+            raise refused(f"its manifest does not say of {name}.bin how many bytes it has, and with which SHA-256")
+    for name in ("max_length", "pad"):
+        if not number(manifest.get(name)):
+            raise refused(f"its manifest says {name} {manifest.get(name)!r}, where a number was expected")
+    known = vars(Counts())
+    if not isinstance(counts, dict) or not counts.keys() <= known.keys():
+        raise refused("its manifest has no counts, or counts that are not known")
+    for name, value in counts.items():
+        if not kinds.get(name, number)(value):
+            raise refused(f"its manifest says {name} {_shown(value)}")
+    counters: dict[str, Counter[str]] = {name: Counter(counts.get(name, {})) for name in ("dropped", "noted")}
+    return Counts(**{**counts, **counters}), manifest["max_length"], manifest["pad"]
 
 
 def _remove_in(process: int, folder: Path) -> None:
@@ -717,28 +1055,58 @@ def _folder_to_disk(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows → a batch of torch tensors [rows, longest]: input_ids, labels, position_ids.
+    """Rows → a batch of torch tensors [rows, longest]: input_ids, labels, position_ids, all int64.
 
     There is no attention mask: position ids that start again at 0 tell where a sequence begins, and padding at the end of a
-    row is a sequence of its own without labels.
+    row is a sequence of its own without labels.  Position ids are taken from the rows, else made from their seq_lengths.
+
+    A stock model of transformers separates the sequences only without a cache and without an attention mask: in a loop of your
+    own call model(**batch, use_cache=False), in training and evaluation alike, or set model.config.use_cache = False (the
+    Trainer does, TRL's trainers too).  With the default, use_cache=True, the sequences of a row see each other and the loss is
+    that of another model.  The flash_attention implementations separate them in batches of one row only.  docs/data.md lists
+    the models that have no position ids, or no attention to separate.
     """
 
     pad: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        import torch
+        try:
+            import torch
+        except ModuleNotFoundError as e:
+            unswag._missing("the collator", e, "torch")
 
-        length = max(len(row["input_ids"]) for row in rows)
+        if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
+            raise TypeError(f"collator: rows is {_shown(rows)}; pass a list of rows, such as [data[0], data[1]] or data[:2]")
+        positions = [_positions(i, row) for i, row in enumerate(rows)]
+        length = max(map(len, positions))
         batch = {
             name: np.full((len(rows), length), fill, np.int64) for name, fill in (("input_ids", self.pad), ("labels", IGNORE))
         }
         batch["position_ids"] = np.empty((len(rows), length), np.int64)
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            for name, out in batch.items():
-                out[i, :n] = row[name]
+        for i, (row, places) in enumerate(zip(rows, positions, strict=True)):
+            n = len(places)
+            for name in ("input_ids", "labels"):
+                batch[name][i, :n] = row[name]
+            batch["position_ids"][i, :n] = places
             batch["position_ids"][i, n:] = np.arange(length - n)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _positions(i: int, row: Mapping[str, Any]) -> np.ndarray:
+    """Position ids of a row, or an error if a column is missing or cut to another length."""
+    missing = [name for name in ("input_ids", "labels") if name not in row]
+    if missing or not ("position_ids" in row or "seq_lengths" in row):
+        raise ValueError(
+            f"collator: row {i} has {sorted(row)}, and needs input_ids, labels and position_ids or seq_lengths, without which "
+            "its sequences would see each other; keep these columns (remove_unused_columns=False)"
+        )
+    places = row["position_ids"] if "position_ids" in row else np.concatenate([np.arange(n) for n in row["seq_lengths"]])
+    if not len(places) == len(row["input_ids"]) == len(row["labels"]):
+        raise ValueError(
+            f"collator: row {i} has {len(row['input_ids'])} tokens, {len(row['labels'])} labels and {len(places)} positions; "
+            "was it cut?  TRL cuts rows at SFTConfig(max_length=1024): pass max_length=None"
+        )
+    return np.asarray(places)
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
@@ -758,21 +1126,37 @@ class Report:
         table = Table(title="UnSwag data", show_header=False)
         table.add_column(justify="right")
         table.add_column()
-        lines = [(c.read, "lines read"), (c.kept, "kept")]
-        lines += [(n, f"dropped: {reason}") for reason, n in sorted(c.dropped.items())]
-        lines += [
+        table.add_row(f"{c.read:,}", "lines read")
+        table.add_row(f"{c.kept:,}", "kept")
+        for heading, counter in (("dropped", c.dropped), ("noted", c.noted)):
+            for what, n in sorted(counter.items()):
+                table.add_row(f"{n:,}", Text(f"{heading}: {what}", overflow="fold"))
+        for n, what in (
             (c.blank, "blank"),
             (c.truncated, f"cut to {self.max_length} tokens"),
             (c.merged, "with a token that spans the end of the prompt"),
-        ]
-        for n, what in lines:
-            if n or what in ("lines read", "kept"):
+        ):
+            if n:
                 table.add_row(f"{n:,}", what)
         table.add_row(f"{c.tokens:,}", f"tokens, {c.trained / c.tokens:.0%} of them with a label")
         full = c.tokens / (self.rows * self.max_length)
         table.add_row(f"{self.rows:,}", f"rows of at most {self.max_length} tokens, {full:.1%} full")
         yield table
+        for heading, counter in (("dropped", c.dropped), ("noted", c.noted)):
+            for what in sorted(counter):
+                yield Text(f"{heading}: {what}")
+                for place in c.where.get(what, []):
+                    yield Text(f"  {place}")
+                if counter[what] > len(c.where.get(what, [])) > 0:
+                    yield Text(f"  and {counter[what] - len(c.where[what]):,} more")
+        for path in c.quarantine:
+            yield Text(f"bad lines were written to {path}")
         yield from self._histogram()
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=120).print(self, soft_wrap=True)
+        return out.getvalue()
 
     def _histogram(self) -> Iterator[str]:
         numbers, edges = self._bins()

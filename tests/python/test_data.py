@@ -1,6 +1,9 @@
 """From .jsonl to packed rows: what is learnt, what is refused, and that nothing is lost on the way."""
 
+import copy
+import gc
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -125,13 +128,6 @@ def test_columns(tmp_path):
             write(tmp_path / "r.jsonl", {"question": "Why?", "answer": "x"}, {"question": "Why?"}),
             columns={"instruction": "question", "output": "answer"},
         )
-
-
-def test_form_is_found_for_each_file(tmp_path):
-    paths = [write(tmp_path / "a.jsonl", ROW), write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})]
-    assert [learnt for _, learnt in rows_of(prepare(paths, packing=False))] == ["2<|im_end|>", "b<|im_end|>"]
-    with pytest.raises(DataError, match="'instruction' is missing"):  # and is that of its first line
-        prepare(write(tmp_path / "c.jsonl", ROW, {"prompt": "a", "completion": "b"}))
 
 
 def test_bos_starts_a_plain_text_but_not_a_chat(tmp_path):
@@ -477,7 +473,7 @@ def test_bad_arguments(tmp_path):
         ({"too_long": "split"}, "too_long='split'"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"max_length": 1}, "max_length=1"),
-        ({"columns": {"text": "x"}}, r"\['text'\]"),
+        ({"columns": {"answer": "x"}}, r"\['answer'\]"),
         ({"template": "chat"}, "no chat template"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -688,3 +684,884 @@ def test_trainer_takes_it(tmp_path):
     assert np.isfinite([e["loss"] for e in trainer.state.log_history if "loss" in e]).all()
     batches = list(DataLoader(data, batch_size=3, collate_fn=data.collator))
     assert sum(int((b["labels"] != -100).sum()) for b in batches) == data.counts.trained
+
+
+# ---- what a line says is heeded, refused or reported ------------------------------------------------------------------------
+
+
+def turns(*said, **last):
+    """Messages from ("user", "…") pairs; keywords go into the last one."""
+    messages = [{"role": role, "content": content} for role, content in said]
+    messages[-1].update(last)
+    return messages
+
+
+def chat(tmp_path, *records, template=CHATML, **options):
+    return prepare(write(tmp_path / "m.jsonl", *records), tok=tokenizer(template), **({"packing": False} | options))
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}, {"weight": 0, "loss": False}])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_an_answer_that_is_not_to_be_learnt_has_no_labels(flag, which, tmp_path):
+    answers = ["one", "two", "three"]
+    messages = turns(*[(role, text) for a in answers for role, text in (("user", "q"), ("assistant", a))])
+    plain = chat(tmp_path, {"messages": messages})
+    messages[2 * which + 1].update(flag)
+    data = chat(tmp_path, {"messages": messages})
+    ((text, learnt),) = rows_of(data)
+    assert np.array_equal(data[0]["input_ids"], plain[0]["input_ids"]) and text.count("<|im_start|>") == 6
+    rest = [a for i, a in enumerate(answers) if i != which]
+    assert learnt == "\n".join(f"{a}<|im_end|>" for a in rest) + ("\n" if which == 2 else "")  # as between two answers
+    assert not data.counts.noted
+
+
+def test_an_end_that_is_put_there_is_not_learnt_after_an_answer_that_is_not(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    messages = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), weight=0)
+    ((text, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, template=template))
+    assert text.endswith("[assistant]d<|im_end|>") and learnt == "b"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"weight": 0.5},
+        {"weight": "0"},
+        {"train": "no"},
+        {"loss": 2},
+        {"weight": -1},
+        {"weight": [0]},
+        {"weight": 1, "train": False},
+    ],
+)
+def test_other_flags_are_refused(flag, tmp_path):
+    messages = turns(("user", "q"), ("assistant", "a"), **flag)
+    with pytest.raises(DataError, match=f"'{next(iter(flag))}'.* of message 1"):
+        chat(tmp_path, {"messages": messages})
+
+
+def test_a_line_of_which_nothing_is_to_be_learnt_is_no_error_but_counted(tmp_path):
+    good = {"messages": turns(("user", "q"), ("assistant", "a"), weight=1, train=True, loss=None)}
+    none = {"messages": turns(("user", "q"), ("assistant", "BAD"), weight=0)}
+    line = {"prompt": "q", "completion": "BAD", "weight": 0}
+    data = chat(tmp_path, good, none, line, {"prompt": "q", "completion": "c", "weight": 1})
+    assert [learnt for _, learnt in rows_of(data)] == ["a<|im_end|>", "c<|im_end|>"]
+    assert data.counts.dropped == {"not to be learnt": 2} and not data.counts.noted
+    assert data.counts.where == {"not to be learnt": [f"{tmp_path / 'm.jsonl'}:{n}" for n in (2, 3)]}
+    with pytest.raises(ValueError, match=r"no usable line.*'not to be learnt': 1"):
+        chat(tmp_path, none)
+    data = chat(tmp_path, {"prompt": "q", "completion": "c", "weight": 0.5})
+    assert data.counts.noted == {"column 'weight' is not read": 1}
+
+
+def test_a_flag_that_asks_for_a_question_to_be_learnt_is_noted(tmp_path):
+    messages = turns(("user", "q"), ("assistant", "a"))
+    messages[0]["weight"] = 1
+    data = chat(tmp_path, {"messages": messages})
+    assert data.counts.noted == {"'weight' of a user message is not heeded: only answers are learnt": 1}
+    messages[0]["weight"] = 0
+    assert not chat(tmp_path, {"messages": messages}).counts.noted
+
+
+def test_the_messages_of_a_prompt_are_not_learnt(tmp_path):
+    prompt = turns(("user", "a"), ("assistant", "shown"), ("user", "b"))
+    ((text, learnt),) = rows_of(chat(tmp_path, {"prompt": prompt, "completion": turns(("assistant", "said"))}))
+    assert learnt == "said<|im_end|>" and "shown" in text
+
+
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]
+WITH_TOOLS = "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)], ids=["list", "JSON"])
+@pytest.mark.parametrize("form", ["messages", "conversations", "completion", "instruction"])
+def test_tools_are_handed_to_the_template(given, form, tmp_path):
+    record = {
+        "messages": {"messages": turns(("user", "q"), ("assistant", "a"))},
+        "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "completion": {"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))},
+        "instruction": {"instruction": "q", "output": "a"},
+    }[form] | {"tools": given}
+    data = chat(tmp_path, record, template=WITH_TOOLS)
+    ((text, learnt),) = rows_of(data)
+    assert text.startswith('{"type": "function"') and "get_weather" in text and learnt == "a<|im_end|>"
+    assert not data.counts.noted
+    data = chat(tmp_path, record)  # whose template does not write them
+    assert data.counts.noted == {"tools are not written by the chat template": 1} and "get_weather" not in rows_of(data)[0][0]
+
+
+@pytest.mark.parametrize("given", ["no JSON", '{"a": 1}', [1], ["x"], {"a": 1}, 5])
+def test_tools_that_are_none(given, tmp_path):
+    with pytest.raises(DataError, match="'tools'"):
+        chat(tmp_path, {"messages": turns(("user", "q"), ("assistant", "a")), "tools": given})
+
+
+@pytest.mark.parametrize("given", [None, [], "", "[]"])
+def test_no_tools(given, tmp_path):
+    data = chat(tmp_path, {"messages": turns(("user", "q"), ("assistant", "a")), "tools": given}, template=WITH_TOOLS)
+    assert not data.counts.noted and "function" not in rows_of(data)[0][0]
+
+
+def test_system_and_history_of_alpaca(tmp_path):
+    record = ROW | {"system": "Be brief.", "history": [["One?", "1"], ["Two?", "2"]]}
+    ((text, learnt),) = rows_of(chat(tmp_path, record))
+    order = [
+        text.index(piece) for piece in ("system\nBe brief.", "user\nOne?", "assistant\n1", "user\nTwo?", "user\nAdd.\n\n1 + 1")
+    ]
+    assert order == sorted(order) and learnt == "1<|im_end|>\n2<|im_end|>\n2<|im_end|>"
+    path = write(tmp_path / "a.jsonl", ROW | {"system": "Be brief.", "history": []})
+    ((text, _),) = rows_of(prepare(path, 512))
+    assert text == "Be brief.\n\n### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n2<|im_end|>"
+    with pytest.raises(DataError, match="has one turn, and here is a history"):
+        prepare(write(tmp_path / "b.jsonl", record))
+    for history in ([["a"]], ["ab"], [["a", 5]], "text", [{"user": "a"}]):
+        with pytest.raises(DataError, match="'history'"):
+            chat(tmp_path, ROW | {"history": history})
+    with pytest.raises(DataError, match="'system' is a list"):
+        chat(tmp_path, ROW | {"system": ["a"]})
+
+
+def test_a_system_prompt_beside_messages(tmp_path):
+    messages = turns(("user", "q"), ("assistant", "a"))
+    ((text, _),) = rows_of(chat(tmp_path, {"system": "Be brief.", "messages": messages}))
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    own = turns(("system", "Be brief."), *[(m["role"], m["content"]) for m in messages])
+    assert rows_of(chat(tmp_path, {"system": "Be brief.", "messages": own}))[0][0] == text
+    with pytest.raises(DataError, match="different system prompts"):
+        chat(tmp_path, {"system": "Be long.", "messages": own})
+
+
+def test_a_file_may_mix_forms(tmp_path):
+    conversation = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "shared"}]
+    empty = {"messages": None, "text": None, "conversations": []}  # as tables with columns for every form write them
+    records = [
+        empty | {"instruction": "q", "output": "told"},
+        {"messages": turns(("user", "q"), ("assistant", "said"))},
+        {"conversations": conversation},
+        {"prompt": "q", "completion": "written"},
+        {"text": "all of it"},
+    ]
+    data = chat(tmp_path, *(records * 2))
+    want = ["told<|im_end|>", "said<|im_end|>", "shared<|im_end|>", "written<|im_end|>", "ll of it<|im_end|>"]
+    assert [learnt for _, learnt in rows_of(data)] == want * 2 and not data.counts.noted and not data.counts.dropped
+    data = prepare(write(tmp_path / "t.jsonl", {"text": "abc"}), tok=tokenizer(bos=True))
+    assert rows_of(data) == [("<s>abc<|im_end|>", "abc<|im_end|>")]
+
+
+def test_what_a_line_without_a_form_lacks(tmp_path):
+    for record, lacking in (
+        ({"output": "a"}, "'instruction' is missing"),
+        ({"prompt": "a", "chosen": "b"}, "'completion' is missing"),
+        ({"a": 1}, r"none of the forms .*\['a'\]"),
+        ({f"k{i}": i for i in range(1000)}, "and 980 more"),
+        ({"text": 5}, "'text' is a number"),
+        ({"text": " "}, "'text' is empty"),
+        ({"conversations": [{"from": "elf", "value": "a"}]}, "'from' of message 0 is 'elf'; known are"),
+        ({"conversations": [{"from": "gpt", "value": 5}]}, "'value' of message 0 is a number"),
+        ({"conversations": {"from": "gpt"}}, "'conversations' is an object"),
+    ):
+        with pytest.raises(DataError, match=lacking) as caught:
+            chat(tmp_path, record)
+        assert len(str(caught.value)) < 1000
+
+
+def test_sharegpt_speaks_of_tools(tmp_path):
+    calls = CHATML.replace(
+        "m['content']", "m['content'] + (m.tool_calls | map(attribute='function') | list | tojson if m.tool_calls else '')"
+    )
+    conversation = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city": "Rome"}}'},
+        {"from": "observation", "value": "sun"},
+        {"from": "gpt", "value": "Sunny", "weight": 0},
+    ]
+    data = chat(tmp_path, {"conversations": conversation, "tools": TOOLS}, template=WITH_TOOLS.replace(CHATML, calls))
+    ((text, learnt),) = rows_of(data)
+    assert "<|im_start|>tool\nsun<|im_end|>" in text and not data.counts.noted
+    assert learnt == '[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|im_end|>\n'
+    conversation[1]["value"] = "<functioncall> no JSON"
+    assert "no JSON" in rows_of(chat(tmp_path, {"conversations": conversation}, template=calls))[0][1]
+
+
+def test_parts_of_a_content_are_joined_and_must_be_text(tmp_path):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    ((text, learnt),) = rows_of(chat(tmp_path, {"messages": turns(("user", parts), ("assistant", parts))}))
+    assert "user\na b<|im_end|>" in text and learnt == "a b<|im_end|>"
+    for part, reason in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, "part 1 of the content of message 0 is 'image_url'"),
+        ({"type": "image"}, "is 'image'"),
+        ({"type": "text"}, "is 'text', where text"),
+        ({"type": "thinking", "text": "x"}, "is 'thinking'"),
+        (5, "is a number"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            chat(tmp_path, {"messages": turns(("user", [parts[0], part]), ("assistant", "a"))})
+
+
+CALLS = [{"type": "function", "id": "1", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]
+WITH_CALLS = CHATML.replace("m['content']", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '')")
+
+
+@pytest.mark.parametrize("content", [None, "", [], "so", "missing"])
+def test_tool_calls_need_no_content(content, tmp_path):
+    message = {"role": "assistant", "content": content, "tool_calls": CALLS}
+    if content == "missing":
+        del message["content"]
+    for messages in (
+        [*turns(("user", "q")), message],
+        [*turns(("user", "q")), message, *turns(("tool", "sun"), ("assistant", "a"))],
+    ):
+        ((text, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, template=WITH_CALLS))
+        assert learnt.startswith("so[{" if content == "so" else "[{") and "Rome" in learnt and "None" not in text
+        with pytest.raises(DataError, match="leaves out the tool calls of message 1"):
+            chat(tmp_path, {"messages": messages})
+
+
+def test_function_call_of_old(tmp_path):
+    old = {"role": "assistant", "content": None, "function_call": {"name": "get_weather", "arguments": "{}"}}
+    ((_, learnt),) = rows_of(chat(tmp_path, {"messages": [*turns(("user", "q")), old]}, template=WITH_CALLS))
+    assert "get_weather" in learnt
+    with pytest.raises(DataError, match="'tool_calls' of message 1 must be a list of objects"):
+        chat(tmp_path, {"messages": turns(("user", "q"), ("assistant", "a"), tool_calls="x")})
+
+
+def test_other_keys_of_a_message_go_to_the_template_or_are_noted(tmp_path):
+    messages = turns(("user", "q"), ("assistant", "a"), reasoning_content="think", name="Eve", tool_calls=None)
+    data = chat(tmp_path, {"messages": messages})
+    assert data.counts.noted == {
+        f"{key!r} of a message is not written by the chat template": 1 for key in ("reasoning_content", "name")
+    }
+    template = CHATML.replace("(m['content']", "m['content']").replace(
+        "m['content']", "(m.reasoning_content or '') + (m.name or '') + m['content']"
+    )
+    data = chat(tmp_path, {"messages": messages}, template=template)
+    assert rows_of(data)[0][1] == "thinkEvea<|im_end|>" and not data.counts.noted
+
+
+def test_many_keys_of_a_message_take_a_few_renderings(tmp_path, monkeypatch):
+    counts = Counter()
+    render = data_module._Encoder._render
+    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    messages = turns(("user", "q"), ("assistant", "a"), **{f"k{i}": i for i in range(1000)})
+    data = chat(tmp_path, {"messages": messages})
+    assert data.counts.noted["more that is not read"] == 980 and counts["render"] < 10
+    data = chat(tmp_path, {"messages": messages}, template=CHATML.replace("m['content']", "m['content'] + (m.k999 | string)"))
+    assert counts["render"] < 50
+    assert "of the keys of a message only the first 20 were looked for in what the chat template writes" in data.counts.noted
+
+
+def test_a_long_conversation_is_not_rendered_for_each_message_if_it_is_dropped(tmp_path, monkeypatch):
+    messages = turns(*[(role, f"{role} {i}") for i in range(50) for role in ("user", "assistant")])
+    ((_, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, max_length=4096))
+    assert learnt == "\n".join(f"assistant {i}<|im_end|>" for i in range(50))
+    counts = Counter()
+    render = data_module._Encoder._render
+    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    with pytest.raises(ValueError, match="'too long': 1"):
+        chat(tmp_path, {"messages": messages}, max_length=256)
+    assert counts["render"] == 1
+    data = chat(tmp_path, {"messages": messages}, max_length=256, too_long="truncate")
+    assert data.counts.truncated == 1 and rows_of(data)[0][1].startswith("assistant 0<|im_end|>\nassistant 1")
+
+
+def test_columns_that_are_not_read_are_in_the_report_once_each(tmp_path, capsys):
+    rest = {"id": 7, "label": False, "empty": "", "none": None, "list": []}
+    path = write(tmp_path / "a.jsonl", *[ROW | rest] * 5, ROW | {"label": True}, ROW)
+    data = prepare(path, 512, verbose=True)
+    assert data.counts.noted == {"column 'id' is not read": 5, "column 'label' is not read": 6}
+    for said in (capsys.readouterr().err, str(data.report())):
+        assert re.search(r"6 . noted: column 'label' is not read", said) and said.count("noted: column 'id'") == 2
+        assert f"  {path}:1\n  {path}:2\n  {path}:3\n  and 2 more\n" in said
+    many = prepare(write(tmp_path / "b.jsonl", ROW | {f"k{i:03}": i for i in range(100)}))
+    assert len(many.counts.noted) == 21 and many.counts.noted["more that is not read"] == 80
+    data = prepare(
+        write(tmp_path / "c.jsonl", {"prompt": "a", "completion": "b", "tools": TOOLS, "system": "s", "messages": []})
+    )
+    assert data.counts.noted == {"column 'tools' is not read": 1, "column 'system' is not read": 1}
+
+
+# ---- chat templates ---------------------------------------------------------------------------------------------------------
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}" + CHATML
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM], ids=["plain", "default system prompt"])
+@pytest.mark.parametrize("greeting", ["Hello!", "You", "<|im_start|>", "  spaced"])
+def test_what_the_template_adds_is_not_learnt_when_the_assistant_speaks_first(template, greeting, tmp_path):
+    for rest in ([], [("user", "q"), ("assistant", "a")]):
+        ((text, learnt),) = rows_of(chat(tmp_path, {"messages": turns(("assistant", greeting), *rest)}, template=template))
+        assert text.count("assistant\n") == 1 + len(rest) // 2
+        assert learnt == greeting + "<|im_end|>" + ("\na<|im_end|>" if rest else "")
+
+
+def test_tool_calls_of_an_assistant_who_speaks_first(tmp_path):
+    messages = [{"role": "assistant", "content": None, "tool_calls": CALLS}]
+    assert rows_of(chat(tmp_path, {"messages": messages}, template=WITH_CALLS))[0][1].startswith('[{"type"')
+
+
+@pytest.mark.parametrize(
+    "raises",
+    ["'x' + 1", "1 / 0", "messages[9].content", "messages | sum", "raise_exception('no')", "[1][5]()", "'a'.nothing()"],
+)
+def test_whatever_a_template_raises_is_a_bad_line(raises, tmp_path):
+    template = "{% for m in messages %}{% if m.content == 'bad' %}{{ " + raises + " }}{% endif %}{% endfor %}" + CHATML
+    good, bad = ({"messages": turns(("user", q), ("assistant", "a"))} for q in ("good", "bad"))
+    with pytest.raises(DataError, match=r"the chat template (fails|refuses it)") as caught:
+        chat(tmp_path, good, bad, good, template=template)
+    assert (caught.value.line, caught.value.kind) == (2, "chat template")
+    data = chat(tmp_path, good, bad, good, template=template, on_error="skip")
+    assert data.counts.kept == 2 and data.counts.dropped == {"chat template": 1}
+    assert data.counts.where["chat template"][0].startswith(f"{tmp_path / 'm.jsonl'}:2:1: the chat template ")
+
+
+ROLES = (
+    "{% for m in messages %}{% if m['role'] ROLE %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}"
+)
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("content", ["s", "user", "assistant", "Answer in the style of a pirate, always."])
+def test_a_template_that_leaves_out_a_message_is_noticed(content, tmp_path):
+    template = ROLES.replace("ROLE", "!= 'system'") + GENERATION
+    messages = turns(("system", content), ("user", "Answer in the style of a pirate"), ("assistant", "a"))
+    with pytest.raises(DataError, match="leaves out message 0, which is from the system"):
+        chat(tmp_path, {"messages": messages}, template=template)
+    messages[0]["content"] = " "
+    assert chat(tmp_path, {"messages": messages}, template=template).counts.kept == 1  # nothing is lost
+    with pytest.raises(DataError, match="leaves out message 0, which is from the system"):
+        chat(tmp_path, ROW | {"system": content}, template=template)
+    twice = turns(("user", content), ("assistant", "x"), ("user", content), ("assistant", "y"))
+    first = ROLES.replace("ROLE", "!= 'user' or not loop.first") + GENERATION
+    with pytest.raises(DataError, match="leaves out message 0, which is from the user"):
+        chat(tmp_path, {"messages": twice}, template=first)
+
+
+def test_a_template_that_moves_or_trims_messages_leaves_none_out(tmp_path):
+    template = (
+        "{% set s = messages[0]['content'] %}{% for m in messages[1:] %}{{ '<|im_start|>' + m['role'] + '\n' + "
+        "(s + '\n' if loop.first else '') + (m['content'] | trim) + '<|im_end|>\n' }}{% endfor %}" + GENERATION
+    )
+    messages = turns(("system", "Be as brief as ever you can."), ("user", " q "), ("assistant", " a"))
+    data = chat(tmp_path, {"messages": messages}, template=template)
+    assert not data.counts.noted and "user\nBe as brief as ever you can.\nq<|im_end|>" in rows_of(data)[0][0]
+
+
+def test_a_template_that_wants_parts_leaves_out_a_text(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}{{ part['text'] }} "
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    ) + GENERATION
+    with pytest.raises(DataError, match="leaves out message 0"):
+        chat(tmp_path, ROW, template=template)
+
+
+def test_reasoning_that_a_template_drops_is_noticed(tmp_path):
+    drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    messages = turns(("user", "q"), ("assistant", "<think>because</think>a"))
+    data = chat(tmp_path, {"messages": messages}, template=drops)
+    assert data.counts.noted == {"what the assistant says is written otherwise by the chat template": 1}
+    earlier = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
+    with pytest.raises(DataError, match="writes message 1 otherwise when others follow"):
+        chat(tmp_path, {"messages": messages * 2}, template=earlier)
+
+
+def test_a_template_that_gives_no_text(tmp_path, monkeypatch):
+    tok = tokenizer(CHATML)
+    monkeypatch.setattr(type(tok), "apply_chat_template", lambda *a, **k: [1, 2])
+    with pytest.raises(ValueError, match=r"apply_chat_template.* gives list, where text was expected"):
+        prepare(write(tmp_path / "a.jsonl", ROW), tok=tok, on_error="skip")
+
+
+# ---- what is no line --------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_lines(tmp_path):
+    records = [ROW, ROW]
+    for raw, message in (
+        (json.dumps(records, indent=2).encode(), r"is an array.*jq -c '.\[\]'"),
+        (json.dumps(records, indent=2).encode("utf-8-sig"), "is an array"),
+        (b"\n\n" + json.dumps(records).replace("}, {", "},\n{").encode(), "is an array"),
+        (b"[\n" + GOOD + b",\n" + GOOD + b"\n]", "is an array"),
+        (gzip.compress(json.dumps(records, indent=2).encode()), "is an array"),
+        ("\n".join(json.dumps(r, indent=2) for r in records).encode(), r"objects over several lines.*jq -c \."),
+        (b" \n\t\n\r\n", r"no usable line in .*all its lines are blank \(3 read\)"),
+        (b"\xef\xbb\xbf", "all its lines are blank"),
+        (b"PAR1abc", "is Parquet"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+    ):
+        path = write(tmp_path / "a.jsonl", raw=raw)
+        with pytest.raises(ValueError, match=message) as caught:
+            prepare([write(tmp_path / "good.jsonl", ROW), path], on_error="skip")
+        assert str(path) in str(caught.value) and "good" not in str(caught.value)
+    for raw in (
+        b'[{"instruction": "a", "output": "b"}]\n' + GOOD,
+        b"{\n" + GOOD,
+        b"[\n" + GOOD,
+    ):  # bad lines in a file of lines
+        data = prepare(write(tmp_path / "a.jsonl", raw=raw), on_error="skip")
+        assert data.counts.kept == 1 and sum(data.counts.dropped.values()) == 1
+
+
+def test_the_error_about_no_usable_line_says_where_and_why(tmp_path):
+    path = write(tmp_path / "a.jsonl", raw=b'{"a": 1}\n{\n')
+    with pytest.raises(ValueError, match="no usable line") as caught:
+        prepare(path, on_error="skip")
+    assert "larger max_length" not in str(caught.value)
+    assert f"{path}:1:1: none of the forms" in str(caught.value) and f"{path}:2:2: not JSON" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_length": "512"}, TypeError, "max_length='512' is a str; pass an int"),
+        ({"max_length": None}, TypeError, "max_length=None"),
+        ({"max_length": 512.0}, TypeError, "max_length=512.0 is a float"),
+        ({"max_length": True}, TypeError, "max_length=True"),
+        ({"max_length": int(1e30)}, ValueError, "Tokenizers without a limit say 1e30"),
+        ({"max_length": -5}, ValueError, "max_length=-5"),
+        ({"tok": "gpt2"}, TypeError, r"tokenizer='gpt2' is a name; pass AutoTokenizer.from_pretrained\('gpt2'\)"),
+        ({"tok": Path("gpt2")}, TypeError, "is a name"),
+        ({"tok": 5}, TypeError, "tokenizer is a int; pass AutoTokenizer"),
+        ({"tok": Tokenizer(models.BPE())}, TypeError, "pass transformers.PreTrainedTokenizerFast"),
+        ({"tok": type("Processor", (), {"tokenizer": 1})()}, TypeError, "pass its .tokenizer"),
+        ({"tok": print}, TypeError, "tokenizer is a builtin"),
+        ({"packing": "no"}, TypeError, "packing='no'; pass True or False"),
+        ({"packing": None}, TypeError, "packing=None"),
+        ({"verbose": "yes"}, TypeError, "verbose='yes'"),
+        ({"template": None}, ValueError, "template=None; choose"),
+        ({"template": ["chat"]}, ValueError, r"template=\['chat'\]"),
+        ({"too_long": None}, ValueError, "too_long=None"),
+        ({"on_error": True}, ValueError, "on_error=True"),
+        ({"columns": "output"}, TypeError, "columns='output'; pass a dict"),
+        ({"columns": ["output"]}, TypeError, "columns="),
+        ({"columns": {"output": 5}}, TypeError, r"columns\['output'\]=5"),
+        ({"columns": {1: "a", "x": "b"}}, ValueError, r"\[1, 'x'\]"),
+        ({"path": None}, TypeError, "path_or_paths=NoneType None; pass the path"),
+        ({"path": 5}, TypeError, "path_or_paths=int 5"),
+        ({"path": [None]}, TypeError, "path_or_paths: NoneType None is no path"),
+        ({"path": [ROW]}, TypeError, "a record, not a path; write records to a .jsonl file"),
+        ({"path": {"train": "a"}}, TypeError, "path_or_paths=dict"),
+        ({"path": {"a", "b"}}, TypeError, r"is a set, which has no order; pass sorted"),
+        ({"path": io.BytesIO(b"x")}, TypeError, "path_or_paths=BytesIO"),
+        ({"path": ""}, ValueError, "'' is no path"),
+        ({"path": "a\0b"}, ValueError, "is no path"),
+        ({"path": []}, ValueError, "no files given.*glob, nothing matched"),
+        ({"path": iter(())}, ValueError, "no files given"),
+        ({"path": "data/*.jsonl"}, ValueError, r"a pattern\? Pass sorted\(glob.glob"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_name_the_argument_its_value_and_the_remedy(arguments, error, message, tmp_path):
+    path = arguments.pop("path", None) if "path" in arguments else write(tmp_path / "a.jsonl", ROW)
+    with pytest.raises(error, match=message) as caught:
+        prepare(path, **arguments)
+    assert str(caught.value).startswith("prepare_data: ")
+
+
+def test_paths_of_every_kind(tmp_path):
+    path = write(tmp_path / "ä b.jsonl", ROW)
+    for one in (path, str(path), os.fsencode(path), [os.fsencode(path)], (path,), iter([path]), {path: 1}.keys()):
+        assert prepare(one, np.int64(256), packing=np.bool_(True)).counts.kept == 1
+
+
+@pytest.mark.parametrize("index", ["input_ids", None, 1.0, [0, 1], (0, 1), np.array([0, 1]), slice("a", None)], ids=str)
+def test_odd_indices_are_refused(index, tmp_path):
+    data = prepare(sized(tmp_path, 4, 6, 9), 10)
+    with pytest.raises(TypeError, match=r"an index is an int or a slice|slice indices"):
+        data[index]
+
+
+def test_slices_are_lists_of_rows(tmp_path):
+    data = prepare(sized(tmp_path, 4, 6, 9, 8), 10)
+    rows = list(data)
+    for part in (slice(2), slice(None), slice(None, None, -1), slice(1, 1), slice(-1, None), slice(0, 99)):
+        got = data[part]
+        assert isinstance(got, list) and [g["input_ids"].tolist() for g in got] == [r["input_ids"].tolist() for r in rows[part]]
+    assert data.collator(data[:2])["input_ids"].shape == (2, 10)
+    import torch
+
+    assert (
+        data[np.int32(1)]["input_ids"].tolist() == data[torch.tensor(1)]["input_ids"].tolist() == rows[1]["input_ids"].tolist()
+    )
+    for index in (3, -4, 10**30):
+        with pytest.raises(IndexError, match=r"the data set has 3 rows"):
+            data[index]
+
+
+def test_the_collator_refuses_what_would_be_wrong(tmp_path):
+    data = prepare(sized(tmp_path, 4, 6, 9), 10)
+    row = data[0]
+    made = data.collator([{k: v for k, v in row.items() if k != "position_ids"}])
+    assert made["position_ids"].tolist() == [row["position_ids"].tolist()]
+    listed = {k: v.tolist() for k, v in row.items()}
+    assert all((data.collator([listed])[k] == v).all() for k, v in data.collator([row]).items())
+    for rows, error, message in (
+        ([], TypeError, "pass a list of rows"),
+        (row, TypeError, "rows is dict"),
+        ([1], TypeError, "pass a list of rows"),
+        ([{k: row[k] for k in ("input_ids", "labels")}], ValueError, "row 0 has .*position_ids or seq_lengths"),
+        ([row, {k: row[k] for k in ("input_ids", "position_ids")}], ValueError, "row 1 has"),
+        ([row | {k: row[k][:5] for k in ("input_ids", "labels")}], ValueError, "has 5 tokens, 5 labels and 10 positions"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            data.collator(rows)
+
+
+# ---- the quarantine ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_quarantine_is_no_data_and_goes_when_nothing_is_bad(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{")
+    data = prepare(path, on_error="quarantine", verbose=True)
+    there = quarantine_path(path)
+    assert data.counts.quarantine == [str(there)] and str(there) in capsys.readouterr().err
+    assert list(tmp_path.glob("*.jsonl")) == [path] and there.exists()
+    for paths in (there, [path, there], tmp_path / "b.jsonl.quarantine.jsonl"):  # by the name of former versions as well
+        (tmp_path / "b.jsonl.quarantine.jsonl").write_bytes(there.read_bytes())
+        with pytest.raises(ValueError, match='is what on_error="quarantine" wrote'):
+            prepare(paths, on_error="skip")
+    renamed = write(tmp_path / "c.jsonl", raw=there.read_bytes() + GOOD)
+    with pytest.raises(DataError, match=r'c\.jsonl:1:1: a line that on_error="quarantine" wrote'):
+        prepare(renamed)
+    prepare(write(path, raw=GOOD), on_error="skip")
+    assert there.exists()
+    prepare(path, on_error="quarantine")
+    assert not there.exists()
+
+
+def test_the_report_names_lines_reasons_and_paths(tmp_path, capsys):
+    one = write(tmp_path / "[one].jsonl", raw=b"\n".join([GOOD, b"{", *[b'{"instruction": "a", "output": ""}'] * 5]))
+    two = write(tmp_path / "two.jsonl", raw=GOOD.replace(b'"b"', b'"' + b"b" * 600 + b'"') + b"\n17\n" + GOOD)
+    data = prepare([one, two], on_error="skip", verbose=True)
+    data.save(tmp_path / "saved")
+    for said in (capsys.readouterr().err, str(data.report()), str(PackedDataset.load(tmp_path / "saved").report())):
+        for line in (
+            f"  {one}:2:2: not JSON: ",
+            f"  {one}:3:1: the field 'output' is empty: there is nothing to learn\n",
+            "  and 2 more\n",
+            f"  {two}:1: ",
+            f"  {two}:2:1: a number, where an object was expected\n",
+        ):
+            assert line in said, (line, said)
+    assert [len(v) for v in data.counts.where.values()] == [1, 3, 1, 1]
+
+
+# ---- copies, pickles and other processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spool(tmp_path, monkeypatch):
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+HOW = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda data: pickle.loads(pickle.dumps(data))}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_copy_has_its_rows_when_the_first_is_gone_and_leaves_nothing(how, tmp_path, spool):
+    data = prepare(sized(tmp_path, 4, 6, 9), 10)
+    want, counts = [row["input_ids"].tolist() for row in data], data.counts
+    other = HOW[how](data)
+    other.mine = 1  # nothing is shared that can be written to
+    assert not hasattr(data, "mine")
+    del data
+    gc.collect()
+    third = HOW[how](other)
+    del other
+    gc.collect()
+    assert [row["input_ids"].tolist() for row in third] == want and third.counts == counts and third.mine == 1
+    third.save(tmp_path / "saved")
+    assert [row["input_ids"].tolist() for row in PackedDataset.load(tmp_path / "saved")] == want
+    del third
+    gc.collect()
+    assert not list(spool.iterdir())
+
+
+def test_a_pickle_may_be_loaded_twice_and_in_another_process(tmp_path, spool):
+    data = prepare(sized(tmp_path, 4, 6, 9), 10)
+    want, raw = data[1]["input_ids"].tolist(), pickle.dumps(data)
+    del data
+    assert not list(spool.iterdir())
+    first, second = pickle.loads(raw), pickle.loads(raw)
+    assert first.folder != second.folder
+    del first
+    assert second[1]["input_ids"].tolist() == want
+    (tmp_path / "p").write_bytes(raw)
+    code = "import pickle, sys; data = pickle.loads(open(sys.argv[1], 'rb').read()); print(data[1]['input_ids'].tolist())"
+    environment = os.environ | {"PYTHONPATH": str(Path(unswag.__file__).parents[1]), "TMPDIR": str(spool)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "p"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(want)
+    del second
+    assert not list(spool.iterdir())  # the other process took its folder with it
+
+
+def test_a_pickle_of_a_loaded_data_set_is_the_name_of_its_folder(tmp_path):
+    prepare(sized(tmp_path, *[50] * 500), 100).save(tmp_path / "saved")
+    data = PackedDataset.load(tmp_path / "saved")
+    raw = pickle.dumps(data)
+    assert len(raw) < 2000 and len(pickle.loads(raw)) == len(data)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"tokens.bin is gone.*save\(folder\)"):
+        pickle.loads(raw)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_read_the_files_of_the_parent(method, tmp_path, spool):
+    from torch.utils.data import DataLoader
+
+    data = prepare(sized(tmp_path, *range(3, 40)), 64)
+    want = [row["input_ids"].tolist() for row in data]
+    assert len(list(spool.iterdir())) == 1
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method, collate_fn=rows_as_lists)
+    del data
+    assert list(loader) == want
+    assert len([p for p in spool.iterdir() if p.name.startswith("unswag-data-")]) == 1  # no worker made or took one
+    del loader
+    gc.collect()
+    assert not [p for p in spool.iterdir() if p.name.startswith("unswag-data-")]
+
+
+def rows_as_lists(row):
+    return row["input_ids"].tolist()
+
+
+SPAWNED = """
+import multiprocessing, sys, unswag
+from unswag.data import PackedDataset
+
+def work(data, queue):
+    queue.put([row["input_ids"].tolist() for row in data])
+
+class Letters:
+    eos_token_id, bos_token_id, pad_token_id, chat_template = 0, None, None, None
+    def __call__(self, texts, **options):
+        return {"input_ids": [[ord(c) for c in t] for t in texts] if isinstance(texts, list) else []}
+
+if __name__ == "__main__":
+    data = unswag.prepare_data(sys.argv[1], Letters(), 60, verbose=False)
+    want = [row["input_ids"].tolist() for row in data]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=work, args=(data, queue))
+    process.start()
+    del data  # the process may not have opened the files yet
+    assert queue.get(timeout=60) == want
+    process.join()
+    kept = unswag.prepare_data(sys.argv[1], Letters(), 60, verbose=False)  # goes with the interpreter
+"""
+
+
+def test_a_process_that_was_started_keeps_the_files_and_nothing_is_left_at_exit(tmp_path, spool):
+    (tmp_path / "main.py").write_text(SPAWNED)
+    environment = os.environ | {"PYTHONPATH": str(Path(unswag.__file__).parents[1]), "TMPDIR": str(spool)}
+    subprocess.run([sys.executable, tmp_path / "main.py", sized(tmp_path, 4, 6, 9)], env=environment, check=True)
+    assert not list(spool.iterdir())
+
+
+# ---- load -------------------------------------------------------------------------------------------------------------------
+
+
+def saved(folder, arrays=None, **changes):
+    """A folder as `save` writes it, whose hashes and sizes are right whatever its arrays hold."""
+    tokens = np.arange(10, dtype=np.uint32)
+    tokens[[1, 5]] |= 1 << 31
+    arrays = {"tokens": tokens, "sequences": [0, 4, 10], "order": [0, 1], "packs": [0, 1, 2]} | (arrays or {})
+    counts = {"read": 2, "kept": 2, "blank": 0, "dropped": {}, "truncated": 0, "merged": 0, "tokens": 10, "trained": 2}
+    manifest = {"format": "unswag-data", "version": 1, "max_length": 8, "pad": 0, "counts": counts, "files": {}}
+    folder.mkdir()
+    for name, dtype in data_module._ARRAYS.items():
+        raw = arrays[name] if isinstance(arrays[name], bytes) else np.asarray(arrays[name]).astype(dtype).tobytes()
+        (folder / f"{name}.bin").write_bytes(raw)
+        manifest["files"][f"{name}.bin"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    for path, value in changes.items():
+        inner, names = manifest, path.split("__")
+        for name in names[:-1]:
+            inner = inner[name]
+        if value is None:
+            del inner[names[-1]]
+        else:
+            inner[names[-1]] = value
+    (folder / "manifest.json").write_bytes(json.dumps(manifest).encode())
+    return folder
+
+
+def test_what_was_saved_without_notes_loads(tmp_path):
+    data = PackedDataset.load(saved(tmp_path / "a"))
+    assert [row["labels"].tolist() for row in data] == [[-100, 1, -100, -100], [-100, 5, -100, -100, -100, -100]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": None}, {"files": []}, {"files": {}}, {"files": 5}, {"files": {"tokens.bin": 5}},
+        {"counts": None}, {"counts": []}, {"counts": {"evil": 1}}, {"counts__kept": "2"}, {"counts__kept": -2},
+        {"counts__kept": 3}, {"counts__kept": True}, {"counts__dropped": 5}, {"counts__dropped": {"a": "b"}},
+        {"counts__tokens": None},
+        {"counts__trained": 1}, {"counts__where": {"a": 5}}, {"counts__noted": [1]}, {"counts__quarantine": "a"},
+        {"max_length": None}, {"max_length": "8"}, {"max_length": 5}, {"max_length": 8.5},
+        {"pad": None}, {"pad": -1}, {"pad": [0]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_save_did_not_write(changes, tmp_path):
+    with pytest.raises(ValueError, match=r"is not a saved data set: .*; prepare the data again") as caught:
+        PackedDataset.load(saved(tmp_path / "a", **changes))
+    assert str(tmp_path / "a") in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"5", b"null", b'"a"', b"{", b"\xff", b'{"format": 5}', b"[" * 5000])
+def test_a_manifest_that_is_none(raw, tmp_path):
+    (saved(tmp_path / "a") / "manifest.json").write_bytes(raw)
+    with pytest.raises(ValueError, match="prepare the data again"):
+        PackedDataset.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"order": [10**6, 1]}, {"order": [-2, 1]}, {"order": [1, 1]}, {"order": [0]}, {"order": [0, 1, 2]},
+        {"sequences": [0, 10**14, 10]}, {"sequences": [0, 4, 9]}, {"sequences": [1, 4, 10]}, {"sequences": [0, 10, 4]},
+        {"sequences": [0, 4, 4, 10]}, {"sequences": [0]}, {"sequences": [-(2**63), 4, 10]}, {"packs": [0, 1]},
+        {"packs": [0, 2, 1]}, {"packs": [0, 1, 1, 2]}, {"packs": [0]}, {"packs": [0, 2]}, {"packs": b""},
+        {"tokens": b""}, {"tokens": b"abc"},
+        {"order": b"1234567"}, {"tokens": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arrays_that_do_not_fit_each_other(arrays, tmp_path):
+    with pytest.raises(ValueError, match="is not a saved data set: "):
+        PackedDataset.load(saved(tmp_path / "a", arrays))
+
+
+def test_folders_that_are_none(tmp_path):
+    data = prepare(sized(tmp_path, 4, 6))
+    for folder, error, message in (
+        (None, TypeError, "folder: NoneType None is no path"),
+        (5, TypeError, "folder: int 5"),
+        ("", ValueError, "'' is no path"),
+    ):
+        for call in (data.save, PackedDataset.load):
+            with pytest.raises(error, match=message):
+                call(folder)
+    for folder in (tmp_path / "no", tmp_path, tmp_path / "s.jsonl"):
+        with pytest.raises(ValueError, match=r"is not a saved data set: manifest\.json cannot be read"):
+            PackedDataset.load(folder)
+    data.save(os.fsencode(tmp_path / "saved"))
+    assert len(PackedDataset.load(os.fsencode(tmp_path / "saved"))) == 1
+
+
+# ---- Hugging Face -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hf(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+def test_to_hf(tmp_path, hf):
+    data = prepare(sized(tmp_path, *range(3, 40)), 64)
+    rows, sequences = data.to_hf(packed=True), data.to_hf()
+    assert isinstance(rows, hf.Dataset) and len(rows) == len(data) and len(sequences) == data.counts.kept
+    for row, other in zip(data, rows, strict=True):
+        assert all(np.array_equal(row[k], other[k]) for k in row) and row.keys() == other.keys()
+    apart = prepare(tmp_path / "s.jsonl", 64, packing=False)
+    for row, other in zip(apart, sequences, strict=True):
+        assert all(np.array_equal(row[k], other[k]) for k in row)
+    batch = data.collator(list(rows))
+    assert all((batch[k] == v).all() for k, v in data.collator(list(data)).items())
+    assert all(np.array_equal(a["labels"], b["labels"]) for a, b in zip(hf.Dataset.from_list(list(data)), data, strict=True))
+    del data
+    assert len(rows[0]["input_ids"]) and len(sequences[-1]["labels"])  # the cache of datasets has them
+
+
+@pytest.mark.parametrize(
+    ("packed", "ours", "options"),
+    [
+        (False, False, {}),
+        (False, False, {"padding_free": True, "max_length": None}),
+        (False, False, {"packing": True, "max_length": 64}),
+        (False, True, {}),
+        (True, True, {"max_length": None}),
+        (True, False, {"padding_free": True, "max_length": None}),
+    ],
+    ids=str,
+)
+def test_trl_learns_what_the_sequences_say(packed, ours, options, tmp_path, hf):
+    trl = pytest.importorskip("trl")
+    import torch
+    from torch.nn import functional as F
+
+    path = write(tmp_path / "p.jsonl", *[{"prompt": f"{i} and", "completion": "x" * i + "y"} for i in range(2, 12)])
+    data = prepare(path, 64)
+    model, total = tiny_llama().float(), 0.0
+    with torch.no_grad():
+        for row in prepare(path, 64, packing=False):
+            ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
+            logits = model(input_ids=ids, use_cache=False).logits
+            total += F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum").item()
+    rows = data.to_hf(packed=packed)
+    arguments = trl.SFTConfig(
+        str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=len(rows), report_to=[], save_strategy="no",
+        use_cpu=True, bf16=False, logging_steps=1, disable_tqdm=True, gradient_checkpointing=False, **options,
+    )  # fmt: skip
+    ours = {"data_collator": data.collator} if ours else {}
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer(), **ours)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / data.counts.trained, rel=1e-5)
+
+
+def test_trl_that_cuts_packed_rows_is_refused(tmp_path, hf):
+    trl = pytest.importorskip("trl")
+    data = prepare(sized(tmp_path, *range(3, 20)), 64)
+    arguments = trl.SFTConfig(
+        str(tmp_path / "out"),
+        max_steps=1,
+        max_length=30,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    rows, ours = data.to_hf(packed=True), data.collator
+    trainer = trl.SFTTrainer(
+        tiny_llama().float(), arguments, train_dataset=rows, processing_class=tokenizer(), data_collator=ours
+    )
+    with pytest.raises(ValueError, match="was it cut"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_stock_model_separates_sequences_without_a_cache(mode, tmp_path):
+    """What the documentation of the collator says, and that it must be said: with a cache the loss is another one."""
+    import torch
+
+    path = write(tmp_path / "p.jsonl", *[{"prompt": f"{i} and", "completion": "x" * i + "y"} for i in range(2, 12)])
+    packed, apart = prepare(path, 64), prepare(path, 64, packing=False)
+    model = tiny_llama()
+    model.train(mode == "train")
+    for parameter in model.parameters():
+        parameter.data *= 3
+
+    def loss(data, use_cache):
+        rows = list(data)
+        return model(**data.collator(rows), use_cache=use_cache, num_items_in_batch=packed.counts.trained).loss.item()
+
+    with torch.no_grad():
+        alone = loss(apart, False)
+        assert loss(packed, False) == pytest.approx(alone, rel=1e-9)
+        assert abs(loss(packed, True) - alone) > 1e-4 * alone

@@ -107,3 +107,25 @@ def test_without_jax_the_error_says_what_to_install():
     words = "needs the module 'jax', which is not installed: pip install 'unswag[jax]'"
     assert missing("jax", "unswag.unswag_relu") == f"unswag.unswag_relu {words}"
     assert missing("jax", "unswag.audit(len, 3)") == f"unswag.audit of a function {words}"
+
+
+@pytest.mark.parametrize("statement", ["import unswag.torch", "import unswag.torch.nn", "from unswag.torch import surgery"])
+def test_importing_the_torch_front_end_without_torch_says_what_to_install(statement):
+    words = "unswag.torch needs the module 'torch', which is not installed: pip install 'unswag[torch]'"
+    assert missing("torch", statement) == words
+
+
+@pytest.mark.parametrize("statement", ["import unswag.jax", "from unswag.jax import relu"])
+def test_importing_the_jax_front_end_without_jax_says_what_to_install(statement):
+    words = "unswag.jax needs the module 'jax', which is not installed: pip install 'unswag[jax]'"
+    assert missing("jax", statement) == words
+
+
+def test_without_orjson_the_error_says_what_to_install():
+    words = "needs the module 'orjson', which is not installed: pip install 'unswag[torch]'"
+    assert missing("orjson", "import unswag.data") == missing("orjson", "from unswag import data") == f"unswag.data {words}"
+    assert missing("orjson", "unswag.prepare_data") == f"unswag.prepare_data {words}"
+
+
+def test_a_module_of_ours_that_is_missing_is_not_to_be_installed():
+    assert "pip" not in missing("unswag.torch.surgery", "unswag.apply_unswag_surgery")

@@ -5,6 +5,13 @@ They work under jit, grad, vmap, scan, remat, shard_map and automatic sharding, 
 
 from __future__ import annotations
 
+import unswag
+
+try:
+    import jax  # noqa: F401
+except ModuleNotFoundError as error:
+    unswag._missing("unswag.jax", error, "jax")
+
 from unswag.jax import blocks
 from unswag.jax.activations import gelu, silu
 from unswag.jax.dropout import dropout

@@ -5,6 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import unswag
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    unswag._missing("unswag.torch", error, "torch")
+
 from unswag.torch import nn, ops
 from unswag.torch.audit import audit  # not lazily: the module of this name would hide the function
 from unswag.torch.functional import (

@@ -1,0 +1,375 @@
+"""What a line of an instruction file says: which form it has, its messages or texts, and what of it nobody reads.
+
+Nothing here knows a tokenizer.  What cannot be used is a Bad with the reason; what is not read is a note for the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+# Form → the fields that it must have; of two forms that fit, the first.
+FORMS = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "conversations": ("conversations",),
+    "text": ("text",),
+}
+OPTIONAL = ("input", "system", "history", "tools", "weight")
+FLAGS = ("weight", "train", "loss")  # of a message: 0 or false, and it is not learnt
+
+# Who speaks in ShareGPT's "from", as the roles of chat templates.
+_SPEAKERS = (
+    {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+    | dict.fromkeys(("human",), "user")
+    | dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "model", "bot", "function_call"), "assistant")
+    | dict.fromkeys(("observation", "function", "function_response"), "tool")
+)
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_QUARANTINED = {"line", "column", "reason", "text"}
+
+
+class Bad(Exception):
+    """A line that cannot be used, before it is known which one it is."""
+
+    def __init__(self, kind: str, reason: str, column: int = 1):
+        self.kind, self.reason, self.column = kind, reason, column
+
+
+class NotLearnt(Exception):
+    """A good line whose author says that nothing of it is to be learnt."""
+
+
+@dataclass
+class Chat:
+    """Messages as chat templates take them, and which of them are learnt."""
+
+    messages: list[dict[str, Any]]
+    learnt: list[bool]
+    tools: list[Any] | None = None
+
+
+@dataclass
+class Instruction:
+    """A record of Stanford Alpaca; `history` are the earlier turns, each (user, assistant)."""
+
+    instruction: str
+    input: str
+    output: str
+    system: str = ""
+    history: list[tuple[str, str]] = field(default_factory=list)
+    tools: list[Any] | None = None
+
+    def chat(self) -> Chat:
+        asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+        turns = [("system", self.system)] if self.system else []
+        for user, assistant in (*self.history, (asked, self.output)):
+            turns += [("user", user), ("assistant", assistant)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return Chat(messages, [role == "assistant" for role, _ in turns], self.tools)
+
+
+@dataclass
+class Plain:
+    """Text to be learnt, after text that is not."""
+
+    prompt: str
+    answer: str
+
+
+# ---- the object of a line --------------------------------------------------------------------------------------------
+
+# In valid JSON: a string (then a colon, if it is a key), or the begin or end of an object.  Possessive: no way back is kept.
+_TOKEN = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"[ \t\r\n]*+(:?)|[{}]')
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The object in `line`.  Raises Bad for anything else, and for an object with equal keys."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as e:
+        column = len(line[: e.start].decode()) + 1
+        raise Bad("invalid UTF-8", f"byte {line[e.start]:#04x} is not UTF-8 ({e.reason})", column) from None
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as e:
+        over = line.strip().startswith(b"[") or line.rstrip().endswith((b",", b"{", b"["))
+        hint = "; an object over several lines, or an array? Make one line of each: jq -c '.[]' or jq -c ." if over else ""
+        raise Bad("invalid JSON", f"not JSON: {e.msg}{hint}", min(max(e.pos, 0), len(text)) + 1) from None
+    if isinstance(record, list):
+        raise Bad("not an object", "an array; each line must be an object of its own, such as jq -c '.[]' makes of an array")
+    if not isinstance(record, dict):
+        raise Bad("not an object", f"{json_type(record)}, where an object was expected")
+    _refuse_equal_keys(line)
+    return record
+
+
+def _refuse_equal_keys(line: bytes) -> None:
+    """JSON parsers keep the last of equal keys in silence.  One pass over the tokens, at any depth."""
+    objects: list[dict[bytes, int]] = []  # of the open objects: how often each key was seen
+    again: list[tuple[bytes, int] | None] = []  # and the key that was seen again, and where
+    for token in _TOKEN.finditer(line):
+        if token[0] == b"{":
+            objects.append({})
+            again.append(None)
+        elif token[0] == b"}":
+            seen, found = objects.pop(), again.pop()
+            if found:
+                key, at = found
+                raise Bad(
+                    "duplicate key",
+                    f"the key {key.decode()!r} is there {seen[key]} times",
+                    len(line[:at].decode()) + 1,
+                )
+        elif token[2]:
+            key = token[1]
+            if b"\\" in key:
+                key = orjson.loads(b'"' + key + b'"').encode()
+            seen = objects[-1]
+            seen[key] = seen.get(key, 0) + 1
+            if seen[key] > 1 and (again[-1] is None or again[-1][0] == key):
+                again[-1] = (key, token.start())
+
+
+def json_type(value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number"
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def some(names: Iterable[str], most: int = 20) -> str:
+    """Names in order for a message, not more than `most`."""
+    found = sorted(names)
+    return str(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+def read(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[Chat | Instruction | Plain, list[str]]:
+    """What the record says, in the form that it has, and notes of what is in it and is not read."""
+    if record.keys() == _QUARANTINED:
+        raise Bad("quarantined", 'a line that on_error="quarantine" wrote; correct its text and give that a line')
+    fields = _Fields(record, columns)
+    form = fields.form()
+    notes: list[str] = []
+    said: Chat | Instruction | Plain
+    if form in ("messages", "conversations"):
+        said = _chat(fields, fields.get(form, list), 0, notes)
+    elif form == "completion":
+        said = _completion(fields, notes)
+    elif form == "text":
+        said = Plain("", fields.answer("text"))
+    else:
+        said = _instruction(fields)
+    weight = fields.peek("weight")
+    if isinstance(weight, (int, float)) and weight in (0, 1):
+        fields.read.add(fields.column("weight"))
+        if not weight:
+            raise NotLearnt
+    if isinstance(said, Chat) and not any(said.learnt):
+        raise NotLearnt
+    return said, notes + fields.unread()
+
+
+class _Fields:
+    """The fields of a record by our names; remembers which were read."""
+
+    def __init__(self, record: dict[str, Any], columns: Mapping[str, str]):
+        self.record, self.columns = record, columns
+        self.read: set[str] = set()
+
+    def column(self, name: str) -> str:
+        return self.columns.get(name, name)
+
+    def peek(self, name: str) -> Any:
+        return self.record.get(self.column(name))
+
+    def form(self) -> str:
+        """The first form whose fields say something; else, for the message, the one of which most is there."""
+        for form, names in FORMS.items():
+            if all(self.peek(name) not in (None, []) for name in names):
+                return form
+        there = {form: sum(self.column(n) in self.record for n in names) / len(names) for form, names in FORMS.items()}
+        nearest = max(there, key=lambda form: there[form])
+        if not there[nearest]:
+            wanted = ", ".join(" and ".join(map(self.column, names)) for names in FORMS.values())
+            raise Bad("missing field", f"none of the forms ({wanted}), but {some(self.record)}; `columns` tells other names")
+        return nearest
+
+    def get(self, name: str, *types: type) -> Any:
+        column = self.column(name)
+        if column not in self.record:
+            raise Bad("missing field", f"the field {column!r} is missing; there are {some(self.record)}")
+        self.read.add(column)
+        value = self.record[column]
+        if not isinstance(value, types):
+            names = " or ".join("text" if t is str else "a list" for t in types)
+            raise Bad("wrong type", f"the field {column!r} is {json_type(value)}, where {names} was expected")
+        return value
+
+    def maybe(self, name: str, *types: type) -> Any:
+        """None if the field is missing or says nothing."""
+        self.read.add(self.column(name))
+        return None if _says_nothing(self.peek(name)) else self.get(name, *types)
+
+    def answer(self, name: str) -> str:
+        value = self.get(name, str)
+        if not value.strip():
+            raise Bad("empty output", f"the field {self.column(name)!r} is empty: there is nothing to learn")
+        return value
+
+    def tools(self) -> list[Any] | None:
+        """A list, or the JSON text of one."""
+        tools, column = self.maybe("tools", list, str), self.column("tools")
+        if isinstance(tools, str):
+            try:
+                tools = orjson.loads(tools) or None
+            except orjson.JSONDecodeError as e:
+                raise Bad("wrong type", f"the field {column!r} is text, but not JSON: {e.msg}") from None
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise Bad("wrong type", f"the field {column!r} must be a list of objects, each a tool")
+        return tools
+
+    def unread(self) -> list[str]:
+        rest = [name for name, value in self.record.items() if name not in self.read and not _says_nothing(value)]
+        return [f"column {name!r} is not read" for name in rest]
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _completion(fields: _Fields, notes: list[str]) -> Chat | Plain:
+    prompt, completion = fields.get("prompt", str, list), fields.get("completion", str, list)
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise Bad("wrong type", "prompt and completion must both be texts, or both lists of messages")
+    if isinstance(prompt, list):
+        return _chat(fields, prompt + completion, len(prompt), notes)
+    return Plain(prompt, fields.answer("completion"))
+
+
+def _instruction(fields: _Fields) -> Instruction:
+    instruction, output = fields.get("instruction", str), fields.answer("output")
+    extra = fields.maybe("input", str) or ""
+    if not instruction.strip() and not extra.strip():
+        raise Bad("empty instruction", "both instruction and input are empty")
+    history = fields.maybe("history", list) or []
+    for i, turn in enumerate(history):
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) for said in turn)):
+            what = f"{i} of {fields.column('history')!r}"
+            raise Bad("wrong type", f"turn {what} must be a list of two texts, what was asked and what was answered")
+    pairs = [(asked, answered) for asked, answered in history]
+    return Instruction(instruction, extra, output, fields.maybe("system", str) or "", pairs, fields.tools())
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def _chat(fields: _Fields, given: list[Any], prompt: int, notes: list[str]) -> Chat:
+    """`given` with the system prompt and the tools of the record; its first `prompt` messages are not learnt."""
+    found = [_message(i, message, notes) for i, message in enumerate(given)]
+    messages = [message for message, _ in found]
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Bad("no answer", "the last message is not from the assistant: there is nothing to learn")
+    if not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
+        raise Bad("empty output", "the last message is empty: there is nothing to learn")
+    learnt = [learnt and i >= prompt for i, (_, learnt) in enumerate(found)]
+    system = fields.maybe("system", str)
+    if system and messages[0]["role"] != "system":
+        messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
+    elif system and messages[0]["content"] != system:
+        column = fields.column("system")
+        raise Bad("two system prompts", f"the field {column!r} and the first message are different system prompts; keep one")
+    return Chat(messages, learnt, fields.tools())
+
+
+def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool]:
+    """(the message as a template takes it, whether it is learnt).  What is null is left out, as if it were not there."""
+    if not isinstance(given, dict):
+        raise Bad("wrong type", f"message {i} is {json_type(given)}, where an object was expected")
+    rest = {key: value for key, value in given.items() if value is not None}
+    who, what = ("role" if "role" in given else "from" if "from" in given else "role"), "content"
+    if "content" not in given and "value" in given:
+        what = "value"
+
+    def wrong(key: str) -> Bad:
+        found = json_type(given[key]) if key in given else "missing"
+        return Bad("wrong type", f"{key!r} of message {i} is {found}, where text was expected")
+
+    role = rest.pop(who, None)
+    if not isinstance(role, str):
+        raise wrong(who)
+    called = who == "from" and role == "function_call"
+    if who == "from":
+        if role not in _SPEAKERS:
+            raise Bad("wrong type", f"'from' of message {i} is {role!r}; known are {', '.join(_SPEAKERS)}")
+        role = _SPEAKERS[role]
+
+    calls = rest.pop("tool_calls", None) or None
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise Bad("wrong type", f"'tool_calls' of message {i} must be a list of objects")
+    if role == "assistant" and calls is None and isinstance(rest.get("function_call"), dict):
+        calls = [{"type": "function", "function": rest.pop("function_call")}]
+
+    content = _content(i, rest.pop(what, None))
+    if content is None and calls is not None:
+        content = ""
+    if content is None:
+        raise wrong(what)
+    if called and (made := _calls(content)):
+        content, calls = "", made
+
+    learnt = _learnt(i, role, rest, notes)
+    message = {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **rest}
+    return message, role == "assistant" and learnt
+
+
+def _content(i: int, content: Any) -> str | None:
+    """The text, of parts joined; None if it is neither."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for k, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else part
+        if not isinstance(text, str):
+            kind = repr(part["type"]) if isinstance(part, dict) and "type" in part else json_type(part)
+            raise Bad(
+                "not text", f"part {k} of the content of message {i} is {kind}, where text was expected: a tokenizer takes text"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(content: str) -> list[dict[str, Any]] | None:
+    """The tool calls that ShareGPT's "function_call" writes as JSON; None for anything else, which stays the text it is."""
+    try:
+        found = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        return None
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _learnt(i: int, role: str, message: dict[str, Any], notes: list[str]) -> bool:
+    """Takes the flags out of the message: is it to be learnt?"""
+    flags = {key: message.pop(key) for key in FLAGS if key in message}
+    for key, value in flags.items():
+        if not isinstance(value, (int, float)) or value not in (0, 1):
+            raise Bad("wrong type", f"{key!r} of message {i} is {value!r}, where 0 or 1 (false or true) was expected")
+    if len({bool(value) for value in flags.values()}) > 1:
+        raise Bad("wrong type", f"{' and '.join(map(repr, flags))} of message {i} contradict each other")
+    if role != "assistant":
+        asked = [key for key, value in flags.items() if value]
+        notes += [f"{key!r} of a {role} message is not heeded: only answers are learnt" for key in asked]
+    return all(flags.values())
