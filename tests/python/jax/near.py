@@ -5,9 +5,9 @@ element of a draw is worst is luck. So errors are root mean squares over all ele
 
     ours <= 1.25 theirs + u sqrt(n) + v / 4
 
-u = 2^-24, the unit roundoff of the sums in float32, and n the terms of the longest: recursive summation of numbers of both signs
-is off by about u sqrt(n) / 3, and no way of summing is worse (Higham and Mary 2019). v, the unit roundoff of the result, is
-for 16-bit results, where one rounding is off by 0.4 v.
+u = 2^-24, the unit roundoff of the sums in float32, and n the terms of the longest: recursive summation of numbers of both
+signs is off by about u sqrt(n) / 3, and no way of summing is worse (Higham and Mary 2019). v, the unit roundoff of the result,
+is for 16-bit results, where one rounding is off by 0.4 v.
 """
 
 from __future__ import annotations

@@ -39,8 +39,12 @@ def traced(function: Callable[..., Any], *args: Any) -> str:
     return jax.jit(function).lower(*args).as_text()
 
 
+def devices(count: int) -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:count]), ("data",))
+
+
 def four_devices() -> Mesh:
-    return Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    return devices(4)
 
 
 def collectives(program: Any) -> Counter[str]:
