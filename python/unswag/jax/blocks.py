@@ -13,12 +13,13 @@ that nobody asks for (of a frozen weight) costs nothing, neither its product nor
 Leading dimensions need no vmap, which would sum each example's weight gradients apart. They may be sharded: under automatic
 sharding the gradients of trained weights are summed over the devices, in the loop or after it, as the compiler decides, and
 inside shard_map once. Sharded tokens would be gathered chunk by chunk: shard those with shard_map, where each device goes
-through its own.
+through its own. A symbolic number of tokens (`jax.export`) is cut into chunks where it is known to be at least one.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,7 +45,8 @@ Step = Callable[[Any, Any, int, Any], tuple[Any, Any]]  # (carry, first token, t
 
 def _sweep(step: Step, carry: Any, tokens: int, chunk: int, kept: tuple[Any, Any] = ((), ())) -> tuple[Any, tuple[Any, Any]]:
     """Chunk after chunk; what is kept of the whole chunks is stacked, that of the shorter one at the end stands by itself."""
-    whole, rest = divmod(tokens, chunk)  # of an export's symbolic tokens no numbers, and then both parts may be empty
+    # of an export's symbolic tokens these are no numbers, and both parts may be empty
+    whole, rest = (1, 0) if tokens == chunk else divmod(tokens, chunk)
     stacked, last = kept
     if not _none(whole):
         carry, stacked = lax.scan(
@@ -83,10 +85,24 @@ def _back(d: Array, weight: Array) -> Array:
     return jnp.tensordot(d, weight, ((-1,), (1,)), preferred_element_type=wide_type(d))
 
 
-def _chunk(op: str, chunk: Any) -> int:
+def _chunk(op: str, chunk: Any, tokens: Any) -> Any:
+    """Tokens at a time; of a symbolic number that may be smaller, all, for no slice of it may be `chunk` long."""
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"{op}: chunk is {chunk!r}; pass a positive number of tokens, e.g. 4096")
-    return chunk
+    if isinstance(tokens, int):
+        return chunk
+    try:
+        long = tokens >= chunk
+    except jax.core.InconclusiveDimensionOperation:
+        long = False
+    if long:
+        return chunk
+    warnings.warn(
+        f"{op}: the {tokens} tokens to export may be fewer than chunk, {chunk}: they are not cut into chunks; "
+        f"say constraints=['{tokens} >= {chunk}'] to jax.export.symbolic_shape",
+        stacklevel=3,
+    )
+    return tokens
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
@@ -250,7 +266,8 @@ def mlp(
     arrays = _checked("mlp", x, {"up": up}, down, {"up_bias": up_bias, "down_bias": down_bias})
     unit = RELU2 if act == "relu2" else Act(act, float(negative_slope) if act == "leaky_relu" else 0.0)
     tokens = arrays[0].shape[-2]
-    size = min(_chunk("mlp", chunk), tokens) if isinstance(tokens, int) else chunk
+    chunk = _chunk("mlp", chunk, tokens)
+    size = min(chunk, tokens) if isinstance(tokens, int) else chunk
     like: Any = jax.ShapeDtypeStruct((size, arrays[3].shape[0]), arrays[0].dtype)
     cuts = 1, math.lcm(xla.cuts(arrays[0])[1], xla.cuts(arrays[1][0])[1])  # the tokens of a chunk are on one device
     return _mlp(*arrays, _Mlp(unit, keep, chunk, choose("mlp", like, "xla", layout, bits=int(keep == "mask"), cuts=cuts)))
@@ -272,7 +289,7 @@ def gated_mlp(
     one_of("gated_mlp", "keep", keep, _KEEP[1:])
     arrays = _checked("gated_mlp", x, {"gate": gate, "up": up}, down, {})
     how = choose("gated_mlp", arrays[0], "xla" if act == "relu" else None, None)
-    return _mlp(*arrays, _Mlp(Unit(act, how), keep, _chunk("gated_mlp", chunk), how))
+    return _mlp(*arrays, _Mlp(Unit(act, how), keep, _chunk("gated_mlp", chunk, arrays[0].shape[-2]), how))
 
 
 # ---- linear + cross-entropy ---------------------------------------------------------------------------------------------
@@ -426,12 +443,14 @@ def linear_cross_entropy(
     if classes == 0:
         raise ValueError(f"{op}: weight has shape {weight.shape}; pass at least one class")
     labels = _checked_labels(labels, (*leading, tokens), classes, ignore_index)
+    if chunk is None:
+        chunk = max(1, _LOGITS // (classes * max(1, math.prod(size for size in leading if isinstance(size, int)))))
     how = _Loss(
         ignore_index,
         _number("label_smoothing", label_smoothing, 0, 1, "choose 0 <= label_smoothing <= 1"),
         _number("softcap", softcap, 0, _LARGEST, "choose a positive cap, or 0 for none"),
         _number("logit_scale", logit_scale, -_LARGEST, _LARGEST, "choose a finite number"),
-        max(1, _LOGITS // (classes * max(1, int(np.prod(leading))))) if chunk is None else _chunk(op, chunk),
+        _chunk(op, chunk, tokens),
     )
     one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     hidden, weight, labels = alike(hidden, weight, labels)
