@@ -2,10 +2,12 @@
 
 x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. 16-bit values are
 computed in float32 and rounded once. "Saved" is what is kept from forward to backward, n elements of b bytes; the output is
-kept too where the next layer needs it for a trained weight, whoever computed it. Differentiable once, in reverse mode.
-`implementation` names the kernels; 'ffi', the C++ kernels on the CPU, has no codes, and rounds in another place than XLA.
+kept too where the next layer needs it for a trained weight, whoever computed it. The gradient may be differentiated again, in
+either mode (`jax.hessian`); `jax.jvp` through a function itself is JAX's TypeError. `implementation` names the kernels; 'ffi',
+the C++ kernels on the CPU, has no codes, and rounds in another place than XLA.
 
-A code is lossy: the values are exact, the gradients are not (docs/math.md gives the errors). `codebook` is a name that
+A code is lossy: the values are exact, the gradients are not (docs/math.md gives the errors), and they have no derivative, since
+the levels are constants: to differentiate them by x again is a NotImplementedError. `codebook` is a name that
 `unswag.codebooks.codebook` knows ("optimal", "mm1", "mm2", "fewbit", "resilu2", "seed", …) or a Codebook, such as
 `unswag.codebooks.calibrated` makes. A code of 0, for NaN too, means the lowest level.
 """
@@ -125,8 +127,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] 
 }
 
 
-def _value(x: Array, act: str) -> Array:
+def value(x: Array, act: str) -> Array:
     return FUNCTIONS[act][0](wide(x)).astype(x.dtype)
+
+
+def gradient(x: Array, dy: Array, act: str) -> Array:
+    return (FUNCTIONS[act][1](wide(x)) * wide(dy)).astype(x.dtype)
 
 
 # ---- exact --------------------------------------------------------------------------------------------------------------
@@ -134,19 +140,16 @@ def _value(x: Array, act: str) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _exact(x: Array, act: str, how: How) -> Array:
-    return implement(how, "activation_forward", partial(_value, act=act), x, act=act)
+    return implement(how, "activation_forward", partial(value, act=act), x, act=act)
 
 
 def _exact_forward(x: Array, act: str, how: How) -> tuple[Array, Array]:
     x = checkpoint_name(x, INPUT)
-    return _exact(x, act, how), x
+    return implement(how, "activation_forward", partial(value, act=act), x, act=act), x
 
 
 def _exact_backward(act: str, how: How, x: Array, dy: Array) -> tuple[Array]:
-    def plain(x: Array, dy: Array) -> Array:
-        return (FUNCTIONS[act][1](wide(x)) * wide(dy)).astype(x.dtype)
-
-    return (implement(how, "activation_backward", plain, x, dy, act=act),)
+    return (implement(how, "activation_backward", partial(gradient, act=act), x, dy, act=act),)
 
 
 _exact.defvjp(_exact_forward, _exact_backward)
@@ -157,16 +160,30 @@ _exact.defvjp(_exact_forward, _exact_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _coded(x: Array, act: str, book: Codebook, how: How) -> Array:
-    return _value(x, act)
+    return value(x, act)
 
 
-def _coded_forward(x: Array, act: str, book: Codebook, how: How) -> tuple[Array, Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _code(x: Array, act: str, book: Codebook, how: How) -> Array:
     def code(x: Array) -> Array:
         of = wide(x) if book.of == "x" else FUNCTIONS[act][1](wide(x))
         bounds = (np.asarray(bound, of.dtype) for bound in book.bounds)
         return sum(((of > bound).astype(jnp.uint32) for bound in bounds), start=jnp.zeros(x.shape, jnp.uint32))
 
-    return _value(x, act), checkpoint_name(xla.pack(x, code, book.bits, how.layout), CODE)
+    return xla.pack(x, code, book.bits, how.layout)
+
+
+@_code.defjvp
+def _code_has_no_derivative(act: str, book: Codebook, how: How, *_: Any) -> Any:
+    """Asked for only where a gradient is differentiated by x: what it looks up is constant, and the derivative would be 0."""
+    raise NotImplementedError(
+        f"{act.removesuffix('_tanh')}: bits is {book.bits}: a gradient from a code cannot be differentiated by x again; "
+        "leave out bits and codebook where second derivatives are wanted"
+    )
+
+
+def _coded_forward(x: Array, act: str, book: Codebook, how: How) -> tuple[Array, Array]:
+    return value(x, act), checkpoint_name(_code(x, act, book, how), CODE)
 
 
 def _coded_backward(act: str, book: Codebook, how: How, packed: Array, dy: Array) -> tuple[Array]:
@@ -192,7 +209,6 @@ def _activation(
     layout: str | None,
 ) -> Array:
     x = floating(function, "x", x)
-    how = choose(function, x, implementation, layout)
     if isinstance(codebook, Codebook):
         if bits not in (None, codebook.bits):
             raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
@@ -201,13 +217,15 @@ def _activation(
         book = codebooks.codebook(function, bits, codebook)
     elif codebook is not None:
         raise ValueError(f"{function}: codebook is {codebook!r} but bits is None, which keeps x exactly; name the bits too")
-    elif layout is not None:
-        raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
     else:
+        how = choose(function, x, implementation, layout)
+        if layout is not None:
+            raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
         return _exact(x, act, how)
     if implementation == "ffi":
         raise ValueError(f"{function}: implementation 'ffi' has no codes; leave it out, or leave out bits and codebook")
-    return _coded(x, act, book, how)
+    how = choose(function, x, implementation, layout, bits=book.bits)
+    return how.elementwise(lambda x: _coded(x, act, book, how), x)
 
 
 def silu(

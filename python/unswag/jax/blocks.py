@@ -3,8 +3,9 @@ nor kept unless `keep` says so. This, and not the mask alone, is what makes long
 
 x and hidden are [..., tokens, H], with any leading dimensions; a chunk is `chunk` tokens of every sequence, the last one may be
 shorter. Weights and biases have the dtype of x: float32, bfloat16, float16 or float64. Products are those of the plain
-spelling in that dtype; weight gradients are summed over the chunks in float32 (float64) and rounded once. Differentiable once,
-in reverse mode. ValueError for shapes, values and names, TypeError for dtypes that do not fit. Formulas: docs/math.md.
+spelling in that dtype; weight gradients are summed over the chunks in float32 (float64) and rounded once. A gradient may be
+differentiated again, in either mode; `jax.jvp` through a function itself is JAX's TypeError. ValueError for shapes, values and
+names, TypeError for dtypes that do not fit. Formulas: docs/math.md.
 
 "Saved" is what is kept from forward to backward for tokens of b bytes per element, beside the weights. Under jit a gradient
 that nobody asks for (of a frozen weight) costs nothing, neither its product nor what would be kept for it.
@@ -12,11 +13,13 @@ that nobody asks for (of a frozen weight) costs nothing, neither its product nor
 Leading dimensions need no vmap, which would sum each example's weight gradients apart. They may be sharded: under automatic
 sharding the gradients of trained weights are summed over the devices, in the loop or after it, as the compiler decides, and
 inside shard_map once. Sharded tokens would be gathered chunk by chunk: shard those with shard_map, where each device goes
-through its own.
+through its own. A symbolic number of tokens (`jax.export`) is cut into chunks where it is known to be at least one.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,9 +32,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
 from unswag.jax.activations import wide, wide_type
-from unswag.jax.gated import geglu, reglu, swiglu
-from unswag.jax.how import choose, floating, one_of, same_dtype
-from unswag.jax.masks import Act, relu2
+from unswag.jax.gated import Unit
+from unswag.jax.how import How, choose, floating, one_of, same_dtype
+from unswag.jax.masks import RELU2, Act, Relu2
 from unswag.jax.policies import INPUT, MASK, STAT
 from unswag.jax.varying import alike
 
@@ -42,15 +45,20 @@ Step = Callable[[Any, Any, int, Any], tuple[Any, Any]]  # (carry, first token, t
 
 def _sweep(step: Step, carry: Any, tokens: int, chunk: int, kept: tuple[Any, Any] = ((), ())) -> tuple[Any, tuple[Any, Any]]:
     """Chunk after chunk; what is kept of the whole chunks is stacked, that of the shorter one at the end stands by itself."""
-    whole, rest = divmod(tokens, chunk)
+    # of an export's symbolic tokens these are no numbers, and both parts may be empty
+    whole, rest = (1, 0) if tokens == chunk else divmod(tokens, chunk)
     stacked, last = kept
-    if whole:
+    if not _none(whole):
         carry, stacked = lax.scan(
             lambda carry, given: step(carry, given[0] * chunk, chunk, given[1]), carry, (jnp.arange(whole), stacked)
         )
-    if rest:
+    if not _none(rest):
         carry, last = step(carry, whole * chunk, rest, last)
     return carry, (stacked, last)
+
+
+def _none(count: Any) -> bool:
+    return isinstance(count, int) and count == 0
 
 
 def _take(x: Array, start: Any, size: int, axis: int = -2) -> Array:
@@ -77,10 +85,24 @@ def _back(d: Array, weight: Array) -> Array:
     return jnp.tensordot(d, weight, ((-1,), (1,)), preferred_element_type=wide_type(d))
 
 
-def _chunk(op: str, chunk: Any) -> int:
+def _chunk(op: str, chunk: Any, tokens: Any) -> Any:
+    """Tokens at a time; of a symbolic number that may be smaller, all, for no slice of it may be `chunk` long."""
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"{op}: chunk is {chunk!r}; pass a positive number of tokens, e.g. 4096")
-    return chunk
+    if isinstance(tokens, int):
+        return chunk
+    try:
+        long = tokens >= chunk
+    except jax.core.InconclusiveDimensionOperation:
+        long = False
+    if long:
+        return chunk
+    warnings.warn(
+        f"{op}: the {tokens} tokens to export may be fewer than chunk, {chunk}: they are not cut into chunks; "
+        f"say constraints=['{tokens} >= {chunk}'] to jax.export.symbolic_shape",
+        stacklevel=3,
+    )
+    return tokens
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
@@ -88,26 +110,21 @@ def _chunk(op: str, chunk: Any) -> int:
 
 
 class _Mlp(NamedTuple):
-    unit: Act | Callable[..., Array]
+    unit: Act | Relu2 | Unit
     keep: str
     chunk: int
-    layout: str
+    mask: How
 
     def value(self, z: tuple[Array, ...]) -> Array:
-        return self.unit.value(*z) if isinstance(self.unit, Act) else self.unit(*z)
+        return self.unit.value(*z)
 
     def gradients(self, z: tuple[Array, ...], dh: Array) -> tuple[Array, ...]:
         if isinstance(self.unit, Act):
             return (self.unit.gradient(self.unit.bit(*z), dh),)
-        return jax.vjp(self.unit, *z)[1](dh)
+        return self.unit.gradients(dh, *z)
 
 
-_GATED: dict[str, Callable[..., Array]] = {
-    "silu": swiglu,
-    "gelu": partial(geglu, approximate=False),
-    "gelu_tanh": geglu,
-    "relu": reglu,
-}
+_GATED = ("silu", "gelu", "gelu_tanh", "relu")
 _PLAIN = ("relu", "relu2", "leaky_relu", "relu6")
 _KEEP = ("mask", "pre_activation", "recompute")
 
@@ -134,7 +151,8 @@ def _mlp_forward(
         y = _put(y, _affine(how.value(z), down, down_bias), start)
         if how.keep == "mask":
             assert isinstance(how.unit, Act)
-            return y, (xla.pack(z[0], how.unit.bit, 1, how.layout),)
+            _, layout, parts = how.mask
+            return y, (xla.pack(xla.cut(z[0], parts, layout), how.unit.bit, 1, layout),)
         return y, z if how.keep == "pre_activation" else ()
 
     y = jnp.zeros_like(x, shape=(*x.shape[:-1], down.shape[1]))
@@ -146,6 +164,10 @@ def _mlp_forward(
 def _mlp_backward(how: _Mlp, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     x, into, into_bias, down, down_bias, kept = residuals
 
+    def unmask(packed: Array, dh: Array) -> Array:
+        assert isinstance(how.unit, Act)
+        return xla.apply(packed, dh, how.unit.gradient, 1, how.mask.layout)
+
     def step(carry: tuple[Any, ...], start: Any, size: int, kept: Weights) -> tuple[tuple[Any, ...], tuple[()]]:
         dx, dinto, dinto_bias, ddown, ddown_bias = carry
         x_, dy_ = _take(x, start, size), _take(dy, start, size)
@@ -153,8 +175,7 @@ def _mlp_backward(how: _Mlp, residuals: tuple[Any, ...], dy: Array) -> tuple[Any
         z = kept if how.keep == "pre_activation" else tuple(_affine(x_, weight, into_bias) for weight in into)
         dh = _back(dy_, down).astype(x.dtype)
         if how.keep == "mask":
-            assert isinstance(how.unit, Act)
-            dz: Weights = (xla.apply(kept[0], dh, how.unit.gradient, 1, how.layout),)
+            dz: Weights = (how.mask.elementwise(partial(unmask, kept[0]), dh),)
         else:
             dz = how.gradients(z, dh)
         dx_ = sum((_back(d, weight) for d, weight in zip(dz[1:], into[1:], strict=True)), start=_back(dz[0], into[0]))
@@ -243,10 +264,13 @@ def mlp(
     if isinstance(negative_slope, Array):
         raise TypeError("mlp: negative_slope is an array, whose gradient would need z; pass a Python number")
     arrays = _checked("mlp", x, {"up": up}, down, {"up_bias": up_bias, "down_bias": down_bias})
-    size = min(_chunk("mlp", chunk), arrays[0].shape[-2])
+    unit = RELU2 if act == "relu2" else Act(act, float(negative_slope) if act == "leaky_relu" else 0.0)
+    tokens = arrays[0].shape[-2]
+    chunk = _chunk("mlp", chunk, tokens)
+    size = min(chunk, tokens) if isinstance(tokens, int) else chunk
     like: Any = jax.ShapeDtypeStruct((size, arrays[3].shape[0]), arrays[0].dtype)
-    unit = relu2 if act == "relu2" else Act(act, float(negative_slope) if act == "leaky_relu" else 0.0)
-    return _mlp(*arrays, _Mlp(unit, keep, chunk, choose("mlp", like, "xla", layout).layout))
+    cuts = 1, math.lcm(xla.cuts(arrays[0])[1], xla.cuts(arrays[1][0])[1])  # the tokens of a chunk are on one device
+    return _mlp(*arrays, _Mlp(unit, keep, chunk, choose("mlp", like, "xla", layout, bits=int(keep == "mask"), cuts=cuts)))
 
 
 def gated_mlp(
@@ -261,10 +285,11 @@ def gated_mlp(
           "pre_activation"  both, 2 b ff bytes per token
     chunk tokens of each sequence at a time. Transient: a few arrays [..., chunk, ff]
     """
-    one_of("gated_mlp", "act", act, tuple(_GATED))
+    one_of("gated_mlp", "act", act, _GATED)
     one_of("gated_mlp", "keep", keep, _KEEP[1:])
     arrays = _checked("gated_mlp", x, {"gate": gate, "up": up}, down, {})
-    return _mlp(*arrays, _Mlp(_GATED[act], keep, _chunk("gated_mlp", chunk), "rows"))
+    how = choose("gated_mlp", arrays[0], "xla" if act == "relu" else None, None)
+    return _mlp(*arrays, _Mlp(Unit(act, how), keep, _chunk("gated_mlp", chunk, arrays[0].shape[-2]), how))
 
 
 # ---- linear + cross-entropy ---------------------------------------------------------------------------------------------
@@ -418,12 +443,14 @@ def linear_cross_entropy(
     if classes == 0:
         raise ValueError(f"{op}: weight has shape {weight.shape}; pass at least one class")
     labels = _checked_labels(labels, (*leading, tokens), classes, ignore_index)
+    if chunk is None:
+        chunk = max(1, _LOGITS // (classes * max(1, math.prod(size for size in leading if isinstance(size, int)))))
     how = _Loss(
         ignore_index,
         _number("label_smoothing", label_smoothing, 0, 1, "choose 0 <= label_smoothing <= 1"),
         _number("softcap", softcap, 0, _LARGEST, "choose a positive cap, or 0 for none"),
         _number("logit_scale", logit_scale, -_LARGEST, _LARGEST, "choose a finite number"),
-        max(1, _LOGITS // (classes * max(1, int(np.prod(leading))))) if chunk is None else _chunk(op, chunk),
+        _chunk(op, chunk, tokens),
     )
     one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     hidden, weight, labels = alike(hidden, weight, labels)

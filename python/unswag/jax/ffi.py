@@ -4,10 +4,14 @@ A call maps rows to rows: its operands and results are [*batch, last], with one 
 dimension more, and XLA partitions the batch by itself: no array is gathered. Rows whose length is a multiple of 32 are handed
 over word by word, [..., cols / 32, 32], and may be cut between words. A jax that cannot be told so (PARTITIONS is False, jax
 0.4.38) gathers first under automatic sharding, and its shard_map asks for check_rep=False.
+
+What `jax.export` exports runs where UnSwag is not, and its shapes may be symbolic: there a call that was not asked for by name
+is lowered to the same in plain JAX.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +24,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import batching, mlir
 
 from unswag import _core
+from unswag.jax import activations, gated, masks, xla
 from unswag.jax.xla import WORD
 
 try:
@@ -58,13 +63,15 @@ _call_p = Primitive("unswag_ffi")
 _call_p.multiple_results = True
 
 
-def _call(target: str, operands: tuple[Array, ...], results: tuple[tuple[int, Any], ...], **attributes: Any) -> list[Array]:
-    """results: last dimension and dtype of each."""
-    named = tuple((name, np.dtype(dtype).name) for name, dtype in results)
-    return _call_p.bind(*operands, target=target, results=named, attributes=tuple(sorted(attributes.items())))
+def _call(
+    target: str, operands: tuple[Array, ...], results: tuple[tuple[Any, Any], ...], named: bool = True, **attributes: Any
+) -> list[Array]:
+    """results: last dimension and dtype of each.  named: whether the caller asked for this implementation by name."""
+    types = tuple((last, np.dtype(dtype).name) for last, dtype in results)
+    return _call_p.bind(*operands, target=target, results=types, named=named, attributes=tuple(sorted(attributes.items())))
 
 
-@partial(jax.jit, static_argnames=("target", "results", "attributes"))
+@partial(jax.jit, static_argnames=("target", "results", "named", "attributes"))
 def _alone(*operands: Array, **parameters: Any) -> list[Array]:
     return _call_p.bind(*operands, **parameters)
 
@@ -75,7 +82,7 @@ def _impl(*operands: Array, **parameters: Any) -> list[Array]:
 
 
 @_call_p.def_abstract_eval
-def _types(*operands: Any, target: str, results: Any, attributes: Any) -> list[Any]:
+def _types(*operands: Any, results: Any, **parameters: Any) -> list[Any]:
     x = operands[-1]
     return [x.update(shape=(*x.shape[:-1], last), dtype=jnp.dtype(name), weak_type=False) for last, name in results]
 
@@ -108,7 +115,9 @@ def _sharding_rule(avals_in: Any, avals_out: Any) -> str:
     return f"#sdy.op_sharding_rule<({operands})->({results}) {{{listed}}} need_replication={{{whole}}}>"
 
 
-def _lower(context: Any, *operands: Any, target: str, results: Any, attributes: Any) -> Any:
+def _lower(context: Any, *operands: Any, target: str, results: Any, named: bool, attributes: Any) -> Any:
+    if not named and getattr(context.module_context.lowering_parameters, "for_export", False):
+        return _lower_plain(context, *operands, target=target, attributes=attributes)
     extra = {}
     if PARTITIONS:
         batch = len(context.avals_in[0].shape) - 1
@@ -118,7 +127,14 @@ def _lower(context: Any, *operands: Any, target: str, results: Any, attributes: 
     return ffi.ffi_lowering(target, extra_attributes=extra)(context, *operands, **dict(attributes))
 
 
-def _refuse(context: Any, *operands: Any, target: str, **parameters: Any) -> Any:
+def _lower_plain(context: Any, *operands: Any, target: str, attributes: Any) -> Any:
+    plain = partial(_PLAIN[target], **dict(attributes))
+    return mlir.lower_fun(plain, multiple_results=True)(context, *operands)
+
+
+def _lower_elsewhere(context: Any, *operands: Any, target: str, named: bool, attributes: Any, **parameters: Any) -> Any:
+    if not named:  # of a program for several platforms; `how.implement` has none of these calls for one without kernels
+        return _lower_plain(context, *operands, target=target, attributes=attributes)
     platforms = context.module_context.platforms
     build = "" if CUDA or "cuda" not in platforms else ", or build UnSwag with UNSWAG_CUDA=ON (needs nvcc)"
     raise NotImplementedError(
@@ -128,7 +144,7 @@ def _refuse(context: Any, *operands: Any, target: str, **parameters: Any) -> Any
 
 
 batching.primitive_batchers[_call_p] = _batched
-mlir.register_lowering(_call_p, _refuse)
+mlir.register_lowering(_call_p, _lower_elsewhere)
 for _platform in ("cpu", *(["cuda"] if CUDA else [])):
     mlir.register_lowering(_call_p, _lower, platform=_platform)
 
@@ -149,22 +165,22 @@ def _mask(act: str, slope: float, dtype: Any) -> dict[str, Any]:
     return {"act": np.int64(_core.masks.index(f"jax_{act}")), "slope": np.float64(rounded)}
 
 
-def mask_forward(x: Array, act: str, slope: float) -> tuple[Array, Array]:
+def mask_forward(x: Array, act: str, slope: float, named: bool = True) -> tuple[Array, Array]:
     """The activation of x and its mask, as `xla.pack` writes it in the layout rows."""
     view, packed_shape = _words(x)
     last = 1 if view.ndim > len(packed_shape) else packed_shape[-1]
-    y, packed = _call(
-        "unswag_mask_forward_v1", (view,), ((view.shape[-1], x.dtype), (last, np.uint32)), **_mask(act, slope, x.dtype)
-    )
+    results = ((view.shape[-1], x.dtype), (last, np.uint32))
+    y, packed = _call("unswag_mask_forward_v1", (view,), results, named, **_mask(act, slope, x.dtype))
     return y.reshape(x.shape), packed.reshape(packed_shape)
 
 
-def mask_backward(packed: Array, dy: Array, act: str, slope: float) -> Array:
+def mask_backward(packed: Array, dy: Array, act: str, slope: float, named: bool = True) -> Array:
     act = act if slope else "relu"  # 0, and not 0 dy, which may be -0 or NaN
     view, packed_shape = _words(dy)
     if view.ndim > len(packed_shape):
         packed = packed[..., None]
-    (dx,) = _call("unswag_mask_backward_v1", (packed, view), ((view.shape[-1], dy.dtype),), **_mask(act, slope, dy.dtype))
+    result = ((view.shape[-1], dy.dtype),)
+    (dx,) = _call("unswag_mask_backward_v1", (packed, view), result, named, **_mask(act, slope, dy.dtype))
     return dx.reshape(dy.shape)
 
 
@@ -172,25 +188,50 @@ def mask_backward(packed: Array, dy: Array, act: str, slope: float) -> Array:
 # Every dimension is one of the batch.
 
 
-def _elementwise(target: str, act: str, count: int, *operands: Array) -> list[Array]:
+def _elementwise(target: str, act: str, named: bool, count: int, *operands: Array) -> list[Array]:
     x = operands[0]
     results = ((1, x.dtype),) * count
     code = np.int64(_core.activations.index(act))
-    return [y[..., 0] for y in _call(target, tuple(v[..., None] for v in operands), results, act=code)]
+    return [y[..., 0] for y in _call(target, tuple(v[..., None] for v in operands), results, named, act=code)]
 
 
-def activation_forward(x: Array, act: str) -> Array:
-    return _elementwise("unswag_activation_forward_v1", act, 1, x)[0]
+def activation_forward(x: Array, act: str, named: bool = True) -> Array:
+    return _elementwise("unswag_activation_forward_v1", act, named, 1, x)[0]
 
 
-def activation_backward(x: Array, dy: Array, act: str) -> Array:
-    return _elementwise("unswag_activation_backward_v1", act, 1, x, dy)[0]
+def activation_backward(x: Array, dy: Array, act: str, named: bool = True) -> Array:
+    return _elementwise("unswag_activation_backward_v1", act, named, 1, x, dy)[0]
 
 
-def gated_forward(gate: Array, up: Array, act: str) -> Array:
-    return _elementwise("unswag_gated_forward_v1", act, 1, gate, up)[0]
+def gated_forward(gate: Array, up: Array, act: str, named: bool = True) -> Array:
+    return _elementwise("unswag_gated_forward_v1", act, named, 1, gate, up)[0]
 
 
-def gated_backward(gate: Array, up: Array, dh: Array, act: str) -> tuple[Array, Array]:
-    dgate, dup = _elementwise("unswag_gated_backward_v1", act, 2, gate, up, dh)
+def gated_backward(gate: Array, up: Array, dh: Array, act: str, named: bool = True) -> tuple[Array, Array]:
+    dgate, dup = _elementwise("unswag_gated_backward_v1", act, named, 2, gate, up, dh)
     return dgate, dup
+
+
+# ---- the same in plain JAX -------------------------------------------------------------------------------------------------
+
+
+def _act(act: int, slope: float) -> masks.Act:
+    return masks.Act(_core.masks[act].removeprefix("jax_"), float(slope))
+
+
+def _plain_mask_forward(x: Array, *, act: int, slope: float) -> tuple[Array, Array]:
+    return _act(act, slope).value(x), xla.pack_rows(x, _act(act, slope).bit, 1)
+
+
+def _plain_mask_backward(packed: Array, dy: Array, *, act: int, slope: float) -> tuple[Array]:
+    return (xla.apply_rows(packed, dy, _act(act, slope).gradient, 1),)
+
+
+_PLAIN: dict[str, Callable[..., tuple[Array, ...]]] = {
+    "unswag_mask_forward_v1": _plain_mask_forward,
+    "unswag_mask_backward_v1": _plain_mask_backward,
+    "unswag_activation_forward_v1": lambda x, act: (activations.value(x, _core.activations[act]),),
+    "unswag_activation_backward_v1": lambda x, dy, act: (activations.gradient(x, dy, _core.activations[act]),),
+    "unswag_gated_forward_v1": lambda gate, up, act: (gated.product(gate, up, _core.activations[act]),),
+    "unswag_gated_backward_v1": lambda gate, up, dh, act: gated.gradients(gate, up, dh, _core.activations[act]),
+}

@@ -2,8 +2,9 @@
 
 gate and up have one shape and dtype: float32, bfloat16, float16 or float64; the product has the same. 16-bit values are
 computed in float32 and the product is rounded once. Saved: gate and up, 2 n b bytes, which the two matrix products before
-have anyway. ValueError for shapes, TypeError for dtypes that do not fit. Differentiable once, in reverse mode. Formulas:
-docs/math.md (Shazeer 2020, GLU Variants Improve Transformer).
+have anyway. ValueError for shapes, TypeError for dtypes that do not fit. The gradient may be differentiated again, in either
+mode; `jax.jvp` through a function itself is JAX's TypeError. Formulas: docs/math.md (Shazeer 2020, GLU Variants Improve
+Transformer).
 
 `implementation` names the kernels; 'ffi', the C++ kernels on the CPU, rounds in another place than XLA. reglu has XLA's alone.
 """
@@ -11,6 +12,7 @@ docs/math.md (Shazeer 2020, GLU Variants Improve Transformer).
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax import Array
@@ -24,26 +26,41 @@ from unswag.jax.varying import alike
 __all__ = ["geglu", "reglu", "swiglu"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gated(gate: Array, up: Array, act: str, how: How) -> Array:
-    def plain(gate: Array, up: Array) -> Array:
-        return (FUNCTIONS[act][0](wide(gate)) * wide(up)).astype(gate.dtype)
-
-    return implement(how, "gated_forward", plain, gate, up, act=act)
+def product(gate: Array, up: Array, act: str) -> Array:
+    return (FUNCTIONS[act][0](wide(gate)) * wide(up)).astype(gate.dtype)
 
 
-def _gated_forward(gate: Array, up: Array, act: str, how: How) -> tuple[Array, tuple[Array, Array]]:
+def gradients(gate: Array, up: Array, dh: Array, act: str) -> tuple[Array, Array]:
+    g, u, d = map(wide, (gate, up, dh))
+    function, derivative = FUNCTIONS[act]
+    return (d * u * derivative(g)).astype(dh.dtype), (d * function(g)).astype(dh.dtype)
+
+
+class Unit(NamedTuple):
+    """The product and its gradients by the kernels that are chosen. JAX differentiates both, by their formulas."""
+
+    act: str
+    how: How
+
+    def value(self, gate: Array, up: Array) -> Array:
+        return implement(self.how, "gated_forward", partial(product, act=self.act), gate, up, act=self.act)
+
+    def gradients(self, dh: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        return implement(self.how, "gated_backward", partial(gradients, act=self.act), gate, up, dh, act=self.act)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated(gate: Array, up: Array, unit: Unit) -> Array:
+    return unit.value(gate, up)
+
+
+def _gated_forward(gate: Array, up: Array, unit: Unit) -> tuple[Array, tuple[Array, Array]]:
     gate, up = checkpoint_name(gate, INPUT), checkpoint_name(up, INPUT)
-    return _gated(gate, up, act, how), (gate, up)
+    return unit.value(gate, up), (gate, up)
 
 
-def _gated_backward(act: str, how: How, kept: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
-    def plain(*arguments: Array) -> tuple[Array, Array]:
-        gate, up, d = map(wide, arguments)
-        value, derivative = FUNCTIONS[act]
-        return (d * up * derivative(gate)).astype(dh.dtype), (d * value(gate)).astype(dh.dtype)
-
-    return implement(how, "gated_backward", plain, *kept, dh, act=act)
+def _gated_backward(unit: Unit, kept: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
+    return unit.gradients(dh, *kept)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
@@ -54,7 +71,7 @@ def _checked(op: str, gate: Array, up: Array, act: str, implementation: str | No
     if gate.shape != up.shape:
         raise ValueError(f"{op}: gate has shape {gate.shape} and up {up.shape}; pass arrays of one shape")
     same_dtype(op, ("gate", gate), {"up": up})
-    return _gated(*alike(gate, up), act, choose(op, gate, implementation, None))
+    return _gated(*alike(gate, up), Unit(act, choose(op, gate, implementation, None)))
 
 
 def swiglu(gate: Array, up: Array, *, implementation: str | None = None) -> Array:

@@ -18,10 +18,16 @@ FAST = ("float32", "float16", "bfloat16")  # what the C++ core has vector code f
 
 
 class How(NamedTuple):
-    """Settled before differentiation; hashable. implementation None: ffi on the CPU, xla elsewhere, once that is known."""
+    """Settled before differentiation; hashable. implementation None: ffi on the CPU, xla elsewhere, once that is known.
+    parts: into how many `xla.cut` cuts what is packed."""
 
     implementation: str | None
     layout: str
+    parts: int = 1
+
+    def elementwise(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """function(x), called with x cut into parts."""
+        return function(xla.cut(x, self.parts, self.layout)).reshape(x.shape)
 
 
 def floating(op: str, name: str, x: ArrayLike) -> Array:
@@ -48,13 +54,23 @@ def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
-def choose(op: str, x: Array, implementation: str | None, layout: str | None, pallas: bool = False) -> How:
+def choose(
+    op: str,
+    x: Array,
+    implementation: str | None,
+    layout: str | None,
+    *,
+    bits: int = 0,
+    pallas: bool = False,
+    cuts: tuple[int, int] | None = None,
+) -> How:
     """`None` is the best for the platform that is the default when the call is traced, and for dtype and shape: on the CPU
     ffi (bench/results/jax-cpu.json), unless XLA cannot be told how to cut its calls up or the dtype is not a fast one;
     elsewhere xla. ffi by name is for CUDA too, where the build has kernels for it.
 
-    layout: rows256 for pallas and, on a TPU, for at least 256 rows, else rows. It changes where bits lie, never a result.
-    pallas: whether there are such kernels.
+    layout: rows256 for pallas and, on a TPU, for at least 256 rows, also on each device, else rows. It changes where bits lie,
+    never a result.
+    bits: how many are packed per element.  pallas: whether there are such kernels.  cuts: see `xla.cuts`; None: those of x.
     """
     one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS, *(["pallas"] if pallas else [])))
     one_of(op, "layout", layout, (None, *xla.LAYOUTS))
@@ -65,13 +81,17 @@ def choose(op: str, x: Array, implementation: str | None, layout: str | None, pa
             raise ValueError(f"{op}: layout is 'rows', which implementation 'pallas' does not have; choose 'rows256', or 'xla'")
         layout = "rows256"
     platform = jax.default_backend()
+    cuts = cuts or (xla.cuts(x) if bits else (1, 1))
     if layout is None:
-        tall = x.ndim >= 2 and x.shape[-2] >= xla.GROUP and implementation != "ffi"
-        layout = "rows256" if tall and platform == "tpu" else "rows"
+        rows = x.shape[-2] if x.ndim >= 2 else 1  # of an export's symbolic shape this is no int
+        tall = isinstance(rows, int) and rows >= xla.GROUP and implementation != "ffi"
+        whole = xla.parts(x.shape, cuts, bits, "rows256") == 1
+        layout = "rows256" if tall and whole and platform == "tpu" else "rows"
     native = layout == "rows" and platform == "cpu" and x.dtype.name in FAST
     if implementation is None and not (native and _partitions()):
         implementation = "xla"
-    return How(implementation, layout)
+    parts = 1 if implementation == "pallas" else xla.parts(x.shape, cuts, bits, layout)
+    return How(implementation, layout, parts if bits else 1)
 
 
 def _partitions() -> bool:
@@ -80,7 +100,7 @@ def _partitions() -> bool:
     return ffi.PARTITIONS
 
 
-def _differentiated_as(plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+def differentiated_as(plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
     """native, whose derivative is that of plain: a custom call has none, and a gradient may be differentiated again."""
     function = jax.custom_jvp(lambda *arguments: native(*arguments))
     function.defjvp(lambda primals, tangents: (function(*primals), jax.jvp(plain, primals, tangents)[1]))
@@ -93,7 +113,6 @@ def implement(how: How, native: str, plain: Callable[..., Any], *arguments: Arra
         return plain(*arguments)
     from unswag.jax import ffi
 
-    function = _differentiated_as(plain, partial(getattr(ffi, native), **attributes))
-    if how.implementation == "ffi":
-        return function(*arguments)
-    return lax.platform_dependent(*arguments, cpu=function, default=plain)
+    named = how.implementation == "ffi"
+    function = differentiated_as(plain, partial(getattr(ffi, native), **attributes, named=named))
+    return function(*arguments) if named else lax.platform_dependent(*arguments, cpu=function, default=plain)

@@ -10,7 +10,8 @@ the next layer needs it for a trained weight, whoever computed it.
 shape, and naming one switches every fallback off. TypeError for a dtype that is not floating, ValueError for an unknown
 name.
 
-The functions can be differentiated once, in reverse mode: `jax.jvp` through them is a TypeError.
+A gradient may be differentiated again, in either mode (`jax.hessian`); `jax.jvp` through a function itself is JAX's TypeError.
+Under automatic sharding the words of a mask never hold bits of two devices (docs/jax.md).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _pack(x: Array, act: Act, how: How) -> Array:
     if how.implementation == "pallas":
         from unswag.jax import pallas  # half a second to import
 
-        return pallas.pack(act.name, x, act.bit)
+        return pallas.masked(act.name, x, act)
     return xla.pack(x, act.bit, 1, how.layout)
 
 
@@ -75,7 +76,7 @@ def _apply(packed: Array, dy: Array, act: Act, how: How) -> Array:
     if how.implementation == "pallas":
         from unswag.jax import pallas
 
-        return pallas.apply(act.name, packed, dy, act.gradient)
+        return pallas.unmasked(act.name, packed, dy, act)
     return xla.apply(packed, dy, act.gradient, 1, how.layout)
 
 
@@ -97,11 +98,16 @@ def _mask_backward(act: Act, how: How, packed: Array, dy: Array) -> tuple[Array]
 _mask.defvjp(_mask_forward, _mask_backward)
 
 
+def _masked(op: str, x: Array, act: Act, implementation: str | None, layout: str | None) -> Array:
+    x = floating(op, "x", x)
+    how = choose(op, x, implementation, layout, bits=1, pallas=True)
+    return how.elementwise(lambda x: _mask(x, act, how), x)
+
+
 def relu(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
     """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes; the layout rows pads each row to 4 bytes, rows256
     the rows to a multiple of 256."""
-    x = floating("relu", "x", x)
-    return _mask(x, Act("relu"), choose("relu", x, implementation, layout, pallas=True))
+    return _masked("relu", x, Act("relu"), implementation, layout)
 
 
 unswag_relu = relu
@@ -109,8 +115,7 @@ unswag_relu = relu
 
 def relu6(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
     """min(max(x, 0), 6), as `jax.nn.relu6`. Saved: one bit per element, n / 8 bytes."""
-    x = floating("relu6", "x", x)
-    return _mask(x, Act("relu6"), choose("relu6", x, implementation, layout, pallas=True))
+    return _masked("relu6", x, Act("relu6"), implementation, layout)
 
 
 def leaky_relu(
@@ -122,22 +127,34 @@ def leaky_relu(
     """
     if isinstance(negative_slope, Array):
         raise TypeError("leaky_relu: negative_slope is an array, whose gradient would need x; pass a Python number")
-    x = floating("leaky_relu", "x", x)
-    return _mask(x, Act("leaky_relu", float(negative_slope)), choose("leaky_relu", x, implementation, layout, pallas=True))
+    return _masked("leaky_relu", x, Act("leaky_relu", float(negative_slope)), implementation, layout)
+
+
+class Relu2:
+    """The square and its gradient."""
+
+    def value(self, x: Array) -> Array:
+        return jnp.square(jax.nn.relu(x))
+
+    def gradients(self, dy: Array, x: Array) -> tuple[Array]:
+        return (jnp.where(x > 0, dy * (x * 2), jnp.zeros_like(dy)),)
+
+
+RELU2 = Relu2()
 
 
 @jax.custom_vjp
 def _relu2(x: Array) -> Array:
-    return jnp.square(jax.nn.relu(x))
+    return RELU2.value(x)
 
 
 def _relu2_forward(x: Array) -> tuple[Array, Array]:
     x = checkpoint_name(x, INPUT)
-    return _relu2(x), x
+    return RELU2.value(x), x
 
 
 def _relu2_backward(x: Array, dy: Array) -> tuple[Array]:
-    return (jnp.where(x > 0, dy * (x * 2), jnp.zeros_like(dy)),)
+    return RELU2.gradients(dy, x)
 
 
 _relu2.defvjp(_relu2_forward, _relu2_backward)

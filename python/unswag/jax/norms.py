@@ -2,7 +2,8 @@
 
 x is [..., cols], float32, bfloat16, float16 or float64, the weights [cols] of any floating dtype; y has the shape and dtype
 of x. 16-bit values are computed in float32 and rounded once. Saved: x, which is the residual stream and usually kept
-anyway, and rstd, 4 bytes per row (8 for float64). Differentiable once, in reverse mode. Formulas: docs/math.md.
+anyway, and rstd, 4 bytes per row (8 for float64). The gradient may be differentiated again, in either mode; `jax.jvp` through a
+function itself is JAX's TypeError. Formulas: docs/math.md.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ from jax.interpreters import batching, mlir
 
 from unswag.jax import xla
 from unswag.jax.activations import wide, wide_type
-from unswag.jax.how import floating, same_dtype
+from unswag.jax.how import differentiated_as, floating, same_dtype
 from unswag.jax.masks import Act
 from unswag.jax.policies import INPUT, MASK
 from unswag.jax.xla import GROUP, SUBLANES, WORD
 
-__all__ = ["apply", "linear_relu", "pack"]
+__all__ = ["apply", "linear_relu", "masked", "pack", "unmasked"]
 
 COLS = 1024  # of a block: 1 MiB of float32 for 256 rows
 
@@ -132,7 +132,7 @@ def _apply_kernel(words: Any, dy: Any, dx: Any, *, use: xla.Use) -> None:
 
 
 def pack(op: str, x: Array, code: xla.Code) -> Array:
-    """As `xla.pack` with one bit in the layout rows256. `op` is for errors."""
+    """As `xla.pack` with one bit in the layout rows256. `op` is for errors. JAX differentiates neither this nor `apply`."""
 
     def xla_form(x: Array) -> Array:
         return xla.pack(x, code, 1, "rows256")
@@ -181,6 +181,24 @@ def apply(op: str, packed: Array, dy: Array, use: xla.Use) -> Array:
     return dx.reshape(dy.shape)
 
 
+def unmasked(op: str, packed: Array, dy: Array, act: Act) -> Array:
+    """The gradient of act, which JAX differentiates by its XLA form."""
+
+    def plain(packed: Array, dy: Array) -> Array:
+        return xla.apply(packed, dy, act.gradient, 1, "rows256")
+
+    return differentiated_as(plain, lambda packed, dy: apply(op, packed, dy, act.gradient))(packed, dy)
+
+
+def masked(op: str, x: Array, act: Act) -> Array:
+    """The words of act's mask; they have no derivative."""
+
+    def plain(x: Array) -> Array:
+        return xla.pack(x, act.bit, 1, "rows256")
+
+    return differentiated_as(plain, lambda x: pack(op, x, act.bit))(x)
+
+
 # ---- relu(x w) with its mask, and no round trip of x w through memory ----------------------------------------------------
 
 
@@ -217,15 +235,16 @@ def _depth(k: int) -> tuple[int, int]:
     return next(depth for depth in (512, 384, 256, 128) if padded % depth == 0), padded - k
 
 
+def _linear_xla(x: Array, w: Array) -> tuple[Array, Array]:
+    y = jax.nn.relu(jnp.matmul(x, w))
+    return y, xla.pack(y, _RELU.bit, 1, "rows256")
+
+
 def _linear_forward(x: Array, w: Array) -> tuple[Array, Array]:
     """y and the words."""
 
-    def xla_form(x: Array, w: Array) -> tuple[Array, Array]:
-        y = jax.nn.relu(jnp.matmul(x, w))
-        return y, xla.pack(y, _RELU.bit, 1, "rows256")
-
     if 0 in (*x.shape, *w.shape):
-        return xla_form(x, w)
+        return _linear_xla(x, w)
     flat = _flat(x)
     leading, rows, k = flat.shape
     cols = w.shape[-1]
@@ -237,7 +256,7 @@ def _linear_forward(x: Array, w: Array) -> tuple[Array, Array]:
     y, words = _run(
         "linear_relu",
         partial(_linear_kernel, rows=rows, steps=steps),
-        jax.eval_shape(xla_form, flat, w),
+        jax.eval_shape(_linear_xla, flat, w),
         flat,
         w,
         grid=(leading, pl.cdiv(rows, tall), pl.cdiv(cols, width), steps),
@@ -259,19 +278,23 @@ def _linear_forward(x: Array, w: Array) -> tuple[Array, Array]:
     return y.reshape(*x.shape[:-1], cols), words.reshape(*shape[:-2], *words.shape[-2:])
 
 
+def _linear(x: Array, w: Array) -> tuple[Array, Array]:
+    return differentiated_as(_linear_xla, _linear_forward)(x, w)
+
+
 @jax.custom_vjp
 def _linear_relu(x: Array, w: Array) -> Array:
-    return _linear_forward(x, w)[0]
+    return _linear(x, w)[0]
 
 
 def _linear_relu_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    y, words = _linear_forward(x, w)
+    y, words = _linear(x, w)
     return y, (checkpoint_name(words, MASK), checkpoint_name(x, INPUT), w)
 
 
 def _linear_relu_backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
     words, x, w = kept
-    dz = apply("linear_relu", words, dy, _RELU.gradient)
+    dz = unmasked("linear_relu", words, dy, _RELU)
     leading = tuple(range(x.ndim - 1))
     return jnp.matmul(dz, w.T), jnp.tensordot(x, dz, (leading, leading))
 
@@ -287,7 +310,7 @@ def linear_relu(x: Array, w: Array) -> Array:
     rounding. The gradient is exactly that of the y returned: dz = dy where y > 0.
     Saved: one bit per element of y, m n / 8 bytes, and x and w as far as their gradients are wanted. The padding of the rows
     to 256 and, for k > 512, of k to a multiple of 128 (by a copy of x and w) costs where they are not such.
-    TypeError for dtypes, ValueError for shapes that do not fit. Differentiable once, in reverse mode.
+    TypeError for dtypes, ValueError for shapes that do not fit. The gradient may be differentiated again, in either mode.
     """
     x, w = floating("linear_relu", "x", x), floating("linear_relu", "w", w)
     same_dtype("linear_relu", ("x", x), {"w": w})

@@ -1,14 +1,18 @@
 """The two packed layouts in plain XLA (docs/format.md sections 1, 5 and 6): they run on every platform and partition
 by themselves.
 
-Leading dimensions are kept and nothing is flattened or indexed by one integer: sharded arrays need no communication, and no
-size overflows (docs/tpu.md).
+Leading dimensions are kept and nothing is flattened or indexed by one integer, so no size overflows (docs/tpu.md). Sharded
+arrays need no communication where a device's part is whole words: 256 rows for rows256, 32 fields for rows. `cut` makes it so
+wherever else a dimension may be cut up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -26,12 +30,12 @@ Use = Callable[[Array, Array], Array]  # (code, dy) → dx
 def pack(x: Array, code: Code, bits: int, layout: str) -> Array:
     """The codes of x [..., rows, cols], `bits` each: uint32 [..., rows, ceil(cols bits / 32)], or for rows256
     [..., 8 bits ceil(rows / 256), cols]."""
-    return (_rows_pack if layout == "rows" else _rows256_pack)(as_rows(x), code, bits)
+    return (pack_rows if layout == "rows" else pack_rows256)(as_rows(x), code, bits)
 
 
 def apply(packed: Array, dy: Array, use: Use, bits: int, layout: str) -> Array:
     """use(code, dy) element for element, with the codes that `pack` wrote for an array of dy's shape."""
-    dx = (_rows_apply if layout == "rows" else _rows256_apply)(packed, as_rows(dy), use, bits)
+    dx = (apply_rows if layout == "rows" else apply_rows256)(packed, as_rows(dy), use, bits)
     return dx.reshape(dy.shape)
 
 
@@ -45,22 +49,59 @@ def _position(shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _or(words: Array, axis: int) -> Array:
-    return lax.reduce(words, np.uint32(0), lax.bitwise_or, (axis % words.ndim,))
+    """No two words have the same bit, so their sum will do; across devices XLA can sum everywhere, and "or" not on CPUs."""
+    return jnp.sum(words, axis, dtype=jnp.uint32)
 
 
 def _padded(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
-    after = -x.shape[axis] % multiple
-    if not after:
+    size = x.shape[axis]
+    after = -(-size // multiple) * multiple - size
+    if after == 0:
         return x
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, after)
     return jnp.pad(x, widths, constant_values=value)
 
 
+def cuts(x: Array) -> tuple[int, int]:
+    """Into how many parts devices may have cut the last two dimensions of x: on explicit mesh axes its type says so, and of
+    automatic ones, where it does not, each may cut each. Axes that JAX does not show (given by in_shardings alone) are none."""
+    sharding: Any = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty:
+        return 1, 1
+    automatic = math.prod(mesh.shape[name] for name in mesh.auto_axes)
+
+    def parts(names: Any) -> int:
+        names = names if isinstance(names, tuple) else (names,) if isinstance(names, str) else ()
+        return automatic * math.prod(mesh.shape[name] for name in names if name not in mesh.manual_axes)
+
+    rows, cols = [*(None, None), *sharding.spec][-2:]
+    return parts(rows), parts(cols)
+
+
+def parts(shape: tuple[int, ...], cuts: tuple[int, int], bits: int, layout: str) -> int:
+    """Into how many parts `cut` has to cut an array so that no word has bits of two devices; 1 where none has."""
+    axis, multiple = (-2, GROUP) if layout == "rows256" else (-1, WORD)
+    if len(shape) < -axis or not isinstance(size := shape[axis], int):
+        return 1
+    most = math.gcd(size, cuts[axis])  # more parts would not be equal, as those of a sharding are
+    whole = size // most * (bits if layout == "rows" else 1) % multiple == 0
+    return 1 if whole else most
+
+
+def cut(x: Array, parts: int, layout: str) -> Array:
+    """x as [..., parts, rows / parts, cols] for rows256, [..., rows, parts, cols / parts] for rows: packed part by part."""
+    if parts == 1:
+        return x
+    axis = x.ndim - (2 if layout == "rows256" else 1)
+    return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+
+
 # ---- rows: each row by itself, its fields one after the other ------------------------------------------------------------
 
 
-def _rows_pack(x: Array, code: Code, bits: int) -> Array:
+def pack_rows(x: Array, code: Code, bits: int) -> Array:
     field = code(x)
     if bits > 1:  # bit k of field i stands at bits i + k
         field = field[..., None]
@@ -71,11 +112,12 @@ def _rows_pack(x: Array, code: Code, bits: int) -> Array:
     return _or(field << _position(field.shape, -1), -1)
 
 
-def _rows_apply(packed: Array, dy: Array, use: Use, bits: int) -> Array:
+def apply_rows(packed: Array, dy: Array, use: Use, bits: int) -> Array:
     cols = dy.shape[-1]
     words = jnp.broadcast_to(packed[..., None], (*packed.shape, WORD))
     field = words >> _position(words.shape, -1) & 1
-    field = field.reshape(*packed.shape[:-1], packed.shape[-1] * WORD)[..., : cols * bits]
+    field = field.reshape(*packed.shape[:-1], packed.shape[-1] * WORD)
+    field = lax.slice_in_dim(field, 0, cols * bits, axis=-1)
     if bits > 1:
         field = field.reshape(*dy.shape, bits)
         field = _or(field << _position(field.shape, -1), -1)
@@ -87,7 +129,7 @@ def _rows_apply(packed: Array, dy: Array, use: Use, bits: int) -> Array:
 # the barriers XLA moves the view past the comparison, fusion breaks there, and a whole array of bools or words goes to memory.
 
 
-def _rows256_pack(x: Array, code: Code, bits: int) -> Array:
+def pack_rows256(x: Array, code: Code, bits: int) -> Array:
     *leading, rows, cols = x.shape
     groups = -(-rows // GROUP)
     view = _padded(x, -2, GROUP, np.nan).reshape(*leading, groups, WORD, SUBLANES, cols)
@@ -97,7 +139,7 @@ def _rows256_pack(x: Array, code: Code, bits: int) -> Array:
     return jnp.stack(planes, -3).reshape(*leading, groups * bits * SUBLANES, cols)
 
 
-def _rows256_apply(packed: Array, dy: Array, use: Use, bits: int) -> Array:
+def apply_rows256(packed: Array, dy: Array, use: Use, bits: int) -> Array:
     *leading, rows, cols = dy.shape
     padded = _padded(dy, -2, GROUP)
     groups = padded.shape[-2] // GROUP
@@ -109,4 +151,4 @@ def _rows256_apply(packed: Array, dy: Array, use: Use, bits: int) -> Array:
         plane = jnp.broadcast_to(planes[..., k, :, :, :], view.shape)
         field |= (plane >> tile & 1) << k
     dx = lax.optimization_barrier(use(field, view))
-    return dx.reshape(padded.shape)[..., :rows, :]
+    return lax.slice_in_dim(dx.reshape(padded.shape), 0, rows, axis=-2)

@@ -15,15 +15,19 @@ from jax.sharding import Mesh
 QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile; the passes over the program are the same
 
 
-def forward_backward(function: Callable[..., Any], args: Sequence[Any], dy: Any) -> tuple[Any, ...]:
-    """y and the cotangent of every argument, in one jitted program."""
+def both_ways(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """(dy, arguments) → y and the cotangent of every argument, one jitted program."""
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(dy: Any, *args: Any) -> tuple[Any, ...]:
         y, pull = jax.vjp(function, *args)
         return (y, *pull(dy))
 
-    return run(dy, *args)
+    return run
+
+
+def forward_backward(function: Callable[..., Any], args: Sequence[Any], dy: Any) -> tuple[Any, ...]:
+    return both_ways(function)(dy, *args)
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Any:
@@ -35,8 +39,12 @@ def traced(function: Callable[..., Any], *args: Any) -> str:
     return jax.jit(function).lower(*args).as_text()
 
 
+def devices(count: int) -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:count]), ("data",))
+
+
 def four_devices() -> Mesh:
-    return Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    return devices(4)
 
 
 def collectives(program: Any) -> Counter[str]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import collectives
+from programs import collectives, compiled, devices
 from values import SIXTEEN, all_sixteen, bits, kept, normal, special
 
 from unswag import jax as uj
+from unswag.jax.how import choose
 
 PAIRS = {  # ours by XLA; test_ffi.py and test_pallas.py have the other implementations
     "relu": (partial(uj.relu, implementation="xla"), jax.nn.relu),
@@ -74,7 +75,7 @@ def test_leaky_relu_slopes(slope, implementation):
 @pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
 @pytest.mark.parametrize("ours", [uj.relu, uj.relu6, uj.leaky_relu, uj.silu, uj.gelu], ids=lambda f: f.__name__)
 def test_a_gradient_can_be_differentiated_again(ours, implementation):
-    """jax.nn's own second derivative, of the gradient with respect to dy and x."""
+    """jax.nn's own second derivative, of the gradient with respect to dy and x; forward-mode over it in test_second.py."""
     x, dy, ddx = (normal((3, 40), jnp.float32, seed, 2.0) for seed in range(3))
 
     def second(function):
@@ -166,6 +167,89 @@ def test_automatic_sharding_adds_no_communication(layout, spec):
     assert not collectives(compiled)
     for a, b in zip(compiled(x, dy), (jax.nn.relu(x), jnp.where(x > 0, dy, 0)), strict=True):
         assert (bits(a) == bits(b)).all()
+
+
+def forward_backward_of(relu):
+    def step(x, dy):
+        y, pull = jax.vjp(relu, x)
+        return y, pull(dy)[0]
+
+    return step
+
+
+def assert_local(relu, x, dy):
+    """Bits of jax.nn, and every device works by itself."""
+    program = compiled(forward_backward_of(relu), x, dy)
+    assert not collectives(program)
+    for a, b in zip(program(x, dy), (jax.nn.relu(x), jnp.where(x > 0, dy, 0)), strict=True):
+        assert a.sharding.is_equivalent_to(x.sharding, x.ndim) and (bits(a) == bits(b)).all()
+
+
+@pytest.mark.parametrize("ours", [{"layout": "rows"}, {"layout": "rows256"}, {"implementation": "ffi"}, {}], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
+def test_few_rows_or_columns_on_a_device_need_no_communication(count, ours):
+    """12 rows, 5 columns of 96 x 40 on a device of eight: no word may hold bits of two devices."""
+    mesh = devices(count)
+    shapes = [((96, 40 * 3), P("data")), ((96, 40 * 3), P(None, "data"))]
+    for shape, spec in [*shapes, ((2, 768, 24), P(None, "data")), ((24,), P("data"))][: None if count in (3, 8) else 2]:
+        x, dy = (jax.device_put(special(shape, jnp.float32, seed), NamedSharding(mesh, spec)) for seed in (0, 1))
+        assert_local(partial(uj.relu, **ours), x, dy)
+
+
+@pytest.mark.parametrize("spec", [P("a"), P("b"), P(("a", "b")), P(("b", "a")), P("b", "a"), P(None, ("a", "b"))], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_axes_of_devices(layout, spec):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:6]).reshape(2, 3), ("a", "b"))
+    x, dy = (jax.device_put(special((48, 60), jnp.float32, seed), NamedSharding(mesh, spec)) for seed in (0, 1))
+    assert_local(partial(uj.relu, layout=layout), x, dy)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_explicit_sharding(layout, spec):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, dy = (jax.device_put(special((256, 64), jnp.float32, seed), NamedSharding(mesh, spec)) for seed in (0, 1))
+    assert_local(partial(uj.relu, layout=layout), x, dy)
+    uncut = 1 if (layout == "rows256") == (spec == P(None, "x")) else 4  # an explicit axis cuts what it is said to cut
+    assert choose("relu", x, "xla", layout, bits=1).parts == uncut
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shardings_that_jax_does_not_show_are_right_too(layout):
+    """Given by in_shardings alone: then the words are summed over the devices."""
+    sharding = NamedSharding(devices(4), P("data") if layout == "rows256" else P(None, "data"))
+    x, dy = special((256, 64), jnp.float32), special((256, 64), jnp.float32, 1)
+    step = jax.jit(forward_backward_of(partial(uj.relu, layout=layout)), in_shardings=(sharding, sharding))
+    for a, b in zip(step(x, dy), (jax.nn.relu(x), jnp.where(x > 0, dy, 0)), strict=True):
+        assert (bits(a) == bits(b)).all()
+
+
+def test_the_default_on_a_tpu_has_256_rows_on_every_device(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    found = {}
+    for rows in (255, 256, 512, 1024, 1536):
+        for count in (1, 4):
+            x = jax.device_put(jnp.ones((rows - rows % count, 8)), NamedSharding(devices(count), P("data")))
+            found[rows, count] = choose("relu", x, None, None, bits=1).layout
+    assert [key for key, layout in found.items() if layout == "rows256"] == [
+        *[(256, 1), (512, 1), (1024, 1), (1024, 4), (1536, 1)]
+    ]
+    local = []
+
+    def each(x):
+        local.append(choose("relu", x, None, None, bits=1))
+        return x
+
+    jax.shard_map(each, mesh=devices(4), in_specs=P("data"), out_specs=P("data"))(jnp.ones((1536, 8)))
+    assert local[0].layout == "rows256" and local[0].parts == 1, "384 rows by themselves"
+
+
+def test_parts_do_not_change_what_one_device_keeps():
+    x = normal((96, 40), jnp.float32)
+    assert kept(partial(uj.relu, layout="rows"), x) == [("uint32", (96, 2))]
+    assert kept(partial(uj.relu, layout="rows256"), x) == [("uint32", (8, 40))]
+    shared = jax.device_put(x, NamedSharding(devices(4), P("data")))
+    assert kept(partial(uj.relu, layout="rows256"), shared) == [("uint32", (4, 8, 40))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from near import SEED
 
 SIXTEEN = [jnp.bfloat16, jnp.float16]
 
@@ -26,14 +27,19 @@ def all_sixteen(dtype: Any) -> jax.Array:
 def special(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:
     """Normal values, every third one special."""
     kinds = [0.0, -0.0, np.nan, np.inf, -np.inf, 6.0, 1e-45, -1e-45, 1e-39, 6e-8, -1.0]
-    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 3
+    x = np.random.default_rng(seed + SEED).standard_normal(shape).astype(np.float32) * 3
     for i in range(0, x.size, 3):
         x.flat[i] = kinds[i // 3 % len(kinds)]
     return jnp.asarray(x).astype(dtype)
 
 
 def normal(shape: tuple[int, ...], dtype: Any, seed: int = 0, scale: float = 1.0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed + SEED).standard_normal(shape) * scale).astype(dtype)
+
+
+def unit(dtype: Any) -> float:
+    """The unit roundoff of a 16-bit result, for `near.assert_as_near`; 0 of a wider one, whose sums have none to spare."""
+    return float(jnp.finfo(dtype).eps) / 2 if jnp.dtype(dtype).itemsize == 2 else 0.0
 
 
 def kept(function: Callable[..., Any], *arguments: Any) -> list[tuple[str, tuple[int, ...]]]:
