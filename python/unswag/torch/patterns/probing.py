@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unswag.torch.patterns.pattern import METHODS, RECORD, stock_class
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from unswag.torch.patterns.pattern import HOOKS, METHODS, RECORD, stock_class
 
 
 @contextmanager
