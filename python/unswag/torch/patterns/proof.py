@@ -74,13 +74,15 @@ class Proof:
 
     def say(self, module: nn.Module, what: str) -> None:
         """A warning, once for each kind of module and change."""
+        if torch.compiler.is_compiling():
+            return
         kind = stock_class(module).__name__
         if (kind, what) not in self._said:
             self._said.add((kind, what))
             where = f"{self._name} ({kind})" if self._name else f"the model ({kind})"
             warnings.warn(
-                f"unswag: {where} runs its own forward, because {what} since the surgery; "
-                "call apply_unswag_surgery again to operate on it as it is now",
+                f"unswag: {where} runs its own forward: {what}. That is not what the surgery found and proved; "
+                "call apply_unswag_surgery again to operate on the model as it is now",
                 stacklevel=4,
             )
 
@@ -230,6 +232,11 @@ class _Seen:
     words: frozenset[str]
     constants: dict[str, None]  # strings that may be names
     globals: list[tuple[dict[str, Any], list[str]]]
+
+
+def mentioned(module: nn.Module, method: str = "forward") -> frozenset[str]:
+    """The names in the code of a method, and of what it calls of the module and its own file."""
+    return _follow(module, (method,)).words
 
 
 def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
