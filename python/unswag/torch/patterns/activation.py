@@ -75,8 +75,8 @@ class Activation:
 
     def apply(self, candidate: Candidate) -> None:
         for k, act in candidate.parts.get("held", {}).items():
-            stock_function = vars(candidate.module)[k]
-            replace_view(candidate.module, k, seen_as(stock_function, Held(stock_function, act, Codes())))
+            replace(candidate.module, CODES + k, Codes())
+            replace_view(candidate.module, k, seen_as(vars(candidate.module)[k], functools.partial(_held, k, act)))
         if "held" in candidate.parts:
             return
         act = candidate.parts["act"]
@@ -91,14 +91,20 @@ class Activation:
         replace_forward(candidate.module, forward, proof)
 
 
-def seen_as(function: Callable[..., Any], held: Callable[..., Any]) -> Callable[[nn.Module, Any], Any]:
-    """For `replace_view`: `held` as long as the attribute holds `function`, or a copy of it."""
+def seen_as(
+    function: Callable[..., Any], held: Callable[[nn.Module, Callable[..., Any]], Any]
+) -> Callable[[nn.Module, Any], Any]:
+    """For `replace_view`: `held(module, function)` as long as the attribute holds `function`, or a copy of it."""
     known = frozen(function)
 
     def seen(module: nn.Module, value: Any) -> Any:
-        return held if value is function or frozen(value) == known else value
+        return held(module, value) if value is function or frozen(value) == known else value
 
     return seen
+
+
+def _held(name: str, act: str, module: nn.Module, function: Callable[..., Tensor]) -> Held:
+    return Held(function, act, vars(module).get(CODES + name))
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Held:
 
     stock: Callable[..., Tensor]
     act: str
-    codes: Codes
+    codes: Codes | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs or len(args) != 1 or not (ordinary(args[0]) and ordinary_call()):  # e.g. inplace=True

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward, stock
-from unswag.torch.patterns.probing import Writes, distance, has_hooks, own_forward, takes_one_argument, twin, value_and_gradients
+from unswag.torch.patterns.probing import (
+    Writes,
+    distance,
+    has_hooks,
+    own_forward,
+    takes_one_argument,
+    twin,
+    value_and_gradients,
+)
 from unswag.torch.patterns.proof import Proof, mentioned
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -193,7 +201,9 @@ def _mixed(module: nn.Module, wiring: AnyWiring, x: Tensor) -> str | None:
     return f"it may cast, and its dtypes are {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
 
 
-CASES = tuple(itertools.product((torch.float64, None, *DTYPES), (True, False)))  # of the probe: dtypes, None for the own; training
+CASES = tuple(
+    itertools.product((torch.float64, None, *DTYPES), (True, False))
+)  # of the probe: dtypes, None for the own; training
 
 
 class Drawn(nn.Module):

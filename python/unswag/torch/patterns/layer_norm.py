@@ -123,7 +123,9 @@ class LayerNorm:
 
     def apply(self, candidate: Candidate) -> None:
         variant: Variant = candidate.parts["variant"]
-        proof = Proof(candidate, reads=("normalized_shape", variant.eps) if isinstance(variant.eps, str) else ("normalized_shape",))
+        proof = Proof(
+            candidate, reads=("normalized_shape", variant.eps) if isinstance(variant.eps, str) else ("normalized_shape",)
+        )
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())

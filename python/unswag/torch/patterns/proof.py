@@ -30,7 +30,9 @@ FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 MEMBERS = (*FUNCTIONS, type, property, staticmethod, classmethod, functools.cached_property)
 TABLES = ("_parameters", "_buffers", "_modules")
 MOST = 64  # functions that one forward is followed into
-GLOBAL_HOOKS = tuple(f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"))
+GLOBAL_HOOKS = tuple(
+    f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
 OTHER = object()  # what is not compared
 
 
@@ -44,11 +46,18 @@ class Proof:
     """
 
     def __init__(
-        self, candidate: Candidate, *, reads: Iterable[str] = (), unseen: Iterable[str] = (), methods: Iterable[str] = ("forward",)
+        self,
+        candidate: Candidate,
+        *,
+        reads: Iterable[str] = (),
+        unseen: Iterable[str] = (),
+        methods: Iterable[str] = ("forward",),
     ) -> None:
         self._name, self._said = candidate.name, candidate.said
         self._facts = _Facts(candidate.module, tuple(methods), frozenset(reads))
-        self._unseen = [(name, _Whole(child)) for name in unseen if isinstance(child := getattr(candidate.module, name), nn.Module)]
+        self._unseen = [
+            (name, _Whole(child)) for name in unseen if isinstance(child := getattr(candidate.module, name), nn.Module)
+        ]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether all is as it was; says once what is not, in a warning."""
@@ -81,7 +90,7 @@ class Proof:
             self._said.add((kind, what))
             where = f"{self._name} ({kind})" if self._name else f"the model ({kind})"
             warnings.warn(
-                f"unswag: {where} runs its own forward: {what}. That is not what the surgery found and proved; "
+                f"unswag: {where} runs its own forward: {what}, which is not what the surgery proved; "
                 "call apply_unswag_surgery again to operate on the model as it is now",
                 stacklevel=4,
             )
@@ -284,7 +293,11 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
             if found and isinstance(found[0], (*MEMBERS, *SCALARS)):
                 members[name] = None
                 todo += found
-            if callable(held := own.get(name)) and _function(held) is held and not isinstance(held, (types.FunctionType, nn.Module)):
+            if (
+                callable(held := own.get(name))
+                and _function(held) is held
+                and not isinstance(held, (types.FunctionType, nn.Module))
+            ):
                 todo.append(type(held).__call__)
             if name in function.__globals__ and not name.startswith("__"):
                 look(function.__globals__, name, mentioned)

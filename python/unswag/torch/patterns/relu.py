@@ -75,7 +75,7 @@ class Relu:
         replace(module, KEPT, kept)
         if "held" in candidate.parts:
             for k in candidate.parts["held"]:
-                replace_view(module, k, seen_as(vars(module)[k], Held(vars(module)[k], kept)))
+                replace_view(module, k, seen_as(vars(module)[k], _held))
             return
         call: Call = candidate.parts["call"]
 
@@ -84,6 +84,10 @@ class Relu:
             return call(self, x, vars(self)[KEPT])
 
         replace_forward(module, forward, proof)
+
+
+def _held(module: nn.Module, function: Callable[..., Tensor]) -> Held:
+    return Held(function, vars(module)[KEPT])
 
 
 @dataclass(frozen=True)
