@@ -80,9 +80,8 @@ def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
         made.update({k: _unshared(v, seen, depth - 1) for k, v in value.items()})
     elif isinstance(value, (list, collections.deque)):
         seen[id(value)] = made = copy.copy(value)
-        made[:] = [_unshared(v, seen, depth - 1) for v in value] if isinstance(value, list) else ()
-        if isinstance(value, collections.deque):
-            made.extend(_unshared(v, seen, depth - 1) for v in value)
+        made.clear()
+        made.extend(_unshared(v, seen, depth - 1) for v in value)
     elif type(value) is tuple:
         made = tuple(_unshared(v, seen, depth - 1) for v in value)
     elif isinstance(value, (set, bytearray, itertools.count)):

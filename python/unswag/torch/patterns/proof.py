@@ -1,11 +1,11 @@
 """What a probe's proof rests on, and whether it still does.
 
-A probe compares a replacement with the forward that a module has at the surgery. Afterwards somebody may patch the module's class,
-set `GELU.approximate`, put another forward on an activation, hook a child that we do not call. So the surgery writes down what
+A probe compares a replacement with the forward that a module has at the surgery. Afterwards somebody may patch its class, set
+`GELU.approximate`, put another forward on an activation, hook a child that we do not call. So the surgery writes down what
 the forward can read, and each call looks whether all of it is as it was; if not, the module's own forward runs.
 
-What is compared must be equal in every copy of the module: functions and classes by identity, scalars and what is made of them by
-value. Tensors and modules are read when they are used, and take no part.
+What is compared must be equal in every copy of the module: functions and classes by identity, scalars and what is made of them
+by value. Tensors and modules are read when they are used, and take no part.
 """
 
 from __future__ import annotations
@@ -179,10 +179,7 @@ class _Whole:
             return False
         if "forward" in own or not self._facts.hold(module):
             return False
-        for name, whole in self._children:
-            if not whole.holds(own["_modules"].get(name)):
-                return False
-        return True
+        return not self._children or all(whole.holds(own["_modules"].get(name)) for name, whole in self._children)
 
     def changed(self, module: nn.Module | None, name: str) -> str | None:
         if module is None or type(module) is not self._cls:
@@ -212,7 +209,7 @@ class _Names:
         self.values = self.get(holder)
 
     def differing(self, holder: Any) -> Iterator[str]:
-        values = self.values if len(self.names) > 1 else (self.values,) * len(self.names)
+        values: Any = self.values if len(self.names) > 1 else (self.values,) * len(self.names)
         for name, value in zip(self.names, values, strict=True):
             try:
                 differs = bool(self._getter(name)(holder) != value)
