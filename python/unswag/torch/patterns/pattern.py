@@ -9,14 +9,19 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from unswag import _core
 from unswag.torch import stash
 
+if TYPE_CHECKING:
+    from unswag.torch.patterns.proof import Proof
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute: Replaced}
 METHODS = "_unswag_methods"  # module.__dict__[METHODS]: {name: function(self, …)}
 STOCK = "_unswag_stock"  # of an operated class: the class whose place it takes
@@ -40,12 +45,14 @@ class Candidate:
     parts    what `find` saw and `probe` chose, for `apply`: the pattern's own business; but parts["covers"] names the children
              that the replacement no longer calls, and tells later patterns that they and the module itself are done with
     options  of `apply_unswag_surgery`: "attention", "loss", "dropout"
+    said     what warnings of this surgery have said, each once
     """
 
     name: str
     module: nn.Module
     parts: dict[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+    said: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Pattern(Protocol):
@@ -89,9 +96,12 @@ def replace(module: nn.Module, name: str, value: Any) -> None:
     vars(module)[name] = value
 
 
-def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def replace_method(module: nn.Module, name: str, function: Callable[..., Any], proof: Proof | None = None) -> None:
     """Replaces the method `name` by `function(self, …)` on this instance; `self` is the module that is called, be it a copy.
-    What stood on the instance until now is recorded; `stock` calls it."""
+    What stood on the instance until now is recorded; `stock` calls it. So does a call for which `proof` no longer holds, and one
+    that is not ordinary."""
+    if proof is not None:
+        function = _while_it_holds(name, function, proof)
     record = module.__dict__.setdefault(RECORD, {})
     if name not in record:
         record[name] = Replaced(vars(module).pop(name, ABSENT), ABSENT)
@@ -99,9 +109,24 @@ def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -
     _become(module, name, _method)
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any], proof: Proof | None = None) -> None:
     """`replace_method` for the forward."""
-    replace_method(module, "forward", forward)
+    replace_method(module, "forward", forward, proof)
+
+
+def ordinary_call() -> bool:
+    """Whether this is a call of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …), nor in forward mode:
+    modules run their own forward there."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Callable[..., Any]:
+    def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if proof.holds(self):
+            return function(self, *args, **kwargs)
+        return stock_method(name, self, *args, **kwargs)
+
+    return checked
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -234,6 +259,8 @@ def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
         ours = self.__dict__.get(METHODS)
         if ours is None or name not in ours:
             return plain(self, *args, **kwargs)
+        if not ordinary_call():
+            return stock_method(name, self, *args, **kwargs)
         return ours[name](self, *args, **kwargs)
 
     # not functools.wraps: accelerate follows __wrapped__ as far as it goes, past us

@@ -1,0 +1,361 @@
+"""What a probe's proof rests on, and whether it still does.
+
+A probe compares a replacement with the forward that a module has at the surgery. Afterwards somebody may patch its class, set
+`GELU.approximate`, put another forward on an activation, hook a child that we do not call. So the surgery writes down what
+the forward can read, and each call looks whether all of it is as it was; if not, the module's own forward runs.
+
+What is compared must be equal in every copy of the module: functions and classes by identity, scalars and what is made of them
+by value. Tensors and modules are read when they are used, and take no part.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from unswag.torch.patterns.pattern import HOOKS, Candidate, stock_class
+
+SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.layout, torch.memory_format)
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+MEMBERS = (*FUNCTIONS, type, property, staticmethod, classmethod, functools.cached_property)
+TABLES = ("_parameters", "_buffers", "_modules")
+MOST = 64  # functions that one forward is followed into
+GLOBAL_HOOKS = tuple(
+    f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
+OTHER = object()  # what is not compared
+
+
+class Proof:
+    """The facts that a replacement of a method of `candidate.module` was proven under.
+
+    reads   names of settings that the replacement reads at each call, as the module itself does
+    unseen  names of children that the module calls and the replacement does not: their facts belong to it, and hooks that would
+            not run, theirs and torch's global ones, are a reason for the module's own forward
+    methods those that are replaced
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        *,
+        reads: Iterable[str] = (),
+        unseen: Iterable[str] = (),
+        methods: Iterable[str] = ("forward",),
+    ) -> None:
+        self._name, self._said = candidate.name, candidate.said
+        self._facts = _Facts(candidate.module, tuple(methods), frozenset(reads))
+        self._unseen = [
+            (name, _Whole(child)) for name in unseen if isinstance(child := getattr(candidate.module, name), nn.Module)
+        ]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether all is as it was; says once what is not, in a warning."""
+        if self._facts.hold(module):
+            children: dict[str, Any] = module.__dict__["_modules"]
+            for name, whole in self._unseen:
+                if not whole.holds(children.get(name)):
+                    break
+            else:
+                if not (self._unseen and torch_module._has_any_global_hook()):
+                    return True
+        what = self.changed(module)
+        if what is not None:
+            self.say(module, what)
+        return what is None
+
+    def changed(self, module: nn.Module) -> str | None:
+        """What is not as it was, or None."""
+        what = self._facts.changed(module)
+        for name, whole in self._unseen:
+            what = what or whole.changed(module._modules.get(name), name)
+        return what or (_global_hooks() if self._unseen else None)
+
+    def say(self, module: nn.Module, what: str) -> None:
+        """A warning, once for each kind of module and change."""
+        if torch.compiler.is_compiling():
+            return
+        kind = stock_class(module).__name__
+        if (kind, what) not in self._said:
+            self._said.add((kind, what))
+            where = f"{self._name} ({kind})" if self._name else f"the model ({kind})"
+            warnings.warn(
+                f"unswag: {where} runs its own forward: {what}, which is not what the surgery proved; "
+                "call apply_unswag_surgery again to operate on the model as it is now",
+                stacklevel=4,
+            )
+
+
+class _Facts:
+    """What the named methods of a module can read: of its class, its instance, and the globals of their functions."""
+
+    def __init__(self, module: nn.Module, methods: tuple[str, ...], reads: frozenset[str] = frozenset()) -> None:
+        cls, own = stock_class(module), vars(module)
+        seen = _follow(module, methods)
+        helpers = [name for name in seen.members if name not in methods]
+        fixed = [_Names(attrgetter, holder, names) for holder, names in seen.defined]
+        self._fixed = [*fixed, *(_Names(itemgetter, mapping, names) for mapping, names in seen.globals)]
+        self._compared = [(names.get, names.holder, names.values) for names in self._fixed if names.names]
+        self._helpers = _Names(attrgetter, type(module), helpers)
+        settings = [k for k in own if k in seen.words and k not in (*reads, *TABLES, *HOOKS, "training")]
+        plain = [k for k in settings if _is_plain(own[k])]
+        self._settings = _Names(itemgetter, own, plain)
+        others = [(k, frozen(own[k], seen.words)) for k in settings if k not in plain]
+        self._words, self._others = seen.words, [(k, v) for k, v in others if v is not OTHER]
+        self._shadows = tuple(k for k in helpers if k not in own)
+        self._nones = [(table, k) for table in TABLES for k, v in own[table].items() if v is None]
+        known = {*own, *seen.members, *itertools.chain.from_iterable(own[table] for table in TABLES)}
+        self._absent = tuple(k for k in seen.constants if k not in known and not hasattr(cls, k))
+
+    def hold(self, module: nn.Module) -> bool:
+        own = module.__dict__
+        try:
+            for get, holder, values in self._compared:
+                if get(holder) != values:
+                    return False
+            if self._settings.names and self._settings.get(own) != self._settings.values:
+                return False
+            if self._helpers.names and self._helpers.get(type(module)) != self._helpers.values:
+                return False
+            if self._shadows and not own.keys().isdisjoint(self._shadows):
+                return False
+            for table, k in self._nones:
+                if own[table].get(k) is not None or k in own:
+                    return False
+            for k, v in self._others:
+                if frozen(own[k], self._words) != v:
+                    return False
+            return not (self._absent and self._appeared(own))
+        except Exception:  # it is gone, or nothing that could be compared
+            return False
+
+    def changed(self, module: nn.Module) -> str | None:
+        own = module.__dict__
+        for names in self._fixed:
+            for what in names.differing(names.holder):
+                return f"{_title(names.holder)}{what} was replaced"
+        for what in self._helpers.differing(type(module)):
+            return f"{_title(type(module))}{what} was replaced"
+        for what in self._settings.differing(own):
+            return f"its {what} changed"
+        for what, v in self._others:
+            if frozen(own.get(what), self._words) != v:
+                return f"its {what} changed"
+        got = [k for table, k in self._nones if own[table].get(k) is not None or k in own]
+        for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(own)):
+            return f"it got a {what} of its own"
+        return None
+
+    def _appeared(self, own: Mapping[str, Any]) -> list[str]:
+        return [k for k in self._absent if k in own or any(k in own[table] for table in TABLES)]
+
+
+def _title(holder: Any) -> str:
+    return f"{holder.__name__}." if isinstance(holder, type) else f"{holder.get('__name__', 'global')}."
+
+
+class _Whole:
+    """A module, its children with it, that is not called although the replaced method calls it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._cls, self._facts = type(module), _Facts(module, ("forward",))
+        self._children = [(name, _Whole(child)) for name, child in module._modules.items() if child is not None]
+
+    def holds(self, module: nn.Module | None) -> bool:
+        if type(module) is not self._cls:
+            return False
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if "forward" in own or not self._facts.hold(module):
+            return False
+        return not self._children or all(whole.holds(own["_modules"].get(name)) for name, whole in self._children)
+
+    def changed(self, module: nn.Module | None, name: str) -> str | None:
+        if module is None or type(module) is not self._cls:
+            return f"its {name} was replaced"
+        if any(getattr(module, hooks) for hooks in HOOKS):
+            return f"its {name} got hooks"
+        if "forward" in vars(module):
+            return f"its {name}'s forward was replaced"
+        if what := self._facts.changed(module):
+            return f"of its {name}, {what}"
+        parts = (whole.changed(module._modules.get(k), f"{name}.{k}") for k, whole in self._children)
+        return next((what for what in parts if what), None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `==` is all that it takes to compare it with that of a copy."""
+    return isinstance(value, (*SCALARS, *FUNCTIONS)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+class _Names:
+    """The values of names in a mapping, or of an object's attributes, read in one call."""
+
+    def __init__(self, getter: Callable[..., Callable[[Any], Any]], holder: Any, names: Iterable[str]) -> None:
+        self.holder, self.names = holder, tuple(names)
+        self._getter = getter
+        self.get = getter(*self.names) if self.names else _nothing
+        self.values = self.get(holder)
+
+    def differing(self, holder: Any) -> Iterator[str]:
+        values: Any = self.values if len(self.names) > 1 else (self.values,) * len(self.names)
+        for name, value in zip(self.names, values, strict=True):
+            try:
+                differs = bool(self._getter(name)(holder) != value)
+            except Exception:
+                differs = True
+            if differs:
+                yield name
+
+
+def _nothing(holder: Any) -> None:
+    return None
+
+
+class _Any(frozenset[str]):
+    def __contains__(self, word: object) -> bool:
+        return True
+
+
+ANY = _Any()  # the words of what is no Python: it may read everything
+
+
+@dataclass
+class _Seen:
+    members: dict[str, None]  # names of the class that are mentioned
+    defined: list[tuple[type, list[str]]]  # where they are defined
+    words: frozenset[str]
+    constants: dict[str, None]  # strings that may be names
+    globals: list[tuple[dict[str, Any], list[str]]]
+
+
+def mentioned(module: nn.Module, method: str = "forward") -> frozenset[str]:
+    """The names in the code of a method, and of what it calls of the module and its own file."""
+    return _follow(module, (method,)).words
+
+
+def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
+    """What the methods mention, and the functions of the module and of their own globals that they call."""
+    cls, own = stock_class(module), vars(module)
+    mro = [c for c in cls.__mro__ if c not in (nn.Module, object)]
+    members: dict[str, None] = dict.fromkeys(methods)
+    words: set[str] = set()
+    constants: dict[str, None] = {}
+    globals_: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+    seen: set[int] = set()
+    opaque = False
+
+    def look(mapping: dict[str, Any], name: str, mentioned: set[str]) -> None:
+        value = mapping[name]
+        if isinstance(value, types.ModuleType):
+            for word in sorted(mentioned & vars(value).keys()) if id(value) not in inside else ():
+                inside.add(id(value))
+                look(vars(value), word, mentioned)
+        elif isinstance(value, FUNCTIONS if mapping.get("__name__", "").startswith("torch") else (*FUNCTIONS, *SCALARS)):
+            globals_.setdefault(id(mapping), (mapping, {}))[1][name] = None
+            todo.append(value)
+
+    todo: list[Any] = [vars(c)[name] for c in mro for name in methods if name in vars(c)]
+    todo += [own[name] for name in methods if name in own]
+    while todo and len(seen) < MOST:
+        function = _function(todo.pop())
+        if function is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        if not isinstance(function, types.FunctionType):
+            opaque = True
+            continue
+        if (function.__module__ or "").partition(".")[0] == "torch" and function.__name__ not in methods:
+            continue
+        mentioned: set[str] = set()
+        for code in _codes(function.__code__):
+            strings = [c for c in code.co_consts if isinstance(c, str) and c.isidentifier()]
+            constants |= dict.fromkeys(strings)
+            mentioned |= {*code.co_names, *strings}
+        words |= mentioned
+        inside: set[int] = set()
+        for name in sorted(mentioned):
+            found = [vars(c)[name] for c in mro if name in vars(c)]
+            if found and isinstance(found[0], (*MEMBERS, *SCALARS)):
+                members[name] = None
+                todo += found
+            if (
+                callable(held := own.get(name))
+                and _function(held) is held
+                and not isinstance(held, (types.FunctionType, nn.Module))
+            ):
+                todo.append(type(held).__call__)
+            if name in function.__globals__ and not name.startswith("__"):
+                look(function.__globals__, name, mentioned)
+        todo += [c.cell_contents for c in function.__closure__ or () if _filled(c) and callable(c.cell_contents)]
+        todo.append(getattr(function, "__wrapped__", None))
+    defined = [(c, [k for k in members if k in vars(c)]) for c in mro[1:]]
+    return _Seen(
+        members, [(cls, [k for k in methods if hasattr(cls, k)]), *((c, names) for c, names in defined if names)],
+        ANY if opaque else frozenset(words), constants, [(mapping, list(names)) for mapping, names in globals_.values()],
+    )  # fmt: skip
+
+
+def _function(value: Any) -> Any:
+    """What runs when `value` is called or read, or None for what does not matter."""
+    for attribute in ("fget", "func", "__func__", "__wrapped__"):
+        if not isinstance(value, types.FunctionType) and (inner := getattr(value, attribute, None)) is not None:
+            return _function(inner)
+    return None if value is None or isinstance(value, (*SCALARS, type, types.BuiltinFunctionType)) else value
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def frozen(value: Any, words: frozenset[str] = frozenset(), depth: int = 3) -> Any:
+    """What of `value` can be compared between copies, OTHER if nothing: of a container what it holds, of an object its class and
+    those of its attributes that `words` mention."""
+    if isinstance(value, (*SCALARS, *FUNCTIONS)):
+        return value
+    if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):
+        return OTHER
+    if isinstance(value, functools.partial):
+        return "partial", value.func, *(frozen(v, words, depth - 1) for v in (value.args, value.keywords))
+    if isinstance(value, types.MethodType):
+        return "method", value.__func__
+    if isinstance(value, Mapping):
+        return type(value), tuple((frozen(k), frozen(v, words, depth - 1)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(frozen(v, words, depth - 1) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(frozen(v, words, 0) for v in value)
+    held = getattr(value, "__dict__", None)
+    if not isinstance(held, dict):
+        return OTHER
+    return type(value), tuple((k, frozen(v, words, depth - 1)) for k, v in held.items() if k in words)
+
+
+def _global_hooks() -> str | None:
+    """The audit's own hooks look at modules that are called, and mind no other."""
+    for hooks in GLOBAL_HOOKS:
+        for hook in getattr(torch_module, hooks, {}).values():
+            if not (getattr(hook, "__module__", None) or "").startswith("unswag."):
+                return "a global module hook was registered"
+    return None
