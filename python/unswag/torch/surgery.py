@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unswag.policy import EXACT, Policy
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import LiveStorages
+from unswag.torch.patterns.attention import keep_packed_apart
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
     Candidate,
@@ -161,6 +162,7 @@ def apply_unswag_surgery(
             )
         if patched:
             notes: list[str] = []
+            keep_packed_apart(model)
             for module in (model, *_backbones(model)):
                 _put_stash_around(module, chosen, notes)
             patched.append(("", "stash"))
