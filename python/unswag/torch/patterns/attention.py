@@ -32,6 +32,7 @@ from unswag.torch.autograd import once_differentiable
 from unswag.torch.patterns.pattern import Candidate, cannot_operate, replace_view, stock_class, wrap_method
 
 NAME = "unswag"  # in transformers' registries of attention functions and masks
+UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 LINEAR = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
@@ -111,7 +112,7 @@ class View:
     def __call__(self, module: nn.Module, config: Any) -> Any:
         if config is not self.config or config._attn_implementation != self.named:
             return config
-        if torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places[stock_class(module)]:
+        if torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places.get(stock_class(module), ()):
             return self.seen
         return config
 
@@ -123,7 +124,8 @@ class View:
 
 
 def _renamed(config: Any, wanted: str) -> Any:
-    seen: Any = object.__new__(_renamed_class(type(config), wanted))
+    stock: Any = type(config)
+    seen: Any = object.__new__(_renamed_class(stock, wanted))
     seen.__dict__ = config.__dict__
     return seen
 
@@ -216,31 +218,35 @@ def _flash_attention_runs(module: nn.Module) -> bool:
     )
 
 
-# ---- packed rows --------------------------------------------------------------------------------------------------------------
-def keep_packed_apart(model: nn.Module) -> None:
-    """Makes the models in `model` that take `position_ids` and `use_cache` compute packed rows without a cache: transformers
-    tells their sequences apart only then, and it makes a cache by default, in evaluation and in training without labels."""
+# ---- caches -----------------------------------------------------------------------------------------------------------------
+def leave_caches_out(model: nn.Module) -> None:
+    """Makes the models of transformers in `model` compute without a cache where one does harm, and none was asked for: in
+    training with labels it keeps all keys and values alive after the forward; and transformers tells the sequences of packed
+    rows apart only without one, while it makes one by default."""
     for module in model.modules():
         if hasattr(type(module), "set_attn_implementation") and cannot_operate(module) is None:
-            positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            names = [n for n, p in inspect.signature(module.forward).parameters.items() if p.kind in positional]
-            if {"position_ids", "use_cache"} <= set(names):
-                wrap_method(module, "forward", functools.partial(_packed_without_cache, names))
+            parameters = inspect.signature(module.forward).parameters
+            by_name = {p.kind for p in parameters.values()}.isdisjoint(UNNAMED)
+            if "use_cache" in parameters and by_name:
+                wrap_method(module, "forward", functools.partial(_without_cache, list(parameters)))
 
 
-def _packed_without_cache(names: list[str], inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _without_cache(names: list[str], inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     use_cache, positions = given.get("use_cache"), given.get("position_ids")
-    alone = given.get("attention_mask") is None and given.get("past_key_values") is None
-    if use_cache is not False and alone and positions is not None and _start_again(positions, use_cache):
-        if use_cache:
-            warnings.warn(
-                "unswag: use_cache=True, and position_ids start again at 0 within a row: packed rows are computed without a "
-                "cache (past_key_values is None), because with one their sequences would see each other",
-                stacklevel=3,
-            )
-        return inner(self, **given | {"use_cache": False})
-    return inner(self, *args, **kwargs)
+    if use_cache is False or given.get("past_key_values") is not None:
+        return inner(self, *args, **kwargs)
+    trains = use_cache is None and self.training and given.get("labels") is not None
+    packed = not trains and positions is not None and given.get("attention_mask") is None and _start_again(positions, use_cache)
+    if not (trains or packed):
+        return inner(self, *args, **kwargs)
+    if use_cache:
+        warnings.warn(
+            "unswag: use_cache=True, and position_ids start again at 0 within a row: packed rows are computed without a cache "
+            "(past_key_values is None), because with one their sequences would see each other",
+            stacklevel=3,
+        )
+    return inner(self, **given | {"use_cache": False})
 
 
 def _start_again(positions: Tensor, use_cache: bool | None) -> bool:
@@ -248,9 +254,11 @@ def _start_again(positions: Tensor, use_cache: bool | None) -> bool:
     unless the cache is asked for: transformers then makes the mask from the positions, whatever they are."""
     if positions.ndim == 3 and len(positions) == 4:  # those of text, then time, height and width of images
         positions = positions[0]
-    if positions.ndim > 2 or is_fake(positions) or positions.is_meta:
+    if positions.ndim > 2:
         return False
-    return (torch.compiler.is_compiling() and not use_cache) or bool((positions[..., 1:] == 0).any())
+    if torch.compiler.is_compiling() and not use_cache:
+        return True
+    return not is_fake(positions) and not positions.is_meta and bool((positions[..., 1:] == 0).any())
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------
