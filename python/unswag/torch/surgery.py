@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import warnings
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unswag.policy import EXACT, Policy
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import LiveStorages
+from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
     Candidate,
@@ -124,14 +124,17 @@ def apply_unswag_surgery(
 
     policy     what is kept, and how: "exact", a lossy one by name ("int8", "int4", "2bit"), or a `Policy` (docs/policies.md)
     attention  "auto": flash-attn if it is installed and can run, else SDPA, for padded and packed batches too (packed
-               batches come with position_ids and without attention_mask); "stock": as the model has it
+               batches come with position_ids and without attention_mask). The model's config is not written to, and an
+               attention chosen later (`set_attn_implementation`) wins. Models loaded as "eager" are left, because they give
+               attention weights. "stock": as the model has it
     loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
     verify     False probes one module of each kind (same class, shapes, dtypes and settings) and trusts the others
     dropout    "stock": draws and masks of PyTorch; "redrawn": from a seed of our own, so that no mask is kept, and losses are
                those of another seed
 
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
-    after the forward, and transformers sees packed sequences only without one.
+    after the forward. Packed rows are computed without one in every mode, because transformers tells their sequences apart only
+    then: with `use_cache=True` a warning says so, and `past_key_values` is None.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy
     of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
@@ -161,6 +164,7 @@ def apply_unswag_surgery(
             )
         if patched:
             notes: list[str] = []
+            leave_caches_out(model)
             for module in (model, *_backbones(model)):
                 _put_stash_around(module, chosen, notes)
             patched.append(("", "stash"))
@@ -261,17 +265,9 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
 def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
     replace(model, NOTES, notes)
-    signature = inspect.signature(model.forward)
-    base = next((m for m in model.modules() if hasattr(type(m), "set_attn_implementation")), None)
-    takes_use_cache = base is not None and "use_cache" in inspect.signature(base.forward).parameters
-    names = list(signature.parameters)
-    place = names.index("use_cache") if "use_cache" in names else len(names)
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
-        trains = self.training and kwargs.get("labels") is not None and "past_key_values" not in kwargs
-        if takes_use_cache and trains and len(args) <= place:
-            kwargs.setdefault("use_cache", False)
         with Stash(policy, model=self):
             return inner(self, *args, **kwargs)
 

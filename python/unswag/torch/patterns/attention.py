@@ -8,11 +8,14 @@ attention with dropout on the CPU, where SDPA would keep tokens x tokens several
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
+import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,9 +29,10 @@ from torch.utils._pytree import tree_map_only
 
 from unswag.torch import stash
 from unswag.torch.autograd import once_differentiable
-from unswag.torch.patterns.pattern import Candidate, replace_view
+from unswag.torch.patterns.pattern import Candidate, cannot_operate, replace_view, stock_class, wrap_method
 
 NAME = "unswag"  # in transformers' registries of attention functions and masks
+UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 LINEAR = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
@@ -43,7 +47,12 @@ class Attention:
             config = getattr(module, "config", None)
             if hasattr(module, "set_attn_implementation") and not any(config is other for other in seen):
                 seen.append(config)
-                yield Candidate(name, module)
+                configs = {id(vars(m).get("config")): vars(m).get("config") for m in model.modules()}.values()
+                parts = {
+                    "holders": [m for m in model.modules() if vars(m).get("config") is config],
+                    "nested": any(part is config for whole in configs for part in getattr(whole, "__dict__", {}).values()),
+                }
+                yield Candidate(name, module, parts)
 
     def probe(self, candidate: Candidate) -> str | None:
         module: Any = candidate.module
@@ -53,38 +62,115 @@ class Attention:
         if now not in ("sdpa", "eager"):
             return f"its attention is {now!r}, which UnSwag does not know"
         softcap = next((m.attn_logit_softcapping for m in module.modules() if getattr(m, "attn_logit_softcapping", None)), None)
-        wanted = "flash_attention_2" if _flash_attention_runs(module) else NAME
+        # of a nested config a larger model may build the masks, under the name that it reads there; flash-attn wants its own
+        wanted = "flash_attention_2" if _flash_attention_runs(module) and not candidate.parts["nested"] else NAME
         if softcap and wanted == NAME:
             return f"its scores have a soft cap ({softcap:g}), which scaled_dot_product_attention cannot compute"
         if not module._can_set_attn_implementation() or not module._supports_sdpa:
             return "its code does not take another attention function"
         if wanted == NAME and (where := next(filter(None, map(asks_for_sdpa, homes(module))), None)):
             return f'its code ({where}) asks whether the attention is called "sdpa", and does something else under another name'
+        if now == "eager":  # which somebody asked for: transformers takes "sdpa" wherever a model has it
+            return (
+                "it was loaded as 'eager', which alone gives attentions (the weights) to callers and hooks; where nobody needs "
+                "them, call set_attn_implementation('sdpa') before the surgery"
+            )
         candidate.parts["implementation"] = wanted
         return None
 
     def apply(self, candidate: Candidate) -> None:
         register()
-        config, wanted = candidate.module.config, candidate.parts["implementation"]
-        for module in candidate.module.modules():
-            if vars(module).get("config") is config:
-                replace_view(module, "config", functools.partial(_as_chosen, wanted))
+        view = View(candidate.module.config, candidate.parts["implementation"])
+        for module in candidate.parts["holders"]:
+            if view.places_in(stock_class(module)) and cannot_operate(module) is None:
+                replace_view(module, "config", view)
 
 
-def _as_chosen(wanted: str, module: nn.Module, config: Any) -> Any:
-    """The same config, by reference, in which the attention is called `wanted`."""
+# ---- the choice -------------------------------------------------------------------------------------------------------------
+#
+# Transformers chooses attention functions and masks by a name in a config, and a config belongs to everybody: other models are
+# built from it, it is pickled and saved. So nothing is written there. Instead the functions that choose, and they alone, find
+# another name when they read `self.config`: the same config, by reference, seen as an object of a class derived from its own.
+# Masks and attention agree whoever of the two does not read it so: each takes what stock's counterpart makes or wants.
+
+
+class View:
+    """What `module.config` is on an operated model, for `replace_view`: where the attention is chosen, the same config with the
+    attention called `wanted`; anywhere else, and once somebody has chosen another attention, the config itself."""
+
+    def __init__(self, config: Any, wanted: str) -> None:
+        self.config, self.wanted = config, wanted
+        self.named = config._attn_implementation
+        self.places: dict[type, frozenset[types.CodeType]] = {}
+        self.seen = _renamed(config, wanted)
+
+    def places_in(self, cls: type[nn.Module]) -> frozenset[types.CodeType]:
+        if cls not in self.places:
+            self.places[cls] = choosing_code(cls)
+        return self.places[cls]
+
+    def __call__(self, module: nn.Module, config: Any) -> Any:
+        if config is not self.config or config._attn_implementation != self.named:
+            return config
+        if torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places.get(stock_class(module), ()):
+            return self.seen
+        return config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> View:
+        made = copy.copy(self)
+        made.config = copy.deepcopy(self.config, memo)
+        made.seen = _renamed(made.config, self.wanted)
+        return made
+
+
+def _renamed(config: Any, wanted: str) -> Any:
     stock: Any = type(config)
-    cls: Any = _chosen_class(stock, wanted)
-    seen: Any = object.__new__(cls)
+    seen: Any = object.__new__(_renamed_class(stock, wanted))
     seen.__dict__ = config.__dict__
     return seen
 
 
 @functools.cache
-def _chosen_class(config: Any, wanted: str) -> type:
-    about = {"__module__": config.__module__, "__qualname__": config.__qualname__}
-    name = property(lambda self: wanted, lambda self, value: config._attn_implementation.fset(self, value))
-    return type(config.__name__, (config,), about | {"_attn_implementation": name})
+def _renamed_class(stock: Any, wanted: str) -> type:
+    about = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    name = property(lambda self: wanted, lambda self, value: stock._attn_implementation.fset(self, value))
+    return type(stock.__name__, (stock,), about | {"_attn_implementation": name})
+
+
+CHOOSING = re.compile(r"attn_implementation$|^create_\w*mask|^ALL_(MASK_)?ATTENTION_FUNCTIONS$|^is_flash_attention_requested$")
+
+
+def choosing_code(cls: type[nn.Module]) -> frozenset[types.CodeType]:
+    """The code in a class that chooses attention functions or masks. What PreTrainedModel has sets and checks the name."""
+    found: list[types.CodeType] = []
+    for c in cls.__mro__:
+        if c.__module__.partition(".")[0] in ("torch", "builtins") or c.__module__ == "transformers.modeling_utils":
+            continue
+        for function in filter(None, map(_function_of, vars(c).values())):
+            parts = list(_with_inner(function.__code__))
+            if function.__name__ != "__init__" and any(CHOOSING.search(name) for part in parts for name in part.co_names):
+                found += parts
+    if found:
+        from transformers.integrations.flash_attention import flash_attention_forward
+
+        found.append(flash_attention_forward.__code__)  # reads the name from the module that calls it
+    return frozenset(found)
+
+
+def _function_of(member: Any) -> types.FunctionType | None:
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    member = inspect.unwrap(member) if isinstance(member, types.FunctionType) else None
+    return member if isinstance(member, types.FunctionType) else None
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _with_inner(inner)
 
 
 def register() -> None:
@@ -109,22 +195,16 @@ def asks_for_sdpa(home: str) -> str | None:
     found = list(vars(sys.modules[home]).values()) if home in sys.modules else []
     classes = [c for c in found if inspect.isclass(c) and c.__module__ == home]
     for member in (*found, *(m for c in classes for m in vars(c).values())):
-        if isinstance(member, property):
-            member = member.fget
-        elif isinstance(member, (staticmethod, classmethod)):
-            member = member.__func__
-        if isinstance(member, types.FunctionType):
-            function = inspect.unwrap(member)
-            if function.__module__ == home and _knows_both(function.__code__):
-                return function.__qualname__
+        function = _function_of(member)
+        if function is not None and function.__module__ == home and any(map(_knows_both, _with_inner(function.__code__))):
+            return function.__qualname__
     return None
 
 
 def _knows_both(code: types.CodeType) -> bool:
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     words = [w for c in code.co_consts for w in (c if isinstance(c, (tuple, frozenset)) else (c,))]
     names = (*code.co_names, *code.co_varnames, *code.co_freevars)
-    return ("sdpa" in words and any(n.endswith("attn_implementation") for n in names)) or any(map(_knows_both, inner))
+    return "sdpa" in words and any(n.endswith("attn_implementation") for n in names)
 
 
 def _flash_attention_runs(module: nn.Module) -> bool:
@@ -136,6 +216,49 @@ def _flash_attention_runs(module: nn.Module) -> bool:
         and getattr(module, "_supports_flash_attn", False)
         and importlib.util.find_spec("flash_attn") is not None
     )
+
+
+# ---- caches -----------------------------------------------------------------------------------------------------------------
+def leave_caches_out(model: nn.Module) -> None:
+    """Makes the models of transformers in `model` compute without a cache where one does harm, and none was asked for: in
+    training with labels it keeps all keys and values alive after the forward; and transformers tells the sequences of packed
+    rows apart only without one, while it makes one by default."""
+    for module in model.modules():
+        if hasattr(type(module), "set_attn_implementation") and cannot_operate(module) is None:
+            parameters = inspect.signature(module.forward).parameters
+            by_name = {p.kind for p in parameters.values()}.isdisjoint(UNNAMED)
+            if "use_cache" in parameters and by_name:
+                wrap_method(module, "forward", functools.partial(_without_cache, list(parameters)))
+
+
+def _without_cache(names: list[str], inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    given = dict(zip(names, args, strict=False)) | kwargs
+    use_cache, positions = given.get("use_cache"), given.get("position_ids")
+    if use_cache is False or given.get("past_key_values") is not None:
+        return inner(self, *args, **kwargs)
+    trains = use_cache is None and self.training and given.get("labels") is not None
+    packed = not trains and positions is not None and given.get("attention_mask") is None and _start_again(positions, use_cache)
+    if not (trains or packed):
+        return inner(self, *args, **kwargs)
+    if use_cache:
+        warnings.warn(
+            "unswag: use_cache=True, and position_ids start again at 0 within a row: packed rows are computed without a cache "
+            "(past_key_values is None), because with one their sequences would see each other",
+            stacklevel=3,
+        )
+    return inner(self, **given | {"use_cache": False})
+
+
+def _start_again(positions: Tensor, use_cache: bool | None) -> bool:
+    """Whether positions [batch, length] are those of packed rows. A compiled forward, which cannot look, takes them for packed
+    unless the cache is asked for: transformers then makes the mask from the positions, whatever they are."""
+    if positions.ndim == 3 and len(positions) == 4:  # those of text, then time, height and width of images
+        positions = positions[0]
+    if positions.ndim > 2:
+        return False
+    if torch.compiler.is_compiling() and not use_cache:
+        return True
+    return not is_fake(positions) and not positions.is_meta and bool((positions[..., 1:] == 0).any())
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
 
 import families
 import pytest
 import torch
-from families import assert_close, packed, padded, plain, step
+from families import assert_close, ids, packed, padded, plain, step
 from torch import nn
 
 import unswag
 from unswag.torch.patterns import attention, restore
-from unswag.torch.patterns.attention import Attention, AttentionAgain, Piece, Spans, Terms, _pieces, attention_mask
+from unswag.torch.patterns.attention import (
+    Attention,
+    AttentionAgain,
+    Piece,
+    Spans,
+    Terms,
+    _pieces,
+    attention_mask,
+    leave_caches_out,
+)
 from unswag.torch.patterns.probing import sealed
 
 TOLERANCE = 2e-6  # fp32, other orders of summation
@@ -25,6 +41,17 @@ def patched(model):
     assert reason is None
     Attention().apply(found)
     return model
+
+
+def released(model):
+    for module in model.modules():
+        restore(module)
+    return model
+
+
+def ours_runs(model, batch=None):
+    """Whether a padded batch keeps no tokens x tokens, as it does under stock."""
+    return not squares(saved_storages(model, batch or padded())[0], 40)
 
 
 def saved_storages(model, batch):
@@ -83,9 +110,8 @@ def test_no_mask_is_kept_and_none_is_built():
     model = families.build("llama")
     for batch, length in ((padded(), 40), (packed(), 40)):
         assert squares(saved_storages(model, batch)[0], length), "stock keeps masks: the test can fail"
-        restore(model)
         assert not squares(saved_storages(patched(model), batch)[0], length)
-        restore(model)
+        released(model)
 
 
 @pytest.mark.parametrize("batch", [padded, packed])
@@ -256,17 +282,314 @@ def test_a_linear_implementation_is_left():
     assert "linear in memory already" in Attention().probe(found)
 
 
-def test_restore_and_saved_config(tmp_path):
+# ---- the choice, in no shared object ----------------------------------------------------------------------------------------
+
+
+def test_the_config_is_stocks_wherever_somebody_looks(tmp_path):
+    """Also from a hook, in the midst of the forward."""
     model = families.build("llama")
-    stock = model.config.to_dict()
-    patched(model)
-    assert model.config._attn_implementation == "unswag"
-    assert model.config.to_dict() == stock
-    twin = copy.deepcopy(model)
-    restore(model)
-    assert model.config._attn_implementation == "sdpa" and twin.config._attn_implementation == "unswag"
-    restore(twin)
-    assert twin.config._attn_implementation == "sdpa"
+    config, stock = model.config, vars(model.config).copy()
+    unswag.apply_unswag_surgery(model)
+    looked = []
+
+    def look(*_):
+        holders = [m for m in model.modules() if "config" in vars(m)]
+        assert len(holders) > 4 and all(m.config is config for m in holders)
+        assert config._attn_implementation == "sdpa" and vars(config) == stock
+        model.config.save_pretrained(tmp_path)
+        assert "unswag" not in (tmp_path / "config.json").read_text() + model.config.to_json_string()
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            assert type(pickle.loads(pickle.dumps(model.config, protocol))) is type(config)
+        assert type(copy.deepcopy(model.config)) is type(config)
+        assert type(type(model)(model.config).config) is type(config)
+        looked.append(True)
+
+    for module in (model.model.layers[0], model.model.layers[0].self_attn, model.model.embed_tokens, model.model):
+        module.register_forward_hook(look)
+    look()
+    assert ours_runs(model) and len(looked) == 5
+    unswag.remove_unswag_surgery(model)
+    look()
+    assert not ours_runs(model)
+
+
+def test_a_model_that_reads_its_config_elsewhere_finds_stocks():
+    from transformers import LlamaForCausalLM
+
+    class Mine(LlamaForCausalLM):
+        __module__ = "elsewhere"  # this file has what `asks_for_sdpa` looks for
+
+        def forward(self, *args, **kwargs):
+            self.seen = self.config
+            return super().forward(*args, **kwargs)
+
+        def teacher(self):
+            return LlamaForCausalLM(self.config)
+
+    model = families.redraw(Mine(families.build("llama").config))
+    unswag.apply_unswag_surgery(model)
+    assert ours_runs(model) and model.seen is model.config and type(model.teacher().config) is type(model.config)
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_another_model_of_the_config_is_what_it_was(way):
+    """A teacher made from the student's config, run on its own, in a hook of the student's and in another thread."""
+    student = families.build("llama", attn_implementation=way)
+    teacher = families.redraw(type(student)(student.config)).eval()
+    ask = dict(padded(), output_attentions=True) if way == "eager" else padded()
+    answers = []
+
+    def answer(*_):
+        with torch.no_grad():
+            answers.append(teacher(**ask))
+
+    answer()
+    stock = step(student, padded())
+    unswag.apply_unswag_surgery(student)
+    answer()
+    student.model.layers[0].register_forward_hook(answer)
+    assert_close(step(student, padded()), stock, TOLERANCE * 3)
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join()
+    assert len(answers) == 4
+    for other in answers[1:]:
+        assert torch.equal(other.logits, answers[0].logits)
+        assert all(map(torch.equal, other.attentions or (), answers[0].attentions or ()))
+
+
+def test_two_models_of_one_config_in_one():
+    """Both read it: both are operated, with cross-attention too. Neither takes use_cache from who calls them."""
+    from transformers import BertConfig, BertLMHeadModel, BertModel
+
+    config = BertConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, is_decoder=True,
+        add_cross_attention=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = BertModel(config), BertLMHeadModel(config)
+
+        def forward(self, input_ids, labels, attention_mask):
+            hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+            return self.decoder(
+                input_ids, labels=labels, attention_mask=attention_mask, encoder_hidden_states=hidden,
+                encoder_attention_mask=attention_mask,
+            )  # fmt: skip
+
+    torch.manual_seed(0)
+    model = families.redraw(Both())
+    loss, gradients = step(model, padded())
+    unswag.apply_unswag_surgery(model)
+    assert model.encoder.config is model.decoder.config is config and ours_runs(model)
+    ours = step(model, padded())
+    large = {name: g for name, g in gradients.items() if ".key.bias" not in name}  # theirs are zero but for rounding
+    assert_close((ours[0], {name: ours[1][name] for name in large}), (loss, large), 1e-5)
+
+
+def test_an_attention_chosen_later_wins_and_can_be_taken_back():
+    model, stock = (families.build("llama") for _ in range(2))
+    unswag.apply_unswag_surgery(model)
+    for m in (model, stock):
+        m.set_attn_implementation("eager")
+    ours, theirs = (m(**padded(), output_attentions=True) for m in (model, stock))
+    assert len(ours.attentions) == 2
+    for a, b in zip(ours.attentions, theirs.attentions, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert not ours_runs(model)
+    model.set_attn_implementation("sdpa")
+    assert ours_runs(model)
+    model.set_attn_implementation("eager")
+    unswag.remove_unswag_surgery(model)
+    assert model.config._attn_implementation == "eager" and len(model(**padded(), output_attentions=True).attentions) == 2
+
+
+def test_copies_choose_for_themselves():
+    model = families.build("llama")
+    unswag.apply_unswag_surgery(model)
+    deep, shallow, replica = copy.deepcopy(model), copy.copy(model), model._replicate_for_data_parallel()
+    assert shallow.config is replica.config is model.config and deep.config is not model.config
+    assert vars(deep.model.layers[0].self_attn)["config"] is deep.config and ours_runs(deep) and ours_runs(shallow)
+    deep.set_attn_implementation("eager")
+    assert not ours_runs(deep) and ours_runs(model)
+    unswag.remove_unswag_surgery(deep)
+    assert ours_runs(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_is_recomputed_as_it_was_computed_in_any_thread(reentrant):
+    model = families.build("llama")
+    stock = step(model, packed())
+    unswag.apply_unswag_surgery(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model.zero_grad(set_to_none=True)
+    loss = model(**packed()).loss
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert_close((loss.detach(), gradients), stock, 3 * TOLERANCE)
+
+
+def test_a_compiled_model_runs_without_a_word():
+    """Padded, and packed without looking at the positions."""
+    model = families.build("llama").eval()
+    batches = [{k: padded()[k] for k in ("input_ids", "attention_mask")}, packs()]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stock = [model(**batch, use_cache=False).logits for batch in batches]
+        leave_caches_out(patched(model))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for batch, logits in zip(batches, stock, strict=True):
+            torch.testing.assert_close(compiled(**batch).logits, logits, atol=1e-5, rtol=1e-4)
+
+
+OTHER = """
+import pickle, sys, torch
+sys.modules["unswag"] = None
+for data in pickle.load(sys.stdin.buffer):
+    found = pickle.loads(data)
+    if not isinstance(found, torch.nn.Module):
+        from transformers import AutoModelForCausalLM
+        found = AutoModelForCausalLM.from_config(found)
+    ids = torch.arange(5)[None]
+    found(input_ids=ids, labels=ids).loss.backward()
+    print("right", type(found).__name__)
+"""
+
+
+def test_pickles_open_where_unswag_is_not():
+    from peft import LoraConfig, get_peft_model
+
+    model, other = families.build("llama"), families.build("llama")
+    adapted = get_peft_model(other, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    for m in (model, adapted):
+        unswag.apply_unswag_surgery(m)
+    data = [pickle.dumps(it, protocol) for protocol in (2, 5) for it in (model, model.config, model.model.config, adapted)]
+    assert not any(b"unswag" in d for d in data)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OTHER], input=pickle.dumps(data), capture_output=True)
+    assert done.stdout.count(b"right") == len(data), done.stderr.decode()[-2000:]
+
+
+# ---- models loaded as eager -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_loaded_as_eager_gives_its_attentions(checkpointing):
+    """To callers, to a loss on them, to hooks, and if the config asks for them later."""
+    stock = families.build("llama", attn_implementation="eager")
+    model = copy.deepcopy(stock)
+    report = unswag.apply_unswag_surgery(model)
+    (reason,) = [why for _, why in report.skipped if why.startswith("attention")]
+    assert "eager" in reason and "attentions" in reason and "set_attn_implementation('sdpa')" in reason
+    kept = {stock: [], model: []}
+    for m in (stock, model):
+        if checkpointing:
+            m.gradient_checkpointing_enable({"use_reentrant": False})
+        m.model.layers[1].self_attn.register_forward_hook(lambda _, __, output, m=m: kept[m].append(output[1]))
+        m.config.output_attentions = True
+        output = m(**padded())
+        assert m(**packed(), output_attentions=True).attentions[0].shape == (1, 4, 40, 40)
+        (output.loss + sum(a.pow(2).mean() for a in output.attentions)).backward()
+    assert len(kept[model]) == (3 if checkpointing else 2)
+    torch.testing.assert_close(kept[model], kept[stock], atol=1e-6, rtol=1e-5)
+    for (name, p), q in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert families.distance(p.grad, q.grad) < 1e-5, name
+
+
+# ---- packed rows in every mode ----------------------------------------------------------------------------------------------
+
+
+def packs():
+    """Two packed rows of other lengths, sequences of one token among them. Without labels and use_cache."""
+    positions = [torch.cat([torch.arange(n) for n in lengths]) for lengths in ((13, 20, 7), (1, 1, 38))]
+    return {"input_ids": ids(2, 40), "position_ids": torch.stack(positions)}
+
+
+MODES = {
+    "train": (True, contextlib.nullcontext), "train, no_grad": (True, torch.no_grad), "eval": (False, contextlib.nullcontext),
+    "no_grad": (False, torch.no_grad), "inference_mode": (False, torch.inference_mode),
+}  # fmt: skip
+PACKED_FAMILIES = {
+    "llama": {}, "window": dict(family="mistral", sliding_window=9), "soft cap": dict(family="gemma2"),
+    "gpt2": dict(family="gpt2"), "eager": dict(attn_implementation="eager"), "bf16": dict(dtype=torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKED_FAMILIES)
+def test_sequences_of_packed_rows_do_not_see_each_other_in_any_mode(kind):
+    """With and without labels, whatever use_cache says, of the model and of its base model."""
+    model = families.build(**PACKED_FAMILIES[kind])
+    tolerance = dict(atol=0.1, rtol=0.1) if kind == "bf16" else dict(atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        stock = model(**packs(), labels=ids(2, 40), use_cache=False)
+        hidden = model.base_model(**packs(), use_cache=False).last_hidden_state
+        seeing = model.eval()(**packs()).logits
+    assert (seeing - stock.logits).abs().max() > 0.2  # stock's default: the test can fail
+    unswag.apply_unswag_surgery(model, loss="stock")
+    for train, mode in MODES.values():
+        model.train(train)
+        for given in ({}, {"use_cache": None}, {"use_cache": False}, {"use_cache": True}):
+            told = pytest.warns(UserWarning, match="use_cache=True") if given.get("use_cache") else contextlib.nullcontext()
+            with mode(), told:
+                torch.testing.assert_close(model(**packs(), **given).logits, stock.logits, **tolerance)
+                loss = model(**packs(), labels=ids(2, 40), **given).loss
+                torch.testing.assert_close(loss, stock.loss, atol=1e-2 if kind == "bf16" else 1e-5, rtol=1e-5)
+                base = model.base_model(**packs(), **given)
+                torch.testing.assert_close(base.last_hidden_state, hidden, **tolerance)
+                assert base.past_key_values is None
+    positions = packs()
+    with torch.no_grad():
+        names = list(inspect.signature(model.base_model.forward).parameters)
+        by_place = [positions.get(name) for name in names[: names.index("position_ids") + 1]]
+        torch.testing.assert_close(model.base_model(*by_place).last_hidden_state, hidden, **tolerance)
+
+
+def test_packed_rows_of_a_peft_model():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(families.build("llama"), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        stock = model(**packs(), use_cache=False).logits
+        unswag.apply_unswag_surgery(model)
+        torch.testing.assert_close(model(**packs()).logits, stock, atol=2e-5, rtol=1e-4)
+
+
+def test_who_has_no_packed_rows_keeps_the_cache_and_what_it_makes():
+    """Positions that do not start again, a mask, a cache of one's own; and generation, which brings all three."""
+    model = families.build("llama").eval()
+    cases = {
+        "positions": {"position_ids": torch.arange(3, 43)[None]},
+        "a gap": {"position_ids": torch.cat([torch.arange(30), torch.arange(50, 60)])[None]},
+        "mask": {"position_ids": packs()["position_ids"], "attention_mask": torch.ones(2, 40, dtype=torch.long)},
+        "asked for": {"use_cache": True},
+    }
+    prompts = [{"input_ids": ids(2, 9)}, {k: padded()[k] for k in ("input_ids", "attention_mask")}]
+
+    def run():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits = []
+            for case in cases.values():
+                output = model(input_ids=ids(2, 40), **case)
+                again = model(input_ids=ids(2, 1), past_key_values=output.past_key_values, position_ids=torch.tensor([[0]]))
+                logits += [output.logits, again.logits]
+            made = [
+                model.generate(**p, use_cache=cache, max_new_tokens=5, do_sample=False)
+                for p in prompts
+                for cache in (True, False)
+            ]
+        return logits, made
+
+    stock = run()
+    unswag.apply_unswag_surgery(model)
+    ours = run()
+    torch.testing.assert_close(ours[0], stock[0], atol=2e-5, rtol=1e-4)
+    assert all(map(torch.equal, ours[1], stock[1]))
 
 
 # ---- the mask in pieces ---------------------------------------------------------------------------------------------------
