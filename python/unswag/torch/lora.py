@@ -171,7 +171,8 @@ class _AddLora(torch.autograd.Function):
             for tile in how.tiles(dys.shape[0], ctx.x_shape[-1], dy.is_cuda):
                 x_tile = None if xs is None else xs[tile].to(how.dtype)
                 dx_tile: Any = None
-                for i, (kind, (a, b)) in enumerate(zip(how.kinds, parts, strict=True)):
+                for i in reversed(range(n)):  # the order in which autograd sums
+                    kind, (a, b) = how.kinds[i], parts[i]
                     dproduct = dys[tile].to(how.compute) * kind.scaling
                     if (db := dbs[i]) is not None:
                         db.addmm_(dproduct.t(), products[i][tile])
