@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unswag.torch.autograd import once_differentiable
+from unswag.torch.autograd import REFUSAL, once_differentiable
 
 
 class Square(torch.autograd.Function):
@@ -70,3 +70,12 @@ def test_through_the_incoming_gradient(x):
 def test_create_graph_is_an_error_where_the_sources_are_not_saved(x):
     with pytest.raises(NotImplementedError, match="differentiated once"):
         torch.autograd.grad(SquareMadeInForward.apply(x).sum(), x, create_graph=True)
+
+
+def test_a_gradient_of_create_graph_can_be_edited_in_place():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    (dx,) = torch.autograd.grad(Square.apply(x).sum(), x, create_graph=True)
+    dx.mul_(3)
+    assert torch.equal(dx.detach(), 6 * x.detach())
+    with pytest.raises(NotImplementedError, match=REFUSAL[:20]):
+        dx.sum().backward()

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
+from in_place import assert_trains_as
 from torch.autograd import forward_ad
 
 from unswag import reference
@@ -644,3 +645,41 @@ def test_dropout_outside_training_is_x():
 def test_dropout_refuses_what_is_no_probability_below_1(p):
     with pytest.raises(ValueError, match=r"p is .*; pass a probability in \[0, 1\)"):
         F.dropout(torch.ones(3), p)
+
+
+def _halves(x):
+    gate, up = x.chunk(2, -1)
+    return TORCH.silu(gate) * up
+
+
+IN_PLACE = {
+    **{name: (pair, 1) for name, pair in {**MASKS, **SMOOTH, **SQUARES}.items()},
+    **{name: (pair, 2) for name, pair in GATED.items()},
+    "halves": ((lambda x: F.gated_halves(x, "silu"), _halves), 1),
+    "no_dropout": ((lambda x: F.dropout(x, 0.0), lambda x: TORCH.dropout(x, 0.0)), 1),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("shape", [(3, 4, 8), (1, 8)], ids=str)
+def test_outputs_can_be_edited_in_place(name, shape):
+    (ours, stock), inputs = IN_PLACE[name]
+    assert_trains_as(stock, ours, *[shape] * inputs)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_outputs_of_norms_can_be_edited_in_place(name):
+    ours, stock = NORMS[name]
+    assert_trains_as(stock, ours, (3, 4, 8), *[(8,)] * (2 if name == "layer" else 1))
+
+
+def test_the_output_of_dropout_can_be_edited_in_place():
+    for edited in (False, True):
+        torch.manual_seed(0)
+        x = torch.ones(64, requires_grad=True)
+        y = F.dropout(x, 0.5)
+        kept = (y != 0).float()
+        if edited:
+            y.mul_(3)
+        y.sum().backward()
+        assert torch.equal(x.grad, (3 if edited else 1) * 2 * kept)

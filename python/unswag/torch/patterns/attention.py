@@ -516,7 +516,7 @@ class AttentionAgain(torch.autograd.Function):
         ctx.attend = attend
         ctx.save_for_backward(query, key, value, mask, random)
         y: Tensor = attend(query, key, value, mask)
-        return y
+        return y.detach()  # it may be a view, which nobody could edit in place
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,24 @@ from torch import Tensor, nn
 from unswag.torch.draws import draw_seed
 from unswag.torch.lora import Adapter, add_lora
 from unswag.torch.patterns.gated_mlp import Drawn
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward, stock, stock_class
+from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock, stock_class
 from unswag.torch.patterns.probing import distance, has_hooks, twin, ulps, value_and_gradients
+from unswag.torch.patterns.proof import Proof, _global_hooks
 
 ROWS = 32  # of each probe
 # The probes run at this shape: wiring and rounding show at any size, and 210 probes at the sizes of a model take a minute.
 STAND_IN = nn.Linear(24, 20, bias=False, device="meta")
 ADAPTERS = ("lora_A", "lora_B", "lora_dropout")  # containers by name of the adapter
 STATE = ("scaling", "active_adapters", "disable_adapters", "merged", "in_features", "out_features")
+# What PEFT's methods write when adapters are added, chosen, merged or taken away: read at each call
+READS = (
+    "scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "cast_input_dtype_enabled", "lora_variant",
+    "use_dora", "use_rslora", "lora_bias", "lora_alpha", "r", "kwargs", "_caches",
+)  # fmt: skip
+F64 = (torch.float64, torch.float64)
+# (dtype of x, dtype of the adapters), autocast, training: what a module that is cast later may be given
+LATER = [((torch.bfloat16, torch.float32), False, True), ((torch.bfloat16, torch.bfloat16), False, True)]
+FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}  # of the parts of an adapter
 
 
 class Lora:
@@ -45,47 +55,62 @@ class Lora:
             return next(iter(reasons.values()), "it has no adapter beside a Linear")
         if reason := no_kernel(module.lora_A[plain[0]].weight):
             return reason
+        how = How(redrawn=candidate.options.get("dropout") == "redrawn")
         for round_products in (False, True):
-            reason = _differs(module, plain, round_products)
+            how = how._replace(round_products=round_products)
+            reason = _differs(module, plain, how)
             if reason is None:
-                candidate.parts["round_products"] = round_products
+                candidate.parts["how"] = how._replace(autocast_casts=_casts_under_autocast(module, plain))
                 return None
         return f"its forward is not base(x) + scaling B(A(dropout(x))): {reason}"
 
     def apply(self, candidate: Candidate) -> None:
-        round_products: bool = candidate.parts["round_products"]
+        how: How = candidate.parts["how"]
+        proof = Proof(candidate, reads=READS)
 
         def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args or kwargs or not _ordinary(self, x):  # e.g. adapter_names: another adapter for each row
+            if args or kwargs or not _ordinary(self, x, proof):  # e.g. adapter_names: another adapter for each row
                 return stock(self, x, *args, **kwargs)
-            return _forward(self, x, round_products)
+            return _forward(self, x, how)
 
-        replace_forward(candidate.module, forward)
+        replace_forward(candidate.module, forward, proof)
 
 
-def _forward(module: Any, x: Tensor, round_products: bool) -> Tensor:
+class How(NamedTuple):
+    """What a module's own forward does, as its probe has seen.
+
+    round_products  each product is rounded to the dtype of the base's result before it is added
+    autocast_casts  x is cast to the dtype of the adapters under autocast, too; PEFT's layers beside bitsandbytes do not
+    redrawn         dropout draws from a seed, and not what nn.Dropout would
+    """
+
+    round_products: bool = False
+    autocast_casts: bool = True
+    redrawn: bool = False
+
+
+def _forward(module: Any, x: Tensor, how: How) -> Tensor:
     y: Tensor = module.base_layer(x)
     adapters = []
     for name in module.active_adapters:
         if name in module.lora_A:
             a, b, dropout = (getattr(module, k)[name] for k in ADAPTERS)
             p = _drops(dropout)
-            seed = draw_seed() if p else 0
+            seed = draw_seed() if p and how.redrawn else None
             adapters.append(Adapter(a.weight, b.weight, b.bias, module.scaling[name], p, seed))
-    return add_lora(y, x, adapters, round_products=round_products)
+    cast_x = how.autocast_casts or not torch.is_autocast_enabled(x.device.type)
+    return add_lora(y, x, adapters, round_products=how.round_products, cast_x=cast_x)
 
 
 def _drops(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _ordinary(module: Any, x: Tensor) -> bool:
+def _ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
     """Whether this call is one that `_forward` computes: adapters neither disabled nor merged, the active ones plain. Else
-    PEFT's own forward runs, as it does under torch.compile and torch.func, and with dropout in a CUDA graph, where every replay
-    would have the seed of the capture."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if module.disable_adapters or module.merged:
+    PEFT's own forward runs, as it does under torch.compile, and with dropout in a CUDA graph, where every replay would draw
+    what the capture drew. `proof` says once what of an adapter is not plain."""
+    if torch.compiler.is_compiling() or module.disable_adapters or module.merged or not is_plain(x):
         return False
     names = [name for name in module.active_adapters if name in module.lora_A]
     if x.is_cuda and any(_drops(module.lora_dropout[name]) for name in names) and torch.cuda.is_current_stream_capturing():
@@ -93,7 +118,10 @@ def _ordinary(module: Any, x: Tensor) -> bool:
     dtypes = {module.lora_A[name].weight.dtype for name in names}
     if len(dtypes) > 1 or (not getattr(module, "cast_input_dtype_enabled", True) and dtypes != {x.dtype}):
         return False
-    return all(_unlike(module, name) is None for name in names)
+    reason = next(filter(None, (_unlike(module, name) for name in names)), None) or _global_hooks()
+    if reason is not None:
+        proof.say(module, reason)
+    return reason is None
 
 
 def _unlike(module: Any, name: str) -> str | None:
@@ -108,8 +136,12 @@ def _unlike(module: Any, name: str) -> str | None:
         return f"its adapter {name!r} is no pair of Linears, the first without bias"
     if stock_class(dropout) not in (nn.Identity, nn.Dropout) or not getattr(dropout, "p", 0.0) < 1:
         return f"its adapter {name!r} has a dropout that is no nn.Dropout with p < 1"
+    if getattr(dropout, "inplace", False):
+        return f"its adapter {name!r} has a dropout that writes to x (inplace=True)"
     if any(has_hooks(part) for part in (a, b, dropout)):
         return f"its adapter {name!r} has hooks, which would not run"
+    if any("forward" in vars(part) or (cls := stock_class(part)).forward is not FORWARDS[cls] for part in (a, b, dropout)):
+        return f"its adapter {name!r} has a part with a forward of its own, which would not run"
     if type(a.weight) is not nn.Parameter or type(b.weight) is not nn.Parameter:
         return f"its adapter {name!r} has weights of type {type(a.weight).__name__}, which only their own module can use"
     if a.weight.dtype != b.weight.dtype or not a.weight.dtype.is_floating_point:
@@ -131,39 +163,25 @@ class _Seen(nn.Module):
         return x
 
 
-def _differs(module: Any, names: list[str], round_products: bool) -> str | None:
+def _differs(module: Any, names: list[str], how: How) -> str | None:
     """How `_forward` differs from the module's own, or None: all plain adapters active, their weights drawn anew (a fresh B is
-    zero, and then everything is equal), beside a stand-in for the base; in fp64, in the module's dtypes, and under autocast."""
-    like = next((p for p in module.base_layer.parameters() if p.is_floating_point()), module.lora_A[names[0]].weight)
-    own = (like.dtype, module.lora_A[names[0]].weight.dtype)
-    f64 = (torch.float64, torch.float64)
-    for (x_dtype, dtype), autocast, training in itertools.chain(
-        itertools.product([f64, own], [False], [True, False]), [(own, True, True)]
-    ):
-        device = like.device
-        base = Drawn(STAND_IN, 1.0, x_dtype, device)
-        pairs = {name: _drawn(module.lora_B[name], dtype, device) for name in names}
-        parts = {
-            "base_layer": base,
-            "lora_A": nn.ModuleDict({name: a for name, (a, _) in pairs.items()}),
-            "lora_B": nn.ModuleDict({name: b for name, (_, b) in pairs.items()}),
-        }
-        seen = {name: _Seen() for name in names}
-        theirs = twin(module, **parts, lora_dropout=nn.ModuleDict(seen))
-        ours = twin(module, **parts, lora_dropout=nn.ModuleDict({name: nn.Identity() for name in names}))
-        for copy in (theirs, ours):
-            copy.__dict__.update(_active_adapter=names, _disable_adapters=False, merged_adapters=[], training=training)
-        x = torch.randn(ROWS, STAND_IN.in_features, device=device).to(x_dtype).requires_grad_()
-        leaves = [x, *base.parameters(), *(p for pair in pairs.values() for part in pair for p in part.parameters())]
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    zero, and then everything is equal), beside a stand-in for the base; in fp64, in the module's dtypes, under autocast, and in
+    the dtypes that it may get later."""
+    own = _dtypes(module, names)
+    pairs = dict.fromkeys([F64, own])
+    for dtypes, autocast, training in [*itertools.product(pairs, [False], [True, False]), (own, True, True), *LATER]:
+        theirs, seen, x, leaves = _small(module, names, dtypes, training)
+        ours: Any = twin(theirs, lora_dropout=nn.ModuleDict({name: nn.Identity() for name in names}))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             try:
-                want = value_and_gradients(lambda: type(module).forward(theirs, x), leaves)  # noqa: B023
+                want = value_and_gradients(lambda: type(theirs).forward(theirs, x), leaves)  # noqa: B023
             except Exception as error:
                 return f"it raises {type(error).__name__}: {error}"
-            have = value_and_gradients(lambda: _forward(ours, x, round_products), leaves)  # noqa: B023
+            have = value_and_gradients(lambda: _forward(ours, x, how), leaves)  # noqa: B023
+        x_dtype, dtype = dtypes
         words = f"with {x_dtype} x and {dtype} adapters" + (" under autocast" if autocast else "")
         given = x.detach().to(dtype).double()
-        if any(len(s.inputs) != 1 or not torch.equal(s.inputs[0].double(), given) for s in seen.values()):
+        if any(len(s.inputs) != 1 or not torch.equal(s.inputs[0].double(), given) for s in seen):
             return f"its dropout does not get x {words}"
         worst = max(distance(a, b) for a, b in zip(have, want, strict=True))
         narrow = max((x_dtype, dtype, want[0].dtype), key=lambda d: torch.finfo(d).eps)
@@ -174,6 +192,43 @@ def _differs(module: Any, names: list[str], round_products: bool) -> str | None:
         if want[0].dtype.itemsize == 2 and (rate := (ulps(have[0], want[0]) > 0).double().mean().item()) > 0.02:
             return f"{rate:.0%} of y differ {words}"
     return None
+
+
+def _casts_under_autocast(module: Any, names: list[str]) -> bool:
+    """Whether the dropouts get x in the dtype of the adapters under autocast."""
+    theirs, seen, x, _ = _small(module, names, (torch.bfloat16, torch.float32), True)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        type(theirs).forward(theirs, x)
+    return seen[0].inputs[0].dtype == torch.float32
+
+
+def _dtypes(module: Any, names: list[str]) -> tuple[torch.dtype, torch.dtype]:
+    """Of the base, and so of x, and of the adapters."""
+    a = module.lora_A[names[0]].weight
+    return next((p.dtype for p in module.base_layer.parameters() if p.is_floating_point()), a.dtype), a.dtype
+
+
+def _small(
+    module: Any, names: list[str], dtypes: tuple[torch.dtype, torch.dtype], training: bool
+) -> tuple[Any, list[_Seen], Tensor, list[Tensor]]:
+    """A twin with all the named adapters active and small weights, what stands in for its dropouts, an input, and all that has
+    a gradient."""
+    x_dtype, dtype = dtypes
+    device = next((p for p in module.base_layer.parameters() if p.is_floating_point()), module.lora_A[names[0]].weight).device
+    base = Drawn(STAND_IN, 1.0, x_dtype, device)
+    pairs = {name: _drawn(module.lora_B[name], dtype, device) for name in names}
+    seen = {name: _Seen() for name in names}
+    small = twin(
+        module,
+        base_layer=base,
+        lora_A=nn.ModuleDict({name: a for name, (a, _) in pairs.items()}),
+        lora_B=nn.ModuleDict({name: b for name, (_, b) in pairs.items()}),
+        lora_dropout=nn.ModuleDict(seen),
+    )
+    small.__dict__.update(_active_adapter=names, _disable_adapters=False, merged_adapters=[], training=training)
+    x = torch.randn(ROWS, STAND_IN.in_features, device=device).to(x_dtype).requires_grad_()
+    leaves = [x, *base.parameters(), *(p for pair in pairs.values() for part in pair for p in part.parameters())]
+    return small, list(seen.values()), x, leaves
 
 
 def _drawn(b: nn.Linear, dtype: torch.dtype, device: torch.device) -> tuple[nn.Linear, nn.Linear]:

@@ -15,6 +15,7 @@ import families
 import pytest
 import torch
 from families import assert_close, ids, packed, padded, plain, step
+from in_place import assert_trains_as
 from torch import nn
 
 import unswag
@@ -709,3 +710,19 @@ def test_groups_that_no_kernel_takes_are_repeated_and_not_kept(batch, monkeypatc
     assert_close(step(model, batch()), stock, TOLERANCE)
     assert set(asked) == {model.config.num_key_value_heads}
     assert unswag.audit(model, **batch()).total == kept
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (2, 1, 4, 8), (2, 3, 1, 8)], ids=str)
+@pytest.mark.parametrize("masked, dropout", [(True, 0.0), (False, 0.2), (True, 0.2)])
+def test_the_output_can_be_edited_in_place(shape, masked, dropout):
+    """With one head or one token transposing is contiguous, so that what stock returns is a view."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module = nn.Module()
+    module.is_causal = True
+    mask = torch.ones(2, 1, shape[2], shape[2], dtype=torch.bool).tril() if masked else None
+    ours, stock = (
+        lambda q, k, v, f=f: f(module, q, k, v, mask, dropout=dropout)[0]
+        for f in (attention.attention_forward, sdpa_attention_forward)
+    )
+    assert_trains_as(stock, ours, shape, shape, shape)

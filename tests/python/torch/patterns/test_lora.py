@@ -5,19 +5,27 @@ lora_B is drawn anew everywhere: a fresh one is zero, and then every gradient of
 
 import copy
 import math
+import threading
 import types
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import torch.utils.checkpoint
+from in_place import EDITS, assert_trains_as, train
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora as peft_lora
 from tests.python.torch.small_models import batch, step, tiny_llama, with_recipes, with_stash
 from torch import nn
+from torch.nn import functional as F
 
+import unswag
+from unswag.torch.draws import DropoutInput
 from unswag.torch.lora import TILE, TILE_ELEMENTS, Adapter, _How, add_lora
 from unswag.torch.patterns.lora import Lora, _ordinary
-from unswag.torch.patterns.pattern import replaced, restore
+from unswag.torch.patterns.pattern import Candidate, replaced, restore
 from unswag.torch.patterns.probing import sealed, ulps
+from unswag.torch.patterns.proof import Proof
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -43,10 +51,11 @@ def draw_b(model):
             nn.init.normal_(parameter, std=0.3)
 
 
-def operate(model):
+def operate(model, dropout="stock"):
     """The pattern alone on every place it finds; {module name: reason} of what it leaves."""
     pattern, left = Lora(), {}
     for candidate in list(pattern.find(model)):
+        candidate.options = {"dropout": dropout}
         with sealed():
             reason = pattern.probe(candidate)
         if reason is None:
@@ -56,9 +65,9 @@ def operate(model):
     return left
 
 
-def operated(layer):
+def operated(layer, dropout="stock"):
     ours = copy.deepcopy(layer)
-    assert operate(ours) == {} and replaced(ours)
+    assert operate(ours, dropout) == {} and replaced(ours)
     return ours
 
 
@@ -66,7 +75,7 @@ def run(layer, x, dy=None, **context):
     """y, dx and the gradient of every adapter weight."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", **context) if context else torch.enable_grad():
-        y = layer(x.view_as(x))  # no leaf: autocast would share one cast of it, as it does for weights
+        y = layer(x * 1)  # no leaf: autocast would share one cast of it, as it does for weights
     if dy is None:
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
     layer.zero_grad()
@@ -302,9 +311,9 @@ def lora_llama(dtype=BF16, dropout=0.0, **config):
     return model
 
 
-def ours_llama(stock, prepare=None):
+def ours_llama(stock, prepare=None, dropout="stock"):
     model = copy.deepcopy(stock)
-    assert operate(model) == {}
+    assert operate(model, dropout) == {}
     with_recipes(model)
     return with_stash(model, prepare)
 
@@ -356,10 +365,13 @@ def identity_lora(p, size=16):
     return layer.train()
 
 
-@pytest.mark.native
+REDRAWN_AND_STOCK = pytest.mark.parametrize("dropout", [pytest.param("redrawn", marks=pytest.mark.native), "stock"])
+
+
+@REDRAWN_AND_STOCK
 @pytest.mark.parametrize("rows", [5, 2 * TILE + 3])
-def test_dropout_drops_and_scales(rows):
-    ours = operated(identity_lora(0.25))
+def test_dropout_drops_and_scales(rows, dropout):
+    ours = operated(identity_lora(0.25), dropout)
     x = torch.rand(rows, 16) + 0.5
     y = masks(ours, x)
     dropped = y.abs() < 1e-3
@@ -372,9 +384,9 @@ def test_dropout_drops_and_scales(rows):
     torch.testing.assert_close(masks(ours, x), x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.native
-def test_dropout_is_the_same_in_the_backward():
-    ours, rows = operated(identity_lora(0.5)), 2 * TILE + 3
+@REDRAWN_AND_STOCK
+def test_dropout_is_the_same_in_the_backward(dropout):
+    ours, rows = operated(identity_lora(0.5), dropout), 2 * TILE + 3
     x = (torch.rand(rows, 16) + 0.5).requires_grad_()
     y = ours(x)
     kept_elements = (y - ours.base_layer(x)).abs() > 1e-3
@@ -385,9 +397,9 @@ def test_dropout_is_the_same_in_the_backward():
     torch.testing.assert_close(da, dy.t() @ (x * kept_elements * 2.0), rtol=1e-4, atol=1e-3)  # ... and for the gradient of A
 
 
-@pytest.mark.native
-def test_dropout_follows_torchs_seed():
-    ours, x = operated(identity_lora(0.5)), torch.rand(8, 16) + 0.5
+@REDRAWN_AND_STOCK
+def test_dropout_follows_torchs_seed(dropout):
+    ours, x = operated(identity_lora(0.5), dropout), torch.rand(8, 16) + 0.5
 
     def draw(seed):
         torch.manual_seed(seed)
@@ -397,9 +409,9 @@ def test_dropout_follows_torchs_seed():
     assert torch.equal(a, again) and not torch.equal(a, b) and not torch.equal(a, other)
 
 
-@pytest.mark.native
-def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device_is():
-    ours, x = operated(identity_lora(0.5)), torch.rand(8, 16) + 0.5
+@REDRAWN_AND_STOCK
+def test_it_draws_on_the_cpu_whatever_the_default_device_is(dropout):
+    ours, x = operated(identity_lora(0.5), dropout), torch.rand(8, 16) + 0.5
     torch.manual_seed(1)
     expected = ours(x)
     torch.manual_seed(1)
@@ -407,18 +419,21 @@ def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device_is():
         assert torch.equal(ours(x), expected)
 
 
-@pytest.mark.native
-def test_no_mask_is_kept():
-    ours, x = operated(peft_linear(BF16, F32, dropout=0.5)), torch.randn(100, 48).to(BF16)
-    assert kept(lambda: ours(x))[0] == x.nbytes + 100 * 4 * 4
+@REDRAWN_AND_STOCK
+def test_no_mask_is_kept(dropout):
+    ours, x = operated(peft_linear(BF16, F32, dropout=0.5), dropout), torch.randn(100, 48).to(BF16)
+    state = torch.get_rng_state().nbytes if dropout == "stock" else 0
+    assert kept(lambda: ours(x))[0] == x.nbytes + 100 * 4 * 4 + state
+    ours.lora_A["default"].requires_grad_(False)
+    assert kept(lambda: ours(x))[0] == 100 * 4 * 4  # B needs no draws
 
 
-@pytest.mark.native
+@REDRAWN_AND_STOCK
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_dropout_in_a_checkpoint(reentrant):
-    """The recompute restores torch's generator, so it draws the seeds of the first forward."""
+def test_dropout_in_a_checkpoint(reentrant, dropout):
+    """The recompute restores torch's generator, so it draws as the first forward did."""
     stock = lora_llama(F32, dropout=0.3)
-    plain, checkpointed = ours_llama(stock), ours_llama(stock)
+    plain, checkpointed = (ours_llama(stock, dropout=dropout) for _ in range(2))
     checkpointed.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     torch.manual_seed(7)
@@ -430,6 +445,447 @@ def test_dropout_in_a_checkpoint(reentrant):
     assert loss == again != other
     for name, want in grads.items():
         torch.testing.assert_close(checkpointed_grads[name], want, rtol=1e-5, atol=1e-7)
+
+
+# ---- dropout="stock": the draws are PyTorch's
+
+
+def as_seeded(layer, x, seed=7, **context):
+    """As `run`, from a seed, and the next random number."""
+    torch.manual_seed(seed)
+    return run(layer, x, **context) | {"next": torch.rand(3)}
+
+
+def with_dropouts(base_dtype=F32, dtype=F32, ps=(0.25, 0.0, 0.6), **config):
+    """Several active adapters, each with a dropout of its own."""
+    names = tuple(f"a{i}" for i in range(len(ps)))
+    layer = peft_linear(base_dtype, dtype, adapters=names, **config)
+    for name, p in zip(names, ps, strict=True):
+        layer.lora_dropout[name] = nn.Dropout(p) if p else nn.Identity()
+    return layer.train()
+
+
+SHAPES = {
+    "rows": lambda: torch.randn(9, 48),
+    "tiles": lambda: torch.randn(2 * TILE + 3, 48),
+    "batch": lambda: torch.randn(2, 5, 48),
+    "vector": lambda: torch.randn(48),
+    "transposed": lambda: torch.randn(48, 6).t(),
+    "length first": lambda: torch.randn(5, 2, 48).transpose(0, 1),
+    "strided": lambda: torch.randn(5, 96)[:, ::2],
+    "expanded": lambda: torch.randn(1, 48).expand(5, 48),
+}
+
+
+@pytest.mark.parametrize("base_dtype, dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dropout_draws_what_peft_draws(base_dtype, dtype, shape):
+    layer = with_dropouts(base_dtype, dtype)
+    torch.manual_seed(3)
+    x = SHAPES[shape]().to(base_dtype)
+    assert_equal(as_seeded(operated(layer), x), as_seeded(layer, x))
+
+
+@pytest.mark.parametrize("x_dtype", [F32, BF16], ids=str)
+def test_dropout_draws_what_peft_draws_under_autocast(x_dtype):
+    layer, x = with_dropouts(), torch.randn(3, 50, 48).to(x_dtype)
+    ours, theirs = as_seeded(operated(layer), x, dtype=BF16), as_seeded(layer, x, dtype=BF16)
+    assert torch.equal(ours["next"], theirs["next"])
+    for name in ("y", "dx"):
+        assert (ours[name] - theirs[name]).norm() <= 2**-8 * theirs[name].norm(), name
+
+
+def test_nothing_is_drawn_where_stock_draws_nothing():
+    layer = with_dropouts(ps=(0.5, 0.5))
+    ours, x = operated(layer), torch.randn(4, 48)
+    for change in (
+        lambda m: m.lora_dropout["a0"].eval(), lambda m: setattr(m.lora_dropout["a1"], "p", 0.0), lambda m: m.train(),
+        lambda m: setattr(m.lora_dropout["a1"], "p", 0.1), lambda m: m.set_adapter("a1"), lambda m: m.eval(),
+    ):  # fmt: skip
+        change(ours), change(layer)
+        assert_equal(as_seeded(ours, x), as_seeded(layer, x))
+        with torch.no_grad():
+            assert_equal(*({"y": m(x), "next": torch.rand(2)} for m in (ours, layer) if torch.manual_seed(1)))
+    ours.train(), layer.train()
+    empty = torch.empty(0, 48)
+    assert torch.equal(as_seeded(ours, empty)["next"], as_seeded(layer, empty)["next"])
+
+
+def test_dropout_may_go_through_its_backward_twice_and_late():
+    layer, x = with_dropouts(), torch.randn(2, 9, 48)
+    ours, want = operated(layer), None
+    want = as_seeded(layer, x)
+    torch.manual_seed(7)
+    x = x.clone().requires_grad_()
+    y = ours(x)
+    for _ in range(2):
+        torch.rand(5)
+        before = torch.get_rng_state()
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.testing.assert_close(dx, want["dx"])
+
+
+def test_dropout_of_x_that_needs_no_gradient_and_of_frozen_a():
+    layer = with_dropouts()
+    layer.lora_A["a0"].requires_grad_(False)
+    for need_x in (False, True):
+        grads = []
+        for m in (operated(layer), layer):
+            torch.manual_seed(7)
+            x = torch.randn(9, 48).requires_grad_(need_x)
+            m.zero_grad()
+            m(x).square().sum().backward()
+            grads.append([p.grad for p in (x, *m.parameters()) if p.grad is not None])
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_dropout_in_a_checkpoint_is_pefts(preserve):
+    """Without preserve_rng_state the recompute draws anew, and so does everything that the backward uses."""
+    layer = with_dropouts(ps=(0.3, 0.5))
+    made = []
+    for m in (operated(layer), layer):
+        torch.manual_seed(5)
+        m.zero_grad()
+        x = torch.randn(9, 48, requires_grad=True, generator=torch.Generator().manual_seed(1))
+        y = torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False, preserve_rng_state=preserve)
+        torch.rand(3)
+        y.square().sum().backward()
+        made.append([y.detach(), x.grad, *(p.grad for p in m.parameters() if p.grad is not None), torch.rand(2)])
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-5)
+
+
+def test_draws_of_other_threads_do_not_come_between():
+    """The gradient is that of the mask of the forward, whoever draws from the same generator meanwhile."""
+    ours, done = operated(identity_lora(0.5)), threading.Event()
+
+    def draw():
+        while not done.is_set():
+            torch.rand(7)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(50):
+            x = (torch.rand(64, 16) + 0.5).requires_grad_()
+            y = ours(x) - ours.base_layer(x)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            assert torch.equal(dx.abs() > 0.1, y.abs() > 1e-3)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_the_draws_survive_hooks_that_move_what_is_saved():
+    layer, x = with_dropouts(), torch.randn(5, 2, 48).transpose(0, 1)
+    ours, want = operated(layer), as_seeded(layer, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):  # strides are lost
+        assert_equal(as_seeded(ours, x), want)
+
+
+class LikeFourBitUnderAutocast(LikeFourBit):
+    """PEFT's layers beside bitsandbytes cast x under no autocast only: dropout gets it as it is."""
+
+    def forward(self, x):
+        y = self.base_layer(x).clone()
+        for name in self.active_adapters:
+            a, b, dtype = self.lora_A[name], self.lora_B[name], y.dtype
+            casts = not torch.is_autocast_enabled("cpu")
+            x = x.to(a.weight.dtype) if casts else x
+            y = y + (b(a(self.lora_dropout[name](x))) * self.scaling[name]).to(dtype)
+        return y
+
+
+@pytest.mark.parametrize("kind", [LikeFourBit, LikeFourBitUnderAutocast])
+def test_the_dtype_in_which_x_is_dropped_is_found(kind):
+    """1 / (1 - p) is rounded to it: 1.0703125 in bfloat16 for 1.0714285."""
+    layer = identity_lora(1 / 15)
+    layer.__class__ = kind
+    ours, x, y = operated(layer), torch.ones(64, 16, dtype=BF16), []
+    for m in (ours, layer):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", BF16):
+            y.append(masks(m, x))
+    assert torch.equal(*y)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dropout_input_draws_what_dropout_draws(dtype, shape):
+    x = SHAPES[shape]().to(F32).add(10).to(F32)
+    for cast in (False, True):
+        x = x if cast else x.to(dtype)
+        seen = x.to(dtype)
+        torch.manual_seed(2)
+        want = [F.dropout(seen, 0.3), F.dropout(seen, 0.05)]
+        after = torch.get_rng_state()
+        torch.manual_seed(2)
+        drawn = DropoutInput.of(x, dtype)
+        made, state = drawn.draw([0.3, 0.0, 0.05])
+        assert torch.equal(torch.get_rng_state(), after) and made[1] is None
+        again = drawn.draw_again([0.3, 0.0, 0.05], state)
+        rows = seen.reshape(-1, seen.shape[-1])
+        for mask, same, y in zip(made[::2], again[::2], want, strict=True):
+            assert torch.equal(mask.kept, same.kept) and mask.kept.element_size() == 1
+            assert torch.equal(mask.times(rows, 0), y.reshape(rows.shape))
+
+
+@pytest.mark.parametrize("rank_pattern", [{}, {"q_proj": 2}])
+def test_a_model_trains_with_dropout_as_stock(rank_pattern):
+    stock = lora_llama(F32, dropout=0.1, rank_pattern=rank_pattern)
+    ours, got = copy.deepcopy(stock), []
+    unswag.apply_unswag_surgery(ours)
+    data = batch(33, rows=2)
+    for m in (ours.train(), stock.train()):
+        torch.manual_seed(1)
+        loss, grads = step(m, data)
+        got.append((loss, grads, torch.rand(3)))
+    (loss, grads, after), (stock_loss, stock_grads, stock_after) = got
+    assert abs(loss - stock_loss) <= 3e-6 * stock_loss and torch.equal(after, stock_after)
+    for name, want in stock_grads.items():
+        assert (grads[name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+# ---- an output edited in place
+
+
+@pytest.mark.parametrize("ps", [(0.0,), (0.3, 0.5), ()], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 48), (5, 48), (1, 48)], ids=str)
+def test_the_output_can_be_edited_in_place(ps, shape):
+    layer = with_dropouts(ps=ps or (0.0,))
+    if not ps:
+        layer.set_adapter([])
+    ours = operated(layer)
+    assert_trains_as(layer, ours, shape)
+    for edit in EDITS.values():
+        grads = []
+        for m in (layer, ours):
+            m.zero_grad()
+            train(m, edit, shape)
+            grads.append([p.grad for p in m.parameters() if p.grad is not None])
+        if not grads[0]:  # stock raises
+            continue
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_output_lies_in_memory_as_stocks(shape):
+    layer, x = peft_linear(), SHAPES[shape]()
+    ours, theirs = operated(layer)(x), layer(x)
+    assert (ours.stride(), ours.is_contiguous(), ours._is_view()) == (
+        theirs.stride(),
+        theirs.is_contiguous(),
+        theirs._is_view(),
+    )
+
+
+class Clipped(nn.Module):
+    """As OLMo with clip_qkv."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 1)
+
+    def forward(self, x):
+        y = self.fc(x)
+        y += x
+        y[:, 0] = 0.0
+        y.mul_(2.0).clamp_(-1.5, 1.5)
+        return self.out(y).square().mean()
+
+
+def test_a_model_that_edits_what_a_linear_returns():
+    torch.manual_seed(0)
+    stock = get_peft_model(Clipped(), LoraConfig(r=4, target_modules=["fc"], lora_dropout=0.1))
+    draw_b(stock)
+    ours, x, grads = copy.deepcopy(stock), torch.randn(2, 5, 32), []
+    unswag.apply_unswag_surgery(ours)
+    for m in (ours.train(), stock.train()):
+        torch.manual_seed(1)
+        m(x).backward()
+        grads.append([p.grad for p in m.parameters() if p.grad is not None])
+    torch.testing.assert_close(*grads)
+
+
+# ---- what users of PEFT do after the surgery
+
+
+def quietly(function):
+    """With each warning of ours an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="unswag")
+        return function()
+
+
+LATER = {
+    "add": lambda m, d: m.add_adapter("two", LoraConfig(r=3, lora_alpha=9, lora_dropout=0.4, target_modules="all-linear")),
+    "draw": lambda m, d: [draw_again(p) for n, p in m.named_parameters() if ".two." in n],
+    "set": lambda m, d: m.set_adapter("two"),
+    "both": lambda m, d: m.base_model.set_adapter(["default", "two"]),
+    "rslora": lambda m, d: m.add_adapter("rs", LoraConfig(r=2, use_rslora=True, lora_bias=False, target_modules=["q_proj"])),
+    "scale": lambda m, d: [layer.scale_layer(0.5) for layer in lora_layers(m)],
+    "unscale": lambda m, d: [layer.unscale_layer() for layer in lora_layers(m)],
+    "set_scale": lambda m, d: [layer.set_scale("two", 3.0) for layer in lora_layers(m) if "two" in layer.lora_A],
+    "frozen": lambda m, d: [p.requires_grad_(False) for n, p in m.named_parameters() if "lora_A.two" in n],
+    "merge": lambda m, d: m.merge_adapter(),
+    "unmerge": lambda m, d: m.unmerge_adapter(),
+    "save": lambda m, d: m.save_pretrained(d, selected_adapters=["two"]),
+    "delete": lambda m, d: m.delete_adapter("two"),
+    "load": lambda m, d: m.load_adapter(d / "two", "again", is_trainable=True),
+    "set again": lambda m, d: m.set_adapter("again"),
+    "dropout": lambda m, d: [d.__setattr__("p", 0.2) for n, d in m.named_modules() if n.endswith("lora_dropout.again")],
+    "default": lambda m, d: m.set_adapter("default"),
+}
+
+
+def draw_again(p):
+    with torch.no_grad():
+        p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.shape[0])))
+
+
+def lora_layers(model):
+    return [m for m in model.modules() if isinstance(m, peft_lora.LoraLayer)]
+
+
+def test_peft_after_the_surgery(tmp_path):
+    stock = lora_llama(F32, dropout=0.1)
+    ours, data = copy.deepcopy(stock), batch(12)
+    unswag.apply_unswag_surgery(ours)
+
+    def compare(change):
+        got = []
+        for m in (ours, stock):
+            m.train()
+            torch.manual_seed(1)
+            loss, grads = quietly(lambda: step(m, data))  # noqa: B023
+            got.append((loss, grads, torch.rand(3)))
+        (loss, grads, after), (stock_loss, stock_grads, stock_after) = got
+        assert abs(loss - stock_loss) <= 1e-5 * stock_loss and torch.equal(after, stock_after), change
+        assert grads.keys() == stock_grads.keys(), change
+        whole = sum(want.norm().square() for want in stock_grads.values()).sqrt()
+        for name, want in stock_grads.items():
+            assert (grads[name] - want).norm() <= 3e-4 * want.norm() + 1e-6 * whole, (change, name)
+
+    compare("nothing")
+    for name, change in LATER.items():
+        for which, m in (("ours", ours), ("stock", stock)):
+            torch.manual_seed(2)
+            change(m, tmp_path / which)
+        if name not in ("merge", "save", "delete"):  # merged adapters have no gradient; after delete nothing is active
+            compare(name)
+    with ours.disable_adapter(), stock.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(ours(**data).loss, stock(**data).loss)
+    assert isinstance(ours, PeftModel)
+    merged, stock_merged = ours.eval().merge_and_unload(), stock.eval().merge_and_unload()
+    assert not lora_layers(merged)
+    torch.testing.assert_close(merged(**data).loss, stock_merged(**data).loss)
+
+
+def hook(m):
+    m.lora_A["a0"].register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def bring_forward(m):
+    b = m.lora_B["a0"]
+    b.forward = lambda x: 3 * nn.functional.linear(x, b.weight)
+
+
+def in_place(m):
+    m.lora_dropout["a0"] = nn.Dropout(0.5, inplace=True)
+
+
+def another_dropout(m):
+    m.lora_dropout["a0"] = nn.AlphaDropout(0.5)
+
+
+def parametrize(m):
+    torch.manual_seed(0)
+    nn.utils.parametrizations.weight_norm(m.lora_A["a0"])
+
+
+def learn_the_scaling(m):
+    m.scaling["a0"] = torch.tensor(0.7)
+
+
+def swap_the_class(m):
+    m.lora_B["a0"].__class__ = type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+
+
+@pytest.mark.parametrize(
+    "change", [hook, bring_forward, in_place, another_dropout, parametrize, learn_the_scaling, swap_the_class]
+)
+def test_an_adapter_that_is_no_longer_plain_runs_as_pefts_own_and_says_so(change):
+    layer = with_dropouts(ps=(0.3,))
+    ours, x = operated(layer), torch.randn(6, 48)
+    change(ours), change(layer)
+    with pytest.warns(UserWarning, match="runs its own forward, because its adapter 'a0'"):
+        have = as_seeded(ours, x)
+    want = as_seeded(layer, x)
+    assert all(torch.equal(have[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m, "base_layer", nn.Sequential(nn.Linear(48, 40), nn.Dropout(0.5))),
+    lambda m: m.base_layer.register_forward_hook(lambda module, args, y: y + 1),
+    lambda m: m.to(torch.bfloat16), lambda m: m.to(torch.float64), lambda m: m.base_layer.to(torch.bfloat16),
+    lambda m: m.lora_dropout.update({"a0": nn.Identity()}), lambda m: m.scaling.update(a0=-2.5),
+    lambda m: m.lora_A["a0"].weight.data.mul_(2), lambda m: m.lora_dropout["a0"].register_module("extra", nn.Identity()),
+], ids=str)  # fmt: skip
+def test_what_changes_later_is_seen(change):
+    layer = with_dropouts(ps=(0.3, 0.5))
+    ours = operated(layer)
+    for m in (ours, layer):
+        torch.manual_seed(4)
+        change(m)
+    x = torch.randn(6, 48).to(next(layer.base_layer.parameters()).dtype)
+    layer.train(), ours.train()
+    assert_equal(quietly(lambda: as_seeded(ours, x)), as_seeded(layer, x))
+
+
+def test_without_a_cast_of_x_dtypes_must_fit_as_in_stock():
+    layer = peft_linear(BF16, F32)
+    ours, x = operated(layer), torch.randn(6, 48, dtype=BF16)
+    for m in (ours, layer):
+        m.cast_input_dtype_enabled = False
+        with pytest.raises(RuntimeError, match="dtype"):
+            m(x)
+
+
+def test_copies_and_replicas_run_on_their_own_weights():
+    layer = with_dropouts(ps=(0.3,))
+    ours, x = operated(layer), torch.randn(6, 48)
+    deep, shallow = copy.deepcopy(ours), copy.copy(ours)
+    replica = ours._replicate_for_data_parallel()
+    for made in (deep, shallow, replica):
+        other = copy.deepcopy(layer)
+        draw_again(other.lora_B["a0"].weight)
+        if made is replica:  # parameters are plain tensors there
+            made._modules = {k: copy.copy(v) for k, v in made._modules.items()}
+            made.lora_B = nn.ModuleDict({"a0": ours.lora_B["a0"]._replicate_for_data_parallel()})
+            made.lora_B["a0"].weight, made.lora_B["a0"].bias = other.lora_B["a0"].weight.clone(), None
+        else:
+            made.lora_B = other.lora_B
+        torch.manual_seed(1)
+        y = made(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, other(x))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_forward_mode_and_functional_calls_run_pefts_own(p):
+    layer = with_dropouts(ps=(p,))
+    ours, x, v = operated(layer), torch.randn(4, 48), torch.randn(4, 48)
+    made = []
+    for m in (ours, layer):
+        torch.manual_seed(1)
+        with torch.autograd.forward_ad.dual_level():
+            made.append(torch.autograd.forward_ad.unpack_dual(m(torch.autograd.forward_ad.make_dual(x, v))))
+    torch.testing.assert_close(*made)
+    weights = {n: (2 * w).detach() for n, w in layer.named_parameters()}
+    made = [torch.func.functional_call(m, weights, x) for m in (ours, layer) if torch.manual_seed(1)]
+    torch.testing.assert_close(*made)
 
 
 # ---- add_lora by itself
@@ -511,11 +967,13 @@ def test_torch_func_and_compile_run_pefts_own():
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_dropout_in_a_cuda_graph_is_pefts_own(p, monkeypatch):
     module = operated(identity_lora(p))
+    proof = Proof(Candidate("", module))
+    monkeypatch.setattr("unswag.torch.patterns.lora.is_plain", lambda _: True)
     x = types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert _ordinary(module, x) == (not capturing or p == 0)
-    assert _ordinary(module.eval(), x)
+        assert _ordinary(module, x, proof) == (not capturing or p == 0)
+    assert _ordinary(module.eval(), x, proof)
 
 
 @pytest.mark.parametrize("cols", [0, 1, 2048, 14336, 1 << 23])
