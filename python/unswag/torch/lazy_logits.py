@@ -146,7 +146,9 @@ class Deferral:
 
     def make(self, use: str) -> None:
         """Makes the logits, and all that derives from them and is still held."""
-        alive = [lazy for lazy in (ref() for ref in self.lazies) if lazy is not None and lazy._node.made is None]
+        held = [ref() for ref in self.lazies]
+        alive = [lazy for lazy in held if isinstance(lazy, LazyLogits) and lazy._node.made is None]
+        del held
         if not alive:
             return
         self.check()

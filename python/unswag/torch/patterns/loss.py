@@ -257,7 +257,7 @@ def _real_because(head: nn.Module, state: _State) -> str | None:
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     if foreign := [mode for mode in modes if not isinstance(mode, _HARMLESS_MODES)]:
         return f"the mode {type(foreign[0]).__name__}"
-    if _code(head) != state.code or (state.linear and not _is_linear(head)):
+    if _code(head) != state.code:
         return "another output embedding than at the surgery"
     if (reason := _cannot_be_lazy(head, state.linear)) is not None:
         return f"an output embedding that cannot wait: {reason}"
