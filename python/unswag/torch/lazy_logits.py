@@ -158,7 +158,7 @@ class Deferral:
             for lazy, node in zip(alive, nodes, strict=True):
                 made = node.value()
                 if node.foreign:
-                    made = _Attached.apply(lazy, made.detach().clone())
+                    made = _Attached.apply(lazy, made.detach())
                 for hook in node.hooks:
                     made.register_hook(hook)
                 if not self.consumed and node.data is None and _use_count(lazy) == _use_count(made) == 1:
@@ -281,11 +281,11 @@ class _Again(torch.autograd.Function):
 
 
 class _Attached(torch.autograd.Function):
-    """`data`, at the place in the graph that somebody else's autograd.Function gave a lazy tensor."""
+    """A copy of `data`, at the place in the graph that somebody else's autograd.Function gave a lazy tensor."""
 
     @staticmethod
     def forward(ctx: Any, lazy: Tensor, data: Tensor) -> Tensor:
-        return data
+        return data.clone()
 
     @staticmethod
     @once_differentiable(sources_are_saved=False)
@@ -446,7 +446,9 @@ _PROPERTIES = (
     "shape dtype device ndim requires_grad is_leaf layout grad_fn output_nr retains_grad itemsize nbytes is_cpu is_cuda is_meta "
     "is_mps is_xpu is_nested is_mkldnn is_quantized is_sparse is_sparse_csr"
 )
-_METHODS = "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size __len__ get_device"
+_METHODS = (
+    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size __len__ get_device"
+)
 _METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
 _METADATA |= {getattr(Tensor, name) for name in _METHODS.split()}
 _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, Tensor.is_inference}

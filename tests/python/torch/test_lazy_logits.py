@@ -7,6 +7,7 @@ import copy
 import gc
 import inspect
 import io
+import os
 import pickle
 import types
 import warnings
@@ -289,7 +290,9 @@ def test_what_is_an_error(models):
     passes by __torch_function__ has no place in the graph of an edit."""
     places = ("beside the loss", "inside")
     errors = {(use, where) for use in USES for where in places if isinstance(result(USES[use], where, models[1]), RuntimeError)}
-    waiting = {(use, "beside the loss") for use in ("hooked", "retained", "gradient_penalty", "penalised_rows", "before_a_function")}
+    waiting = {
+        (use, "beside the loss") for use in ("hooked", "retained", "gradient_penalty", "penalised_rows", "before_a_function")
+    }
     stocks = {(use, where) for use in ("after_a_function_that_keeps", "gradient_penalty") for where in places}
     assert errors == waiting | stocks | {("after_a_function", where) for where in places}
 
@@ -524,7 +527,12 @@ class Strange(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("draws", "draws random"), ("counts", "changes its buffers"), ("mixes", "other rows"), ("raises", "cannot be tried \\(KeyError")],
+    [
+        ("draws", "draws random"),
+        ("counts", "changes its buffers"),
+        ("mixes", "other rows"),
+        ("raises", "cannot be tried \\(KeyError"),
+    ],
 )
 def test_a_head_that_is_another_on_chunks_is_left(how, reason):
     model = make()
@@ -613,3 +621,132 @@ def test_without_gradients_the_loss_has_none():
     model, _ = returned()
     with lazy(model) as logits, torch.no_grad():
         assert not model.loss_function(logits, LABELS, V).requires_grad
+
+
+# ---- with others ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('gloo')}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+OF_OUTPUTS = {
+    "loss": lambda out: out.loss,
+    "both": lambda out: out.loss + out.logits.logsumexp(-1).mean(),
+    "logits": lambda out: out.logits.logsumexp(-1).mean(),
+    "edited": lambda out: out.loss + ce(out.logits.mul_(2)),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="gloo with a file store")
+@pytest.mark.filterwarnings("ignore:unswag")
+@pytest.mark.parametrize("cast", [False, True], ids=["", "cast to float32"])
+@pytest.mark.parametrize("use", OF_OUTPUTS)
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_distributed_data_parallel(options, use, cast, models, one_rank):
+    """Its reducer looks for parameters in the graph of the outputs, and its sink, a function, passes them on."""
+
+    def run(model):
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        if cast:
+            forward = wrapped.module.forward
+            vars(model)["forward"] = lambda **inputs: type(out := forward(**inputs))(loss=out.loss, logits=out.logits.double())
+        try:
+            for _ in range(2):
+                wrapped.zero_grad()
+                out = wrapped(input_ids=IDS, labels=LABELS)
+                OF_OUTPUTS[use](out).backward()
+        finally:
+            vars(model).pop("forward", None)
+        return {n: p.grad.clone() for n, p in model.named_parameters()}, out.logits
+
+    made = materialised(models[1]).total()
+    (want, theirs), (got, mine) = map(run, models)
+    assert_close(got, want, 1e-5)
+    torch.testing.assert_close(mine.detach().clone(), theirs.detach())
+    assert use != "loss" or materialised(models[1]).total() == made + 1  # by the comparison
+
+
+@pytest.mark.filterwarnings("ignore:unswag")
+def test_accelerates_operations():
+    from accelerate import Accelerator
+    from accelerate.utils import convert_outputs_to_fp32
+    from accelerate.utils.operations import concatenate, pad_across_processes, recursively_apply
+
+    model, out = returned()
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+    accelerator = Accelerator(cpu=True)
+    logits = pad_across_processes(accelerator.gather_for_metrics({"logits": out.logits.detach()}), dim=1)["logits"]
+    assert torch.equal(logits, want) and torch.equal(concatenate([out.logits, out.logits]).detach(), torch.cat([want, want]))
+    assert torch.equal(recursively_apply(lambda t: t.detach() * 1, {"logits": out.logits})["logits"], want)
+    before = materialised(model).total()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = convert_outputs_to_fp32(model.forward)(input_ids=IDS, labels=LABELS)
+    assert isinstance(out.logits, LazyLogits) and out.logits.dtype == torch.float32 and materialised(model).total() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="gloo with a file store")
+@pytest.mark.filterwarnings("ignore:unswag")
+@pytest.mark.parametrize("use", ["loss", "both", "logits"])
+def test_fully_sharded(use, one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make()
+    OF_OUTPUTS[use](model(input_ids=IDS, labels=LABELS)).backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    patch(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    out = model(input_ids=IDS, labels=LABELS)
+    assert isinstance(out.logits, LazyLogits)
+    OF_OUTPUTS[use](out).backward()
+    assert_close({n: p.grad.full_tensor() for n, p in model.named_parameters()}, want, 1e-5)
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"], ["lm_head"]], ids=str)
+def test_a_tied_head_that_peft_saves(saved):
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True
+    )
+    model = get_peft_model(make("llama tied"), settings).train()
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    _, out = returned(model)
+    out.loss.backward()
+    assert_close({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, want, 1e-5)
+
+
+def test_prompt_tuning_lengthens_the_labels():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(make(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).train()
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    _, out = returned(model)
+    assert out.logits.shape == (2, 22, V)
+    out.loss.backward()
+    assert_close({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "weight_norm"])
+def test_surgery_does_not_read_a_parametrized_head(name):
+    model = make()
+    getattr(nn.utils.parametrizations, name)(model.lm_head)
+    before = {k: b.clone() for k, b in model.named_buffers()}
+    left = patch(model)
+    assert len(left) == 1 and "parametrized" in left[0]
+    assert all(torch.equal(b, before[k]) for k, b in model.named_buffers())

@@ -131,11 +131,14 @@ def materialised(model: nn.Module) -> Counter[str]:
 # ---- the probe ----------------------------------------------------------------------------------------------------------
 
 
-def _classes(head: Any) -> int | None:
-    classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(getattr(head, "weight", None), Tensor):
-        classes = head.weight.shape[0]
-    return classes
+def _sizes(head: Any) -> tuple[int | None, int | None]:
+    """(classes, H)."""
+    shapes = [tuple(p.shape) for p in head.parameters() if p.ndim == 2]
+    parts = [m for m in head.modules() if hasattr(m, "in_features")]
+    classes = getattr(head, "out_features", None) or (shapes[0][0] if shapes and not parts else None)
+    width = parts[0].in_features if parts else next((shape[1] for shape in shapes), None)
+    turned = (classes, width) not in shapes and (width, classes) in shapes  # so PEFT writes them for a tied head to be saved
+    return (width, classes) if turned else (classes, width)
 
 
 def _is_linear(head: Any) -> bool:
@@ -162,7 +165,7 @@ def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
         return "one of its parameters has a gradient hook, which would see each chunk"
     if any(isinstance(m, _DropoutNd) and m.p > 0 for m in head.modules()):
         return "it has dropout, and chunks would draw in another order"
-    if _classes(head) is None:
+    if None in _sizes(head):
         return f"a {type(head).__name__} does not say how many classes it has"
     return no_kernel(*head.parameters())
 
@@ -171,14 +174,14 @@ def _probe_head(head: Any, linear: bool) -> str | None:
     """The head makes [2, classes] of two random rows, of each row by itself what it makes of both, of the rows' dtype, without a
     draw and without a trace; and, if the chunks are to use its weight, just what F.linear makes."""
     floating = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
-    width = getattr(head, "in_features", None) or floating.shape[-1]
-    x = torch.randn(2, width, device=floating.device).to(floating.dtype)
+    classes, width = _sizes(head)
+    x = torch.randn(2, width or 0, device=floating.device).to(floating.dtype)
     twin = _twin(head).train()
     buffers, drawn = [b.clone() for b in twin.buffers()], torch.get_rng_state()
     with torch.no_grad():
         logits = twin(x)
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, _classes(head)):
-            return f"it makes {tuple(getattr(logits, 'shape', ()))} from 2 rows, not {(2, _classes(head))}"
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
+            return f"it makes {tuple(getattr(logits, 'shape', ()))} from 2 rows, not {(2, classes)}"
         if linear and not torch.equal(logits, F.linear(x, head.weight, head.bias)):
             return "it is a Linear that does not compute x weight^T + bias"
         if not all(map(torch.equal, twin.buffers(), buffers)):
@@ -186,7 +189,9 @@ def _probe_head(head: Any, linear: bool) -> str | None:
         if not torch.equal(torch.get_rng_state(), drawn):
             return "its forward draws random numbers, and chunks would draw in another order"
         apart = torch.cat([twin(x[:1]), twin(x[1:])])
-        if (apart - logits).float().norm() > 0.01 * logits.float().norm():  # roundings are far below, another function far above
+        if (
+            apart - logits
+        ).float().norm() > 0.01 * logits.float().norm():  # roundings are far below, another function far above
             return "what it makes of a row depends on the other rows"
     return None
 
@@ -226,9 +231,8 @@ def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return stock(self, hidden)
     linear = (self.weight, self.bias) if state.linear else None
     depends = dict if state.linear else functools.partial(_depends_on, self)
-    head = Head(
-        functools.partial(stock, self), tuple(self.parameters()), _classes(self) or 0, linear, _dtype(self, state, hidden), depends, state.notes
-    )
+    call, classes = functools.partial(stock, self), self.weight.shape[0] if state.linear else _sizes(self)[0]
+    head = Head(call, tuple(self.parameters()), classes or 0, linear, _dtype(self, state, hidden), depends, state.notes)
     return defer(head, hidden, frame)
 
 
