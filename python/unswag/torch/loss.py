@@ -7,8 +7,8 @@ The forward visits the rows once.  For each chunk it makes the logits, lets the 
 and at once turns that into dhidden and dweight; the backward only scales these by the incoming gradient.  Rows whose label is
 `ignore_index` are left out altogether: their gradient is zero.
 
-`LazyLogits` stands for the logits of a model in training, so that Hugging Face's `model.loss_function` can do the same
-(patterns/loss.py).
+lazy_logits.py does the same for the logits of a model in training.  Under transforms of torch.func and in forward mode the loss
+is the formula above, with logits: `_formula`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import contextlib
 import contextvars
 import functools
 import math
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from unswag.torch import ops, stash
 from unswag.torch.autograd import once_differentiable
@@ -90,11 +87,17 @@ def linear_cross_entropy(
     each only if its gradient is asked for; for "none": hidden, weight and labels by reference, and the backward makes the
     logits again.  dweight of 16-bit products is summed in float32.
 
-    Raises ValueError for shapes that do not fit, a label out of range (with its position), an unknown reduction; TypeError for
-    dtypes; NotImplementedError for tensor subclasses such as a sharded DTensor.
+    Under transforms of torch.func and in forward mode the logits are made, by PyTorch's own functions, and any derivative works.
+    Elsewhere a second derivative is a NotImplementedError.
+
+    Raises ValueError for shapes that do not fit, a label out of range (with its position; not under torch.func), an unknown
+    reduction, a `class_weight` or `num_items` that requires grad; TypeError for dtypes; NotImplementedError for tensor
+    subclasses such as a sharded DTensor.
     """
     options = LossOptions(ignore_index, label_smoothing, softcap, logit_scale, class_weight, reduction, num_items, chunk_rows)
     _check(hidden, weight, labels, bias, options)
+    if _is_transformed(hidden, weight, bias):
+        return _formula(F.linear(hidden, weight, bias), labels, options)
     make = functools.partial(_LinearSweep, _product_dtype(hidden))
     return _loss(make, hidden, labels, options, (weight, bias))
 
@@ -116,6 +119,8 @@ def head_cross_entropy(
     if options.reduction == "none":
         raise ValueError('head_cross_entropy: reduction "none" is not supported; use "mean" or "sum"')
     _check_labels(hidden, labels, classes, options)
+    if _is_transformed(hidden, *parameters):
+        return _formula(head(hidden), labels, options)
     make = functools.partial(_HeadSweep, head, classes)
     return _loss(make, hidden, labels, options, parameters)
 
@@ -184,6 +189,11 @@ def _check_labels(hidden: Tensor, labels: Tensor, classes: int, options: LossOpt
         raise ValueError(f'num_items goes with reduction "mean", not "{options.reduction}"')
     if options.chunk_rows is not None and options.chunk_rows < 1:
         raise ValueError(f"chunk_rows is {options.chunk_rows}; it must be at least 1")
+    for name, constant in (("class_weight", options.class_weight), ("num_items", options.num_items)):
+        if isinstance(constant, Tensor) and (_has_tangent(constant) or (torch.is_grad_enabled() and constant.requires_grad)):
+            raise ValueError(
+                f"{name} requires grad, and the loss has no gradient for it; pass {name}.detach(), or use F.cross_entropy on logits"
+            )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels have dtype {labels.dtype}; integers are needed")
     if labels.shape != hidden.shape[:-1]:
@@ -191,7 +201,21 @@ def _check_labels(hidden: Tensor, labels: Tensor, classes: int, options: LossOpt
             f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}: one label per row of hidden is needed, "
             f"{tuple(hidden.shape[:-1])}"
         )
-    check_labels(labels, classes, options.ignore_index)
+    if not _under_functorch():  # whose tensors have no values to look at
+        check_labels(labels, classes, options.ignore_index)
+
+
+def _under_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether other derivatives may be asked for than those that the chunks make."""
+    return _under_functorch() or any(map(_has_tangent, tensors))
 
 
 # ---- one sweep over the rows ----------------------------------------------------------------------------------------------
@@ -342,6 +366,23 @@ def _sweep(
     return losses
 
 
+def _formula(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+    """The loss as the head of this file writes it."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.logit_scale
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    shared = options.num_items is not None
+    loss = F.cross_entropy(
+        z.reshape(-1, z.shape[-1]),
+        labels.reshape(-1).long(),
+        None if options.class_weight is None else options.class_weight.to(z.dtype),
+        ignore_index=options.ignore_index,
+        reduction="sum" if shared else options.reduction,
+        label_smoothing=options.label_smoothing,
+    )
+    return loss / options.num_items if shared else loss.view(labels.shape) if options.reduction == "none" else loss
+
+
 def _denominator(labels: Tensor, options: LossOptions) -> float:
     if options.reduction != "mean":
         return 1.0
@@ -478,314 +519,3 @@ def keep_logits() -> Iterator[None]:
 
 def logits_are_kept() -> bool:
     return _keep_logits.get()
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output embedding as the chunks use it.
-
-    call        [..., H] -> [..., classes]: what the head's forward was before it became lazy
-    parameters  all parameters of the head
-    linear      (weight, bias) when `call` is F.linear with them and nothing else
-    notes       counts what made the logits after all
-    """
-
-    call: Callable[[Tensor], Tensor]
-    parameters: tuple[Tensor, ...]
-    classes: int
-    linear: tuple[Tensor, Tensor | None] | None
-    notes: Counter[str]
-
-
-class LazyLogits:
-    """head(hidden), with the elementwise chain and the slices that followed, of shape [..., classes]; not made yet.
-
-    `cross_entropy` consumes it in chunks.  Any other use makes the real logits (once, kept as long as this object, under the
-    autocast state in which the head was called), says so in one warning and counts it in `head.notes`.
-
-    Holds `hidden`.  Raises RuntimeError when hidden or a parameter of the head has been changed in place since.
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        hidden: Tensor,
-        *,
-        classes: int | None = None,
-        chain: tuple[tuple[str, Any], ...] = (),
-        like: LazyLogits | None = None,
-    ):
-        device = hidden.device.type
-        self._head, self._hidden, self._chain = head, hidden, chain
-        self._classes = head.classes if classes is None else classes
-        self._made: Tensor | None = None
-        if like is None:
-            self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            self._versions = [t._version for t in (hidden, *head.parameters)]
-        else:
-            self._autocast = like._autocast
-            # A slice of hidden is a view and shares its counter.
-            self._versions = like._versions
-        self.dtype = next((c for name, c in reversed(chain) if name == "to"), None) or (
-            self._autocast[1] if self._autocast[0] and hidden.dtype != torch.float64 else hidden.dtype
-        )
-
-    # -- what can be said without making them --
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self._hidden.shape[:-1], self._classes))
-
-    @property
-    def device(self) -> torch.device:
-        return self._hidden.device
-
-    @property
-    def ndim(self) -> int:
-        return self._hidden.ndim
-
-    @property
-    def requires_grad(self) -> bool:
-        return True
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return self._hidden.ndim
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        return True
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __repr__(self) -> str:
-        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-    # -- the chain --
-
-    def _then(self, name: str, constant: Any = None) -> LazyLogits:
-        chain = (*self._chain, (name, constant))
-        return LazyLogits(self._head, self._hidden, classes=self._classes, chain=chain, like=self)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._then("mul", other) if _is_number(other) else self.tensor("*") * other
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._then("div", other) if _is_number(other) else self.tensor("/") / other
-
-    def tanh(self) -> LazyLogits:
-        return self._then("tanh")
-
-    def float(self) -> LazyLogits:
-        return self.to(torch.float32)
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], torch.dtype) and args[0].is_floating_point and not kwargs:
-            return self if args[0] == self.dtype else self._then("to", args[0])
-        if len(args) == 1 and isinstance(args[0], (str, torch.device)) and torch.device(args[0]) == self.device and not kwargs:
-            return self
-        return self.tensor("to").to(*args, **kwargs)
-
-    def contiguous(self) -> LazyLogits:
-        return self
-
-    def view(self, *shape: Any) -> Any:
-        """Stays lazy as [rows, classes]."""
-        return self._as_rows("view", shape)
-
-    def reshape(self, *shape: Any) -> Any:
-        """As `view`."""
-        return self._as_rows("reshape", shape)
-
-    def _as_rows(self, how: str, shape: tuple[Any, ...]) -> Any:
-        rows, sizes = self.shape[:-1].numel(), tuple(shape[0]) if len(shape) == 1 and _is_sizes(shape[0]) else shape
-        if len(sizes) != 2 or sizes[0] not in (-1, rows) or sizes[1] != self._classes:
-            return getattr(self.tensor(how), how)(*shape)
-        self._check_unchanged()
-        hidden = self._hidden.reshape(rows, self._hidden.shape[-1])
-        out = LazyLogits(self._head, hidden, classes=self._classes, chain=self._chain, like=self)
-        out._versions = [hidden._version, *self._versions[1:]]  # a copy, where hidden is a slice, counts for itself
-        return out
-
-    def __getitem__(self, index: Any) -> Any:
-        index = index if isinstance(index, tuple) else (index,)
-        if all(isinstance(i, slice) or i is Ellipsis for i in index) and index.count(Ellipsis) <= 1:
-            if Ellipsis in index:
-                at = index.index(Ellipsis)
-                index = (*index[:at], *(slice(None),) * (self.ndim - len(index) + 1), *index[at + 1 :])
-            index = (*index, *(slice(None),) * (self.ndim - len(index)))
-            first, stop, step = index[-1].indices(self._classes)
-            if len(index) == self.ndim and first == 0 and step == 1 and stop > 0:
-                hidden = self._hidden[index[:-1]]
-                return LazyLogits(self._head, hidden, classes=stop, chain=self._chain, like=self)
-        return self.tensor("[]")[index]
-
-    # -- their uses --
-
-    def _check_unchanged(self) -> None:
-        now = [t._version for t in (self._hidden, *self._head.parameters)]
-        if now != self._versions:
-            what = "the hidden states" if now[0] != self._versions[0] else "the output embedding's weights"
-            raise RuntimeError(
-                f"unswag: these logits were not made during the forward, and {what} have been changed in place since (by an "
-                "optimizer step?), so they can no longer be; read outputs.logits before, or run the forward under "
-                "unswag.torch.loss.keep_logits()"
-            )
-
-    def tensor(self, use: str = "tensor()") -> Tensor:
-        """The real logits, with their graph."""
-        self._check_unchanged()
-        if self._made is None:
-            self._note(use)
-            enabled, dtype = self._autocast
-            with torch.enable_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-                logits = self._head.call(self._hidden)
-                if self._classes != self._head.classes:
-                    logits = logits[..., : self._classes]
-                for name, constant in self._chain:
-                    logits = getattr(logits, name)(*() if constant is None else (constant,))
-            self._made = logits
-        return self._made
-
-    def _note(self, use: str) -> None:
-        self._head.notes[use] += 1
-        if self._head.notes[use] == 1:
-            size = self.numel() * self.dtype.itemsize / 2**20
-            warnings.warn(
-                f"unswag: the logits of a training step were made in full ({size:,.1f} MiB): `{use}` was used on them. "
-                "Results are right; memory is saved when the model computes the loss itself from `labels`.",
-                stacklevel=3,
-            )
-
-    def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor | None:
-        """F.cross_entropy of these logits and labels [...] in chunks; `options` are LossOptions', softcap and scale aside.
-        None if the chain is not softcap tanh(scale logits / softcap), or if a head that is called is asked for each row's loss.
-        """
-        form = _softcap_and_scale(self._chain)
-        if form is None:
-            return None
-        chosen = LossOptions(softcap=form[0], logit_scale=form[1], **options)
-        if chosen.reduction == "none" and self._head.linear is None:
-            return None
-        self._check_unchanged()
-        enabled, dtype = self._autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-            if self._head.linear is not None:
-                weight, bias = self._head.linear
-                if self._classes != weight.shape[0]:
-                    weight, bias = weight[: self._classes], None if bias is None else bias[: self._classes]
-                make = functools.partial(_LinearSweep, _product_dtype(self._hidden))
-                _check(self._hidden, weight, labels, bias, chosen)
-                return _loss(make, self._hidden, labels, chosen, (weight, bias))
-            call = self._head.call if self._classes == self._head.classes else self._sliced_call
-            wanted = tuple(p for p in self._head.parameters if p.requires_grad)
-            return head_cross_entropy(call, wanted, self._classes, self._hidden, labels, options=chosen)
-
-    def _sliced_call(self, hidden: Tensor) -> Tensor:
-        return self._head.call(hidden)[..., : self._classes]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.tensor(name), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        if func is F.cross_entropy and isinstance(args[0], cls):
-            loss = _as_stock(*args, **(kwargs or {}))
-            if loss is not None:
-                return loss
-        method = _CHAIN.get(name)
-        if method is not None and not kwargs and isinstance(args[0], cls):
-            return getattr(args[0], method)(*args[1:])
-        real = lambda x: x.tensor(name) if isinstance(x, cls) else x  # noqa: E731
-        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
-
-
-def _as_stock(
-    logits: LazyLogits,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor | None:
-    """What F.cross_entropy returns when a model calls it with lazy logits, in their dtype; None for what the chunks cannot do:
-    classes in another dimension, probabilities as targets, weights of classes."""
-    if (
-        logits.ndim != 2
-        or weight is not None
-        or size_average is not None
-        or reduce is not None
-        or type(target) not in (Tensor, FakeTensor)
-        or target.dtype not in (torch.int64, torch.uint8)  # what stock takes
-        or target.shape != logits.shape[:1]
-    ):
-        return None
-    if is_fake(logits._hidden):  # surgery's dry run: no values to make a loss of
-        return logits._hidden.sum()
-    loss = logits.cross_entropy(target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
-    if loss is None:
-        return None
-    widened = torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64
-    return loss.to(torch.float32 if widened else logits.dtype)
-
-
-# Functions that stay lazy, by the method that does it.
-_CHAIN = {"tanh": "tanh"}
-_CHAIN |= dict.fromkeys(("mul", "multiply"), "__mul__")
-_CHAIN |= dict.fromkeys(("div", "divide", "true_divide"), "__truediv__")
-
-# Python looks operators up on the class, past __getattr__.
-_OPERATORS = (
-    "add radd sub rsub rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul neg pos abs lt le gt ge eq ne bool float int "
-    "iter array invert and or setitem"
-)
-
-
-def _real(operator: str) -> Callable[..., Any]:
-    def method(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.tensor(operator), operator)(*args, **kwargs)
-
-    return method
-
-
-for _operator in _OPERATORS.split():
-    setattr(LazyLogits, f"__{_operator}__", _real(f"__{_operator}__"))
-LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-def _is_sizes(x: Any) -> bool:
-    return isinstance(x, (tuple, list))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def _softcap_and_scale(chain: Sequence[tuple[str, Any]]) -> tuple[float, float] | None:
-    """(softcap, scale) if the chain is z = softcap tanh(scale x / softcap), or scale x with softcap 0; else None."""
-    inner, outer, capped = 1.0, 1.0, False  # z = outer tanh(inner x), or inner x
-    for name, constant in chain:
-        if name == "tanh":
-            if capped:
-                return None
-            capped = True
-        elif name in ("mul", "div"):
-            if name == "div" and constant == 0:
-                return None
-            factor = constant if name == "mul" else 1 / constant
-            inner, outer = (inner, outer * factor) if capped else (inner * factor, outer)
-    if not capped:
-        return 0.0, inner
-    return (abs(outer), inner * outer) if outer else None

@@ -1,42 +1,69 @@
 """The loss of a language model: from the hidden states, in chunks, instead of from logits of tokens x vocabulary.
 
-On the instance, and in training with gradients only: the output embedding returns `LazyLogits`, and `model.loss_function`
-makes the loss from them, or F.cross_entropy where a model calls that on its rows (masked, older and encoder-decoder models).
-What the model does in between (a soft-cap, scale, cast or slice) is noted and done in the chunks; anything else makes the real
-logits.  In evaluation, generation, without gradients, under `keep_logits()`, torch.compile and
-torch.func the head works as before.
+On the instance, and only inside a training forward that was given labels: the output embedding returns `LazyLogits`, and
+`model.loss_function` makes the loss from them, or F.cross_entropy where a model calls that on its rows (masked, older and
+encoder-decoder models).  What the model does in between (a soft-cap, scale, cast or slice) is noted and done in the chunks;
+anything else makes the real logits.  Without labels, in evaluation, generation, without gradients, under `keep_logits()`,
+torch.compile and torch.func the head works as before, and so it does where somebody would notice: hooks on it, global hooks,
+anomaly mode, modes of __torch_function__ and __torch_dispatch__, random draws in it.
 
-Left alone, with a reason: models with a loss of their own, heads with backward hooks, sharded heads (the chunks would run after
-the weight was given back), heads whose trained weight is no plain tensor or is made by a hook. A head with a packed, frozen
-weight is called on chunks as a module would be; nobody reads its weight.
+Left alone, with a reason: models with a loss of their own, sharded heads (the chunks would run after the weight was given back),
+heads whose trained weight is no plain tensor, and heads that are not the same on a chunk of rows as on all: that draw, change
+their buffers, or mix rows. A head with a packed, frozen weight is called on chunks as a module would be; nobody reads its weight.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.modules import module as global_hooks
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from unswag.torch.loss import Head, LazyLogits, check_labels, logits_are_kept
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward, stock
+from unswag.torch.audit import LiveStorages
+from unswag.torch.lazy_logits import Head, LazyLogits, defer, frames, inside_forward
+from unswag.torch.loss import check_labels, logits_are_kept
+from unswag.torch.patterns.pattern import (
+    METHODS,
+    RECORD,
+    Candidate,
+    cannot_operate,
+    foreign_forward,
+    is_plain,
+    no_kernel,
+    replace,
+    replace_forward,
+    stock,
+    stock_class,
+    wrap_method,
+)
+from unswag.torch.patterns.probing import HOOKS, has_hooks, setting
 
 STATE = "_unswag_loss"  # head.__dict__[STATE]: _State
 
 
 @dataclass
 class _State:
-    """linear: it is F.linear(x, weight, bias).  notes: see `Head`."""
+    """linear: it is F.linear(x, weight, bias).  code: `_code` of what was proven.  dtypes: of its output, by input's and
+    autocast's.  notes: see `Head`."""
 
     linear: bool
+    code: tuple[Any, ...]
+    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
 
 
@@ -72,15 +99,22 @@ class Loss:
             home = foreign_forward(model) or ""
             if home.startswith(("liger", "unsloth")):
                 return f"{home} has replaced the model's forward"
-        candidate.parts["models"] = [model for model, loss in losses.items() if loss is ForCausalLMLoss]
+            if problem := cannot_operate(model):
+                return f"of the model that uses it: {problem}"
+        candidate.parts["causal"] = [model for model, loss in losses.items() if loss is ForCausalLMLoss]
         candidate.parts["linear"] = linear = _is_linear(head)
-        return _cannot_be_lazy(head, linear) or _probe_head(head, linear)
+        try:
+            return _cannot_be_lazy(head, linear) or _probe_head(head, linear)
+        except Exception as error:  # whatever a stranger's head does on two rows
+            return f"it cannot be tried ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
     def apply(self, candidate: Candidate) -> None:
         head = candidate.module
-        replace(head, STATE, _State(candidate.parts["linear"]))
         replace_forward(head, _lazy_forward)
+        replace(head, STATE, _State(candidate.parts["linear"], _code(head)))
         for model in candidate.parts["models"]:
+            wrap_method(model, "forward", functools.partial(_framed, _place_of_labels(model)))
+        for model in candidate.parts["causal"]:
             replace(model, "_loss_function", _chunked_loss)
 
 
@@ -97,16 +131,24 @@ def materialised(model: nn.Module) -> Counter[str]:
 # ---- the probe ----------------------------------------------------------------------------------------------------------
 
 
-def _classes(head: Any) -> int | None:
-    classes = getattr(head, "out_features", None)
-    if classes is None and isinstance(getattr(head, "weight", None), Tensor):
-        classes = head.weight.shape[0]
-    return classes
+def _sizes(head: Any) -> tuple[int | None, int | None]:
+    """(classes, H)."""
+    shapes = [tuple(p.shape) for p in head.parameters() if p.ndim == 2]
+    parts = [m for m in head.modules() if hasattr(m, "in_features")]
+    classes = getattr(head, "out_features", None) or (shapes[0][0] if shapes and not parts else None)
+    width = parts[0].in_features if parts else next((shape[1] for shape in shapes), None)
+    turned = (classes, width) not in shapes and (width, classes) in shapes  # so PEFT writes them for a tied head to be saved
+    return (width, classes) if turned else (classes, width)
 
 
 def _is_linear(head: Any) -> bool:
-    """F.linear with the module's own parameters, nothing added: hooks run around forward, so they do not matter."""
-    return type(head) is nn.Linear and "forward" not in vars(head) and type(head.weight) is nn.Parameter
+    """F.linear with the module's own parameters, nothing added."""
+    return stock_class(head) is nn.Linear and "forward" not in vars(head) and type(head.weight) is nn.Parameter
+
+
+def _code(head: nn.Module) -> tuple[Any, ...]:
+    """What runs when `head` is called: classes and forwards, which somebody may change after the surgery."""
+    return tuple((type(m), stock_class(m).forward, vars(m).get("forward")) for m in head.modules())
 
 
 def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
@@ -117,48 +159,84 @@ def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
     used: Any = (head.weight, head.bias) if linear else [p for p in head.parameters() if p.requires_grad]
     if odd := [type(weight).__name__ for weight in used if not is_plain(weight)]:
         return f"its weight is a {odd[0]}, which only the head itself can use"
-    if not linear and any(isinstance(v, Tensor) and v.grad_fn is not None for m in head.modules() for v in vars(m).values()):
+    if any(isinstance(v, Tensor) and v.grad_fn is not None for m in head.modules() for v in vars(m).values()):
         return "its weight is made by a hook before its forward, and its graph would be used up by the first chunk"
-    if head._backward_hooks or head._backward_pre_hooks:
-        return "it has backward hooks, which need the real logits"
     if not linear and any(p._backward_hooks for p in head.parameters()):
         return "one of its parameters has a gradient hook, which would see each chunk"
-    if _classes(head) is None:
+    if any(isinstance(m, _DropoutNd) and m.p > 0 for m in head.modules()):
+        return "it has dropout, and chunks would draw in another order"
+    if None in _sizes(head):
         return f"a {type(head).__name__} does not say how many classes it has"
     return no_kernel(*head.parameters())
 
 
 def _probe_head(head: Any, linear: bool) -> str | None:
-    """The head makes [2, classes] of two random rows; and, if the chunks are to use its weight, just what F.linear makes."""
+    """The head makes [2, classes] of two random rows, of each row by itself what it makes of both, of the rows' dtype, without a
+    draw and without a trace; and, if the chunks are to use its weight, just what F.linear makes."""
     floating = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
-    width = getattr(head, "in_features", None) or floating.shape[-1]
-    x = torch.randn(2, width, device=floating.device).to(floating.dtype)
+    classes, width = _sizes(head)
+    x = torch.randn(2, width or 0, device=floating.device).to(floating.dtype)
+    twin = _twin(head).train()
+    buffers, drawn = [b.clone() for b in twin.buffers()], torch.get_rng_state()
     with torch.no_grad():
-        logits = head.forward(x)
-        if tuple(logits.shape) != (2, _classes(head)):
-            return f"it makes {tuple(logits.shape)} from 2 rows, not {(2, _classes(head))}"
+        logits = twin(x)
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
+            return f"it makes {tuple(getattr(logits, 'shape', ()))} from 2 rows, not {(2, classes)}"
         if linear and not torch.equal(logits, F.linear(x, head.weight, head.bias)):
             return "it is a Linear that does not compute x weight^T + bias"
+        if not all(map(torch.equal, twin.buffers(), buffers)):
+            return "its forward changes its buffers, and would do so for each chunk"
+        if not torch.equal(torch.get_rng_state(), drawn):
+            return "its forward draws random numbers, and chunks would draw in another order"
+        apart = torch.cat([twin(x[:1]), twin(x[1:])])
+        if (
+            apart - logits
+        ).float().norm() > 0.01 * logits.float().norm():  # roundings are far below, another function far above
+            return "what it makes of a row depends on the other rows"
     return None
+
+
+def _twin(head: nn.Module) -> nn.Module:
+    """A copy without hooks that shares the parameters and nothing else."""
+    twin = copy.deepcopy(head, {id(p): p for p in head.parameters()})
+    for module in twin.modules():
+        vars(module).update({hooks: type(vars(module)[hooks])() for hooks in HOOKS})
+    return twin
 
 
 # ---- the replacements -----------------------------------------------------------------------------------------------------
 
 
+def _place_of_labels(model: nn.Module) -> int | None:
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index("labels") if "labels" in names else None
+
+
+def _framed(place: int | None, inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward, which says whether it was given labels."""
+    given = kwargs.get("labels") is not None or (place is not None and len(args) > place and args[place] is not None)
+    with inside_forward(self, given):
+        return inner(self, *args, **kwargs)
+
+
 def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The output embedding's forward: lazy logits in training, else what it was."""
+    """The output embedding's forward: lazy logits in a training forward with labels, else what it was."""
     state: _State = vars(self)[STATE]
-    if len(args) != 1 or kwargs or not _wanted(self, args[0]):
+    running = [frame for frame in frames() if type(frame.model).get_output_embeddings(frame.model) is self]  # type: ignore[operator]
+    if len(args) != 1 or kwargs or not running or not _trains(self, args[0]):
         return stock(self, *args, **kwargs)
-    reason = _cannot_be_lazy(self, state.linear)  # hooks, sharding and devices may have changed since the surgery
-    classes = _classes(self)
-    if reason is not None or classes is None:
-        return stock(self, *args)
+    hidden, frame = args[0], next((frame for frame in reversed(running) if frame.labels), None)
+    if frame is None or (reason := _real_because(self, state)) is not None:
+        state.notes["a forward without labels" if frame is None else reason] += 1
+        return stock(self, hidden)
     linear = (self.weight, self.bias) if state.linear else None
-    return LazyLogits(Head(functools.partial(stock, self), tuple(self.parameters()), classes, linear, state.notes), args[0])
+    depends = dict if state.linear else functools.partial(_depends_on, self)
+    call, classes = functools.partial(stock, self), self.weight.shape[0] if state.linear else _sizes(self)[0]
+    head = Head(call, tuple(self.parameters()), classes or 0, linear, _dtype(self, state, hidden), depends, state.notes)
+    return defer(head, hidden, frame)
 
 
-def _wanted(head: nn.Module, hidden: Any) -> bool:
+def _trains(head: nn.Module, hidden: Any) -> bool:
     return (
         head.training
         and torch.is_grad_enabled()
@@ -168,6 +246,52 @@ def _wanted(head: nn.Module, hidden: Any) -> bool:
         and (type(hidden) in (Tensor, nn.Parameter) or is_fake(hidden))
         and (hidden.requires_grad or any(p.requires_grad for p in head.parameters()))
     )
+
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+_HARMLESS_MODES = (DeviceContext, FakeTensorMode, LiveStorages)
+
+
+def _real_because(head: nn.Module, state: _State) -> str | None:
+    """Why a training forward with labels needs the head's real logits, or None.  What the surgery saw may have changed."""
+    if any(map(has_hooks, head.modules())) or any(getattr(global_hooks, hooks) for hooks in _GLOBAL_HOOKS):
+        return "hooks on the output embedding"
+    if torch.is_anomaly_enabled():
+        return "anomaly mode"
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    if foreign := [mode for mode in modes if not isinstance(mode, _HARMLESS_MODES)]:
+        return f"the mode {type(foreign[0]).__name__}"
+    if _code(head) != state.code:
+        return "another output embedding than at the surgery"
+    if (reason := _cannot_be_lazy(head, state.linear)) is not None:
+        return f"an output embedding that cannot wait: {reason}"
+    return None
+
+
+def _dtype(head: nn.Module, state: _State, hidden: Tensor) -> torch.dtype:
+    """Of the logits."""
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if state.linear:
+        return hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
+    if (hidden.dtype, autocast) not in state.dtypes:
+        with torch.no_grad():
+            made: Tensor = stock(head, hidden.detach().reshape(-1, hidden.shape[-1])[:1])
+        state.dtypes[hidden.dtype, autocast] = made.dtype
+    return state.dtypes[hidden.dtype, autocast]
+
+
+def _depends_on(head: nn.Module) -> dict[str, Any]:
+    """What a call of `head` depends on, by name: which tensors it has, its settings, and its parts' classes."""
+    found: dict[str, Any] = {}
+    for name, module in head.named_modules():
+        at = f"{name}." if name else ""
+        found[f"{at}__class__"] = type(module)
+        found |= {f"{at}{key}": id(p) for key, p in module._parameters.items()}
+        found |= {f"{at}{key}": (id(b), b._version, b.data_ptr()) for key, b in module._buffers.items() if b is not None}
+        own = ("_parameters", "_buffers", "_modules", STATE, RECORD, METHODS)
+        found |= {f"{at}{key}": setting(value) for key, value in vars(module).items() if key not in own}
+    return found
 
 
 def _chunked_loss(
@@ -180,8 +304,6 @@ def _chunked_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' ForCausalLMLoss; of lazy logits, in chunks."""
-    if isinstance(logits, LazyLogits) and is_fake(logits._hidden):  # surgery's dry run: no values to make a loss of, and what
-        return logits._hidden.sum()  # the chunks keep, their gradient buffers, is not counted there
     if isinstance(logits, LazyLogits) and logits.shape[-1] == vocab_size:
         shifted, targets = 0, shift_labels
         if targets is None:
@@ -189,7 +311,8 @@ def _chunked_loss(
             shifted, targets = 1, F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = targets.to(logits.device)
         if targets.numel() == logits.shape[:-1].numel():
-            check_labels(targets, vocab_size, ignore_index, shifted=shifted)
+            if not is_fake(targets):
+                check_labels(targets, vocab_size, ignore_index, shifted=shifted)
             loss = logits.cross_entropy(
                 targets.reshape(logits.shape[:-1]), ignore_index=ignore_index, num_items=num_items_in_batch
             )
@@ -197,6 +320,4 @@ def _chunked_loss(
                 return loss
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if isinstance(logits, LazyLogits):
-        logits = logits.tensor("loss_function")
     return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)

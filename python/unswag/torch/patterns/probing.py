@@ -168,16 +168,17 @@ def kind(module: nn.Module) -> Hashable:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    return tuple((k, _setting(v)) for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules"))
+    return tuple((k, setting(v)) for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules"))
 
 
-def _setting(value: Any) -> Hashable:
+def setting(value: Any) -> Hashable:
+    """`value`, to be compared as in `kind`."""
     if isinstance(value, dict):
-        return tuple((k, _setting(v)) for k, v in value.items())
+        return tuple((k, setting(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(map(_setting, value))
+        return tuple(map(setting, value))
     if isinstance(value, (set, frozenset)):
-        return frozenset(map(_setting, value))
+        return frozenset(map(setting, value))
     if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
         return type(value), value
     return id(value)
