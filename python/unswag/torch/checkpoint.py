@@ -87,10 +87,14 @@ def _debugs(settings: dict[str, Any]) -> bool:
 
 
 class StashedCheckpoint:
-    """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash."""
+    """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash. Knows nothing
+    of the module. Pickled and deep-copied it is `plain`, so that a saved model opens where UnSwag is absent."""
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (self.plain,)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         settings = _parts(self.plain)[1] | kwargs
