@@ -32,7 +32,9 @@ Writes that PyTorch itself cannot see (through `.data`, a raw pointer, numpy) ar
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -42,6 +44,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import checkpoint as torch_checkpoint
 
 from unswag.policy import Policy
 from unswag.torch import codecs
@@ -118,13 +121,29 @@ class _Kept:
         return self.alias
 
     def _modified(self) -> str:
-        t = self.alias
-        return (
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{t.type()} {list(t.shape)}], which is {self.about.describe(t)}, is at version {t._version}; "
-            f"expected version {self.version} instead. Hint: UnSwag holds it by reference until the backward pass; "
-            "do not modify it between forward and backward, or clone it first."
-        )
+        return _modified(self.alias, self.alias.shape, self.about, self.version)
+
+
+def _modified(t: torch.Tensor, shape: torch.Size, about: _About, version: int) -> str:
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{t.type()} {list(shape)}], which is {about.describe(t)}, is at version {t._version}; "
+        f"expected version {version} instead. Hint: UnSwag holds it by reference until the backward pass; "
+        "do not modify it between forward and backward, or clone it first."
+    )
+
+
+class _Guard:
+    """Says whether a tensor was modified since, without keeping it."""
+
+    __slots__ = ("about", "counter", "shape", "version")
+
+    def __init__(self, t: torch.Tensor, about: _About) -> None:
+        self.counter, self.version, self.shape, self.about = _counter(t), t._version, t.shape, about
+
+    def check(self) -> None:
+        if self.counter._version != self.version:
+            raise RuntimeError(_modified(self.counter, self.shape, self.about, self.version))
 
 
 class _About(NamedTuple):
@@ -146,13 +165,22 @@ class _About(NamedTuple):
 
 
 class _Hold:
-    """Shared by all handles that keep one storage; dead when the last of them is. `handles`: those that may give way later, where
-    somebody waits for that (`_Pending`)."""
+    """Shared by all handles that keep one storage; dead when the last of them is.
 
-    __slots__ = ("__weakref__", "handles")
+    handles  those that may give way later, where somebody waits for that (`_Pending`)
+    writers  the Functions of others among those who save it: their backward may write into it, and PyTorch accepts that if
+             nobody reads it after them
+    """
+
+    __slots__ = ("__weakref__", "handles", "writers")
 
     def __init__(self) -> None:
         self.handles: list[weakref.ref[_Kept]] | None = None
+        self.writers: list[type] = []
+
+    def stays(self, node: Any) -> bool:
+        """Whether what is kept stays as it is, in all that PyTorch accepts, until the Function of `node` (if any) has read it."""
+        return all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
 
 
 _Holds = dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]]  # by storage
@@ -233,15 +261,18 @@ class _Recent:
 class _Again:
     """A handle on a cell: the tensor it makes, or a view of it `offset` elements behind its start."""
 
-    __slots__ = ("__weakref__", "cell", "offset", "size", "stride")
+    __slots__ = ("__weakref__", "cell", "guard", "offset", "size", "stride")
 
     def __init__(self, cell: _Cell, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
         self.cell, self.size, self.stride, self.offset = cell, size, stride, offset
+        self.guard: _Guard | None = None  # where the tensor itself must not have been modified since
         cell.alive.add(id(self))
         if cell.made is not None:
             cell.waiting.add(id(self))
 
     def open(self) -> torch.Tensor:
+        if self.guard is not None:
+            self.guard.check()
         made = self.cell.read(id(self))
         if self.size == made.size() and self.stride == made.stride():
             return made
@@ -570,30 +601,42 @@ class Stash:
 
     passive = False  # True: a stash entered inside this one takes over
 
-    def door(self, t: torch.Tensor) -> _Kept | _Again:
-        """The handle that stands for `t` until the backward pass; `unpack` gives the tensor back."""
+    def door(self, t: torch.Tensor, depth: int = 1) -> _Kept | _Again:
+        """The handle that stands for `t` until the backward pass; `unpack` gives the tensor back. `depth`: how many Python
+        functions lie between this one and who saves `t`."""
         if _is_parameter(t) or _is_cast_of_parameter(t):
             return self._keep(t, _Hold(), "parameter")
         key = _storage_key(t)
         if key is None:
             return self._keep(t, _Hold(), "device")
+        saver = sys._getframe(depth)
         hold = self._held(key)
         if hold is not None:
+            hold.writers += _writers(saver)
             return self._keep(t, hold, "shared")
-        made_again = self._from_recipe(t, key)
-        if made_again is not None:
-            if _thread.recorder is not None and isinstance(made_again, _Again):
-                _thread.recorder.note(t, made_again, "recipe")
-            return made_again
-        handle: _Kept | _Again | None = self._coded(t, key)
+        handle = self._from_recipe(t, key)
+        if handle is not None:
+            if _thread.recorder is not None and isinstance(handle, _Again):
+                _thread.recorder.note(t, handle, "recipe")
+            return self._guarded(t, handle, saver)
+        handle = self._coded(t, key)
         if handle is None:
             hold = self._hold(t, key)
+            hold.writers += _writers(saver)
             if self._pending:
                 self._wait(t, key, hold)
             handle = self._keep(t, hold, "device")
+        else:
+            self._guarded(t, handle, saver)
         for ref in self._pending.pop(key, ()):
             if (pending := ref()) is not None:
                 pending.firm(t, key)
+        return handle
+
+    def _guarded(self, t: torch.Tensor, handle: _Kept | _Again, saver: types.FrameType) -> _Kept | _Again:
+        """What a checkpoint recomputes from must be as it was, as in PyTorch: what it saves inside is checked by nobody."""
+        if saver.f_globals is vars(torch_checkpoint) and isinstance(handle, _Again):
+            handle.guard = _Guard(t, _About("checkpoint", self._model))
         return handle
 
     def _keep(self, t: torch.Tensor, hold: _Hold, tier: str) -> _Kept:
@@ -614,7 +657,7 @@ class Stash:
             return None
         hold = self._held(key)
         if hold is not None:
-            return self._keep(t, hold, "shared")
+            return self._keep(t, hold, "shared") if hold.stays(None) else None
         output = self._outputs.get(key)
         return self._from_recipe(t, key) if output is None or output.recipe else None
 
@@ -675,7 +718,7 @@ class Stash:
         layout = _Layout.of(output)
         if key is None or not _fills(layout):
             return
-        handles = [None if x is None else self._input(x) for x in inputs]
+        handles = [None if x is None else self._input(x, output.grad_fn) for x in inputs]
         loose = [(x, t) for x, t in zip(handles, inputs, strict=True) if isinstance(x, _Loose)]
         entry: _Output
         if loose:
@@ -690,22 +733,22 @@ class Stash:
         if output.grad_fn is not None:
             output.grad_fn.metadata[_MARK] = weakref.ref(entry)  # type: ignore[index]
 
-    def _input(self, x: torch.Tensor) -> _Kept | _Again | _Loose:
+    def _input(self, x: torch.Tensor, node: Any) -> _Kept | _Again | _Loose:
         """What a recipe relies on for its input `x`. A parameter, and any leaf that a gradient is taken for, is held by its
         version, as by the ops that save it."""
         if _storage_key(x) is None or (x.is_leaf and x.requires_grad) or _is_parameter(x) or _is_cast_of_parameter(x):
             return self.door(x)
-        return self._firm(x) or _Loose(x)
+        return self._firm(x, node) or _Loose(x)
 
-    def _firm(self, x: torch.Tensor) -> _Kept | _Again | None:
-        """A handle for `x` that no program which PyTorch accepts can spoil, or None: somebody saves it, it can be made again
-        without its storage, or it is kept in fewer bits."""
+    def _firm(self, x: torch.Tensor, node: Any = None) -> _Kept | _Again | None:
+        """A handle for `x`, an input of the op of `node`, that no program which PyTorch accepts can spoil, or None: somebody saves
+        it, it can be made again without its storage, or it is kept in fewer bits."""
         key = _storage_key(x)
         if key is None:
             return None
         hold = self._held(key)
         if hold is not None:
-            return self._keep(x, hold, "shared")
+            return self._keep(x, hold, "shared") if hold.stays(node) else None
         made_again = self._from_recipe(x, key)
         return self._coded(x, key) if made_again is None else made_again
 
@@ -836,6 +879,17 @@ def inside_loss() -> Iterator[None]:
 
 def is_inside_loss() -> bool:
     return _thread.loss_depth > 0
+
+
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+
+
+def _writers(saver: types.FrameType) -> tuple[type, ...]:
+    """The Function that saves, from whose `apply` the hook was called, if it is none of ours."""
+    if saver.f_code is not _APPLY:
+        return ()
+    cls: type = saver.f_locals["cls"]
+    return () if cls.__module__.startswith("unswag.") else (cls,)
 
 
 def unpack(handle: _Kept | _Again) -> torch.Tensor:
