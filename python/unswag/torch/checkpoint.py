@@ -87,10 +87,14 @@ def _debugs(settings: dict[str, Any]) -> bool:
 
 
 class StashedCheckpoint:
-    """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash."""
+    """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash. Knows nothing
+    of the module. Pickled and deep-copied it is `plain`, so that a saved model opens where UnSwag is absent."""
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (self.plain,)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         settings = _parts(self.plain)[1] | kwargs
@@ -165,8 +169,8 @@ class _Recompute:
         stash.leave()
 
 
-def _pack_recomputed(door: Callable[[torch.Tensor], Any], collect: Callable[[Any], Any], t: torch.Tensor) -> Any:
-    handle = door(t)
+def _pack_recomputed(door: Callable[[torch.Tensor, int], Any], collect: Callable[[Any], Any], t: torch.Tensor) -> Any:
+    handle = door(t, 2)
     collect(_Stand(handle, t.shape, t.dtype, t.device))
     return handle
 

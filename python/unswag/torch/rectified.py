@@ -60,8 +60,8 @@ def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | 
     if source is None or node is None or own is None or node.next_functions != (edge,) or _is_in_place(source, key):
         entry: _Output = _Rectified(door, y, own, kept)
     else:
-        entry = _Output(y, _Cell(torch.relu, (source,), {}, _Layout.of(y), door._recent), chained)
-        own.give_way(_Again(entry.cell, y.size(), y.stride(), 0))
+        entry = _Output(y, _Layout.of(y), cell := _Cell(torch.relu, (source,), {}, _Layout.of(y), door._recent), chained)
+        own.give_way(_Again(cell, y.size(), y.stride(), 0))
         kept[RECIPE] += 1
     door._outputs[key] = entry
     if node is not None:
@@ -113,11 +113,11 @@ class _Rectified(_Output):
     """The registry's entry for the output of a ReLU. `own` is what ReLU itself keeps, None if it needs no gradient."""
 
     recipe = False
-    __slots__ = ("door", "kept", "layout", "mask", "own")
+    __slots__ = ("door", "kept", "mask", "own")
 
     def __init__(self, door: Stash, y: Tensor, own: _Kept | None, kept: Counter[str]) -> None:
-        super().__init__(y, None)  # type: ignore[arg-type]
-        self.door, self.layout, self.kept = door, _Layout.of(y), kept
+        super().__init__(y, _Layout.of(y), None)
+        self.door, self.kept = door, kept
         self.own: weakref.ref[_Kept] | None = None
         self.mask: weakref.ref[_Kept] | None = None
         if own is not None:

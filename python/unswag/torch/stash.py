@@ -8,12 +8,14 @@ At the door a saved tensor is, in this order:
 
 1. a parameter, a view of one, or autocast's copy of one: held by reference;
 2. held already: another tensor of the same storage was kept, so this one costs nothing;
-3. the output of an op with a recipe (`remember`), or a dtype cast of one: not kept, made again from the recipe's inputs;
+3. the output of an op with a recipe (`remember`), or a dtype cast of one: not kept, made again from the recipe's inputs, if
+   no program that PyTorch accepts can change those before the backward (see `_Loose`);
 4. marked by an op as playing a role (`plays`) for which the policy has a codec: encoded once, for all who save it;
 5. held by reference.
 
 Held by reference means: an alias that shares storage and version counter, and the version. A tensor that was modified in
-place after it was saved is an error on the way out, as in plain PyTorch (a plain hook would lose that check).
+place after it was saved is an error on the way out, as in plain PyTorch (a plain hook would lose that check). A tensor made
+again serves several readers only as long as none of them writes into it; whoever comes then gets one of its own.
 
 Who owns what. Autograd owns the packed handles, handles own their cell, a cell owns the handles of its recipe's inputs.
 So the graph frees everything layer by layer, as without a stash, and nothing waits for the garbage collector. The door's
@@ -30,7 +32,9 @@ Writes that PyTorch itself cannot see (through `.data`, a raw pointer, numpy) ar
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,6 +44,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import checkpoint as torch_checkpoint
 
 from unswag.policy import Policy
 from unswag.torch import codecs
@@ -55,7 +60,8 @@ def remember(output: torch.Tensor, remake: Callable[..., torch.Tensor], *inputs:
 
     Call it on what `Function.apply` returned (inside `forward` autograd is off and this does nothing). `remake` is an op
     or a module-level function, independent of autocast and of random state; it must not write to its inputs. Inputs may
-    be parameters, activations, outputs remembered before, or None. Costs nothing unless `output` is saved for backward.
+    be parameters, activations, outputs remembered before, or None. An activation that nobody saves may be changed by the program
+    in place; then, or where keeping `output` costs no more, `output` is kept. Costs nothing unless `output` is saved for backward.
     Does nothing when no stash is active on this thread, so that ops can always call it.
     """
     if torch.compiler.is_compiling():
@@ -115,13 +121,29 @@ class _Kept:
         return self.alias
 
     def _modified(self) -> str:
-        t = self.alias
-        return (
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{t.type()} {list(t.shape)}], which is {self.about.describe(t)}, is at version {t._version}; "
-            f"expected version {self.version} instead. Hint: UnSwag holds it by reference until the backward pass; "
-            "do not modify it between forward and backward, or clone it first."
-        )
+        return _modified(self.alias, self.alias.shape, self.about, self.version)
+
+
+def _modified(t: torch.Tensor, shape: torch.Size, about: _About, version: int) -> str:
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{t.type()} {list(shape)}], which is {about.describe(t)}, is at version {t._version}; "
+        f"expected version {version} instead. Hint: UnSwag holds it by reference until the backward pass; "
+        "do not modify it between forward and backward, or clone it first."
+    )
+
+
+class _Guard:
+    """Says whether a tensor was modified since, without keeping it."""
+
+    __slots__ = ("about", "counter", "shape", "version")
+
+    def __init__(self, t: torch.Tensor, about: _About) -> None:
+        self.counter, self.version, self.shape, self.about = _counter(t), t._version, t.shape, about
+
+    def check(self) -> None:
+        if self.counter._version != self.version:
+            raise RuntimeError(_modified(self.counter, self.shape, self.about, self.version))
 
 
 class _About(NamedTuple):
@@ -143,9 +165,22 @@ class _About(NamedTuple):
 
 
 class _Hold:
-    """Shared by all handles that keep one storage; dead when the last of them is."""
+    """Shared by all handles that keep one storage; dead when the last of them is.
 
-    __slots__ = ("__weakref__",)
+    handles  those that may give way later, where somebody waits for that (`_Pending`)
+    writers  the Functions of others among those who save it: their backward may write into it, and PyTorch accepts that if
+             nobody reads it after them
+    """
+
+    __slots__ = ("__weakref__", "handles", "writers")
+
+    def __init__(self) -> None:
+        self.handles: list[weakref.ref[_Kept]] | None = None
+        self.writers: list[type] = []
+
+    def stays(self, node: Any) -> bool:
+        """Whether what is kept stays as it is, in all that PyTorch accepts, until the Function of `node` (if any) has read it."""
+        return all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
 
 
 _Holds = dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]]  # by storage
@@ -155,8 +190,9 @@ class _Cell:
     """A tensor that is not kept but can be made again.
 
     Made once for all its readers: it stays until every handle alive has read it (`waiting` is empty), until its handles
-    die, or until two younger ones push it out; then it would be made again. `alive` and `waiting` hold ids of live
-    handles (a handle leaves both when it dies) and change by single set operations, so that backward threads need no lock.
+    die, until two younger ones push it out, or until a reader writes into it (`made` has its version); then it would be made
+    again. `alive` and `waiting` hold ids of live handles (a handle leaves both when it dies) and change by single set
+    operations, so that backward threads need no lock.
     """
 
     __slots__ = ("__weakref__", "alive", "constants", "inputs", "layout", "made", "recent", "remake", "waiting")
@@ -168,21 +204,21 @@ class _Cell:
         self.remake, self.inputs, self.constants, self.layout, self.recent = remake, inputs, constants, layout, recent
         self.alive: set[int] = set()
         self.waiting: set[int] = set()
-        self.made: torch.Tensor | None = None
+        self.made: tuple[torch.Tensor, int] | None = None
 
     def read(self, reader: int) -> torch.Tensor:
-        made = self.made
-        if made is None:
+        before = self.made
+        if before is None or before[0]._version != before[1]:
             made = self._make()
-            self.waiting = self.alive - {reader}
+            self.waiting = (self.alive if before is None else self.waiting) - {reader}
+            self.made = (made, made._version) if self.waiting else None
             if self.waiting:
-                self.made = made
                 self.recent.push(self)
             return made
         self.waiting.discard(reader)
         if not self.waiting:
             self.made = None
-        return made
+        return before[0]
 
     def leave(self, reader: int) -> None:
         self.alive.discard(reader)
@@ -191,7 +227,7 @@ class _Cell:
             self.made = None
 
     def _make(self) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made has a version, whatever mode its reader is in
             made = self.remake(*[None if x is None else x.open() for x in self.inputs], **self.constants)
             if (made.size(), made.dtype, made.device) != (self.layout.size, self.layout.dtype, self.layout.device):
                 name = getattr(self.remake, "__name__", str(self.remake))
@@ -225,15 +261,18 @@ class _Recent:
 class _Again:
     """A handle on a cell: the tensor it makes, or a view of it `offset` elements behind its start."""
 
-    __slots__ = ("__weakref__", "cell", "offset", "size", "stride")
+    __slots__ = ("__weakref__", "cell", "guard", "offset", "size", "stride")
 
     def __init__(self, cell: _Cell, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
         self.cell, self.size, self.stride, self.offset = cell, size, stride, offset
+        self.guard: _Guard | None = None  # where the tensor itself must not have been modified since
         cell.alive.add(id(self))
         if cell.made is not None:
             cell.waiting.add(id(self))
 
     def open(self) -> torch.Tensor:
+        if self.guard is not None:
+            self.guard.check()
         made = self.cell.read(id(self))
         if self.size == made.size() and self.stride == made.stride():
             return made
@@ -247,39 +286,163 @@ class _Output:
     """The registry's entry for a remembered output. `counter` shares the output's version counter and none of its memory."""
 
     recipe = True  # False: not made again, but kept in a form of its own (`unswag.torch.rectified`)
-    __slots__ = ("__weakref__", "casts", "cell", "chained", "counter", "number", "offset", "storage", "stream", "version")
+    __slots__ = (
+        "__weakref__", "casts", "cell", "chained", "counter", "layout", "number", "offset", "storage", "stream", "version",
+    )  # fmt: skip
 
-    def __init__(self, output: torch.Tensor, cell: _Cell, chained: bool = False) -> None:
+    def __init__(self, output: torch.Tensor, layout: _Layout, cell: _Cell | None, chained: bool = False) -> None:
         self.storage = StorageWeakRef(output.untyped_storage())
         self.version = output._version
-        self.counter = output.detach()
-        self.counter.data = output.new_empty(0)  # keeps the version counter, lets go of the storage
+        self.counter = _counter(output)
+        self.layout = layout
         self.offset = output.storage_offset()
         self.number = output.output_nr  # among the outputs of its node
         self.stream = _stream(output)
-        self.cell = cell
+        self.cell = cell  # None: not yet, or not at all
         self.chained = chained  # made from another such output: no third is made from it (`unswag.torch.rectified`)
         self.casts: dict[torch.dtype, _Cell] = {}
 
     def unchanged(self) -> bool:
         return self.counter._version == self.version
 
+    def settled(self) -> _Cell | None:
+        """The cell, if the output can be made again."""
+        return self.cell
+
     def handle(self, t: torch.Tensor) -> _Kept | _Again | None:
         """A handle for `t`, which shares the output's storage; None if it is not all inside the output, unmodified, or used
         in another stream."""
         if t._version != self.version or not self.unchanged() or _stream(t) != self.stream:
             return None
-        return _view(self.cell, t, int(t.storage_offset() - self.offset))
+        cell = self.settled()
+        return None if cell is None else _view(cell, t, int(t.storage_offset() - self.offset))
 
-    def cast(self, copy: torch.Tensor) -> _Cell:
-        """The cell of `copy`, a dtype cast of the output; one for all copies of that dtype."""
-        key = copy.dtype
+    def cast(self, t: torch.Tensor, offset: int) -> _Again | None:
+        """A handle for `t`, a view that starts `offset` elements into a dtype cast of the output; one cell for all of a dtype."""
+        cell, key = self.settled(), t.dtype
+        if cell is None:
+            return None
         if key not in self.casts:
-            source = self.cell.layout
-            whole = _Again(self.cell, source.size, source.stride, 0)
-            cast = source._replace(dtype=copy.dtype)
-            self.casts[key] = _Cell(_cast, (whole,), {"dtype": copy.dtype}, cast, self.cell.recent)
-        return self.casts[key]
+            source = cell.layout
+            whole = _Again(cell, source.size, source.stride, 0)
+            self.casts[key] = _Cell(_cast, (whole,), {"dtype": key}, source._replace(dtype=key), cell.recent)
+        return _view(self.casts[key], t, offset)
+
+
+class _Loose:
+    """An input of a recipe that nobody saves, so that a program may change it before the backward: PyTorch would not notice.
+
+    A recipe may rely on it once somebody saves it unchanged (PyTorch refuses a change then), or on a copy (`alias` is what to
+    copy, where that is smaller than the output). Otherwise the output is kept, and nothing of this.
+    """
+
+    __slots__ = ("alias", "counter", "layout", "offset", "storage", "version")
+
+    def __init__(self, t: torch.Tensor) -> None:
+        self.storage = StorageWeakRef(t.untyped_storage())
+        self.version, self.counter = t._version, _counter(t)
+        self.layout, self.offset = _Layout.of(t), int(t.storage_offset())
+        self.alias: torch.Tensor | None = None
+
+    @property
+    def key(self) -> int:
+        return self.storage.cdata
+
+    def unchanged(self) -> bool:
+        return self.counter._version == self.version
+
+    def span(self) -> int:
+        """Elements of the stretch of the storage that it lies in, the gaps with them."""
+        return 1 + sum((n - 1) * step for n, step in zip(self.layout.size, self.layout.stride, strict=True))
+
+    def nbytes(self) -> int:
+        """Of `copy`."""
+        return min(self.span(), self.layout.size.numel()) * self.layout.dtype.itemsize
+
+    def copy(self) -> torch.Tensor | None:
+        """What it was, in memory that nobody else has; None if it is gone or was changed."""
+        t, span = self.alias, self.span()
+        if t is None or not self.unchanged():
+            return None
+        if not 0 < span <= t.numel():
+            return t.clone()
+        return t.as_strided((span,), (1,), self.offset).clone().as_strided(self.layout.size, self.layout.stride)
+
+    def found(self, t: torch.Tensor) -> torch.Tensor | None:
+        """It again, with its version counter, in the storage of `t`, which somebody saves; None if it was changed."""
+        if not self.unchanged() or t._version != self.version or t.dtype != self.layout.dtype or t.is_conj() or t.is_neg():
+            return None
+        again = self.counter.detach()
+        again.data = t.detach().as_strided(self.layout.size, self.layout.stride, self.offset)
+        return again
+
+
+class _Pending(_Output):
+    """The entry of an output with loose inputs. It has no cell before all of them are firm; what is kept of the output until then
+    gives way. `inputs` are handles, None or loose; a loose one that was copied is in `copied`, by its place."""
+
+    __slots__ = ("constants", "copied", "door", "inputs", "kept", "remake")
+
+    def __init__(
+        self, output: torch.Tensor, layout: _Layout, door: Stash, remake: Callable[..., torch.Tensor], inputs: list[Any],
+        constants: dict[str, Any],
+    ) -> None:  # fmt: skip
+        super().__init__(output, layout, None)
+        self.door, self.remake, self.inputs, self.constants = door, remake, inputs, constants
+        self.copied: dict[int, weakref.ref[_Kept]] = {}
+        self.kept: list[tuple[weakref.ref[_Hold], int | None]] = []  # and, of a cast, where it starts in its storage
+
+    def loose(self) -> list[_Loose]:
+        return [x for x in self.inputs if isinstance(x, _Loose)]
+
+    def settled(self) -> _Cell | None:
+        if self.cell is None and all(x.alias is not None and x.unchanged() for x in self.loose()):
+            handles = list(self.inputs)
+            for i, x in enumerate(handles):
+                if isinstance(x, _Loose) and (copy := x.copy()) is not None:
+                    handles[i] = self.door._keep(copy, self.door._hold(copy, copy.untyped_storage()._cdata), "device")
+                    self.copied[i] = weakref.ref(handles[i])
+                    x.alias = None
+            self._settle(handles)
+        return self.cell
+
+    def firm(self, t: torch.Tensor, key: int) -> None:
+        """Somebody saves `t`, whose storage is that of a loose input."""
+        for i, x in enumerate(self.inputs):
+            if not isinstance(x, _Loose) or x.key != key or (again := x.found(t)) is None:
+                continue
+            handle = self.door._firm(again)
+            if handle is None:
+                continue
+            self.inputs[i] = handle
+            copied = self.copied[i]() if i in self.copied else None
+            if copied is not None:
+                copied.give_way(handle)
+        if self.cell is None and not self.loose():
+            self._settle(self.inputs)
+            for ref, cast in self.kept:
+                hold = ref()
+                for kept in (hold and hold.handles) or ():
+                    self._replace(kept(), cast)
+            self.kept.clear()
+
+    def wait(self, hold: _Hold, cast: int | None) -> None:
+        """What `hold` keeps, the output or a cast of it, is to give way."""
+        hold.handles = []
+        self.kept.append((weakref.ref(hold), cast))
+
+    def _settle(self, handles: list[Any]) -> None:
+        self.cell = _Cell(self.remake, tuple(handles), self.constants, self.layout, self.door._recent)
+
+    def _replace(self, kept: _Kept | None, cast: int | None) -> None:
+        if kept is None or kept.alias._version != kept.version:
+            return
+        t = kept.alias
+        again = self.handle(t) if cast is None else self.cast(t, int(t.storage_offset()) - cast)
+        if isinstance(again, _Again):
+            kept.give_way(again)
+            if _thread.recorder is not None:
+                _thread.recorder.note(t, again, "recipe")
 
 
 class _Mark:
@@ -312,7 +475,14 @@ def _decode(*packed: torch.Tensor, codec: str, layout: _Layout) -> torch.Tensor:
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.to(dtype)
+    return x.to(dtype, copy=True)  # never x itself, which has readers of its own
+
+
+def _counter(t: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares the version counter of `t` and none of its memory."""
+    counter = t.detach()
+    counter.data = t.new_empty(0)
+    return counter
 
 
 def _view(cell: _Cell, t: torch.Tensor, offset: int) -> _Again | None:
@@ -374,6 +544,7 @@ class Stash:
         self._model = weakref.ref(model) if model is not None else None
         self._outputs: dict[int, _Output] = {}  # by storage
         self._marks: dict[int, list[_Mark]] = {}  # by storage
+        self._pending: dict[int, list[weakref.ref[_Pending]]] = {}  # by the storage of their loose inputs
         self._draws: Draws | None = None
         self._holds: _Holds = {}
         self._recent = _Recent()
@@ -425,35 +596,56 @@ class Stash:
         torch._C._autograd._pop_saved_tensors_default_hooks()
         self._outputs.clear()
         self._marks.clear()
+        self._pending.clear()
         self._holds = {}
 
     passive = False  # True: a stash entered inside this one takes over
 
-    def door(self, t: torch.Tensor) -> _Kept | _Again:
-        """The handle that stands for `t` until the backward pass; `unpack` gives the tensor back."""
+    def door(self, t: torch.Tensor, depth: int = 1) -> _Kept | _Again:
+        """The handle that stands for `t` until the backward pass; `unpack` gives the tensor back. `depth`: how many Python
+        functions lie between this one and who saves `t`."""
         if _is_parameter(t) or _is_cast_of_parameter(t):
             return self._keep(t, _Hold(), "parameter")
         key = _storage_key(t)
         if key is None:
             return self._keep(t, _Hold(), "device")
+        saver = sys._getframe(depth)
         hold = self._held(key)
         if hold is not None:
+            hold.writers += _writers(saver)
             return self._keep(t, hold, "shared")
-        made_again = self._from_recipe(t, key)
-        if made_again is not None:
-            if _thread.recorder is not None and isinstance(made_again, _Again):
-                _thread.recorder.note(t, made_again, "recipe")
-            return made_again
-        coded = self._coded(t, key)
-        if coded is not None:
-            return coded
-        return self._keep(t, self._hold(t, key), "device")
+        handle = self._from_recipe(t, key)
+        if handle is not None:
+            if _thread.recorder is not None and isinstance(handle, _Again):
+                _thread.recorder.note(t, handle, "recipe")
+            return self._guarded(t, handle, saver)
+        handle = self._coded(t, key)
+        if handle is None:
+            hold = self._hold(t, key)
+            hold.writers += _writers(saver)
+            if self._pending:
+                self._wait(t, key, hold)
+            handle = self._keep(t, hold, "device")
+        else:
+            self._guarded(t, handle, saver)
+        for ref in self._pending.pop(key, ()):
+            if (pending := ref()) is not None:
+                pending.firm(t, key)
+        return handle
+
+    def _guarded(self, t: torch.Tensor, handle: _Kept | _Again, saver: types.FrameType) -> _Kept | _Again:
+        """What a checkpoint recomputes from must be as it was, as in PyTorch: what it saves inside is checked by nobody."""
+        if saver.f_globals is vars(torch_checkpoint) and isinstance(handle, _Again):
+            handle.guard = _Guard(t, _About("checkpoint", self._model))
+        return handle
 
     def _keep(self, t: torch.Tensor, hold: _Hold, tier: str) -> _Kept:
         if _thread.recorder is not None:
             _thread.recorder.note(t, hold, tier)
         role = "parameter" if tier == "parameter" else _thread.role
         kept = _Kept(t, _About(role, self._model), hold)
+        if hold.handles is not None:
+            hold.handles.append(weakref.ref(kept))
         if _thread.kept is not None and tier == "device":
             _thread.kept.append(kept)
         return kept
@@ -465,7 +657,7 @@ class Stash:
             return None
         hold = self._held(key)
         if hold is not None:
-            return self._keep(t, hold, "shared")
+            return self._keep(t, hold, "shared") if hold.stays(None) else None
         output = self._outputs.get(key)
         return self._from_recipe(t, key) if output is None or output.recipe else None
 
@@ -481,13 +673,21 @@ class Stash:
 
     def _from_recipe(self, t: torch.Tensor, key: int) -> _Kept | _Again | None:
         self._prune()
+        output, cast = self._source(t, key)
+        if output is None:
+            return None
+        return output.handle(t) if cast is None else output.cast(t, int(t.storage_offset()) - cast)
+
+    def _source(self, t: torch.Tensor, key: int) -> tuple[_Output | None, int | None]:
+        """The entry of the output that shares the storage of `t`, and None; or of that of which `t` is a part of a dtype cast, and
+        where the cast starts in its storage."""
         output = self._outputs.get(key)
         if output is not None:
-            return output.handle(t)
+            return output, None
         copy = t if t._base is None else t._base
         source, number = _cast_from(copy)
         if source is None:
-            return None
+            return None, None
         mark = source.metadata.get(_MARK)
         output = None if mark is None else mark()
         if (
@@ -498,10 +698,16 @@ class Stash:
             or _stream(t) != output.stream
             or copy._version
             or t._version
-            or not _is_cast(copy, output.cell.layout)
+            or not _is_cast(copy, output.layout)
         ):
-            return None
-        return _view(output.cast(copy), t, int(t.storage_offset() - copy.storage_offset()))
+            return None, None
+        return output, int(copy.storage_offset())
+
+    def _wait(self, t: torch.Tensor, key: int, hold: _Hold) -> None:
+        """`t` is going to be kept; if it is, or is cast from, an output whose recipe is not firm yet, then only until it is."""
+        output, cast = self._source(t, key)
+        if isinstance(output, _Pending) and output.cell is None:
+            output.wait(hold, cast)
 
     def register(
         self, output: torch.Tensor, remake: Callable[..., torch.Tensor], inputs: tuple[Any, ...], constants: dict[str, Any]
@@ -509,13 +715,42 @@ class Stash:
         """What `remember` does, for the stash whose door is in use."""
         self._prune()
         key = _storage_key(output)
-        if key is None or not _is_dense(output):
+        layout = _Layout.of(output)
+        if key is None or not _fills(layout):
             return
-        handles = tuple(None if x is None else self.door(x) for x in inputs)
-        entry = _Output(output, _Cell(remake, handles, constants, _Layout.of(output), self._recent))
+        handles = [None if x is None else self._input(x, output.grad_fn) for x in inputs]
+        loose = [(x, t) for x, t in zip(handles, inputs, strict=True) if isinstance(x, _Loose)]
+        entry: _Output
+        if loose:
+            entry = _Pending(output, layout, self, remake, handles, constants)
+            small = sum(x.nbytes() for x, _ in loose) < layout.size.numel() * layout.dtype.itemsize
+            for x, t in loose:
+                x.alias = t.detach() if small else None
+                self._pending.setdefault(x.key, []).append(weakref.ref(entry))
+        else:
+            entry = _Output(output, layout, _Cell(remake, tuple(handles), constants, layout, self._recent))
         self._outputs[key] = entry
         if output.grad_fn is not None:
             output.grad_fn.metadata[_MARK] = weakref.ref(entry)  # type: ignore[index]
+
+    def _input(self, x: torch.Tensor, node: Any) -> _Kept | _Again | _Loose:
+        """What a recipe relies on for its input `x`. A parameter, and any leaf that a gradient is taken for, is held by its
+        version, as by the ops that save it."""
+        if _storage_key(x) is None or (x.is_leaf and x.requires_grad) or _is_parameter(x) or _is_cast_of_parameter(x):
+            return self.door(x)
+        return self._firm(x, node) or _Loose(x)
+
+    def _firm(self, x: torch.Tensor, node: Any = None) -> _Kept | _Again | None:
+        """A handle for `x`, an input of the op of `node`, that no program which PyTorch accepts can spoil, or None: somebody saves
+        it, it can be made again without its storage, or it is kept in fewer bits."""
+        key = _storage_key(x)
+        if key is None:
+            return None
+        hold = self._held(key)
+        if hold is not None:
+            return self._keep(x, hold, "shared") if hold.stays(node) else None
+        made_again = self._from_recipe(x, key)
+        return self._coded(x, key) if made_again is None else made_again
 
     def mark(self, role: str, tensors: tuple[torch.Tensor, ...]) -> None:
         """What `plays` does, for the stash whose door is in use."""
@@ -562,6 +797,8 @@ class Stash:
             del self._outputs[key]
         for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
             del self._marks[key]
+        for key in [key for key, refs in self._pending.items() if all(ref() is None for ref in refs)]:
+            del self._pending[key]
 
 
 def leave() -> None:
@@ -642,6 +879,17 @@ def inside_loss() -> Iterator[None]:
 
 def is_inside_loss() -> bool:
     return _thread.loss_depth > 0
+
+
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+
+
+def _writers(saver: types.FrameType) -> tuple[type, ...]:
+    """The Function that saves, from whose `apply` the hook was called, if it is none of ours."""
+    if saver.f_code is not _APPLY:
+        return ()
+    cls: type = saver.f_locals["cls"]
+    return () if cls.__module__.startswith("unswag.") else (cls,)
 
 
 def unpack(handle: _Kept | _Again) -> torch.Tensor:

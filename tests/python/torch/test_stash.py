@@ -102,19 +102,21 @@ def twice(x):
 
 
 class Doubled(torch.autograd.Function):
-    """x * 2, saving nothing."""
+    """x * 2, saving x (as norms and activations do) or nothing (as dropout does)."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, saves):
+        if saves:
+            ctx.save_for_backward(x)
         return x * 2
 
     @staticmethod
     def backward(ctx, dy):
-        return dy * 2
+        return dy * 2, None
 
 
-def doubled(x):
-    y = Doubled.apply(x)
+def doubled(x, saves=True):
+    y = Doubled.apply(x, saves)
     remember(y, twice, x)
     return y
 
@@ -235,7 +237,7 @@ def test_recipes_of_recipes():
     """The product of a norm's output with itself, cast: inputs of a recipe may have recipes."""
 
     def function(x, w, head):
-        return F.linear(doubled(doubled(rms_norm(x, w, 1e-6))), head).sin().sum()
+        return F.linear(doubled(doubled(rms_norm(x, w, 1e-6), saves=False), saves=False), head).sin().sum()
 
     assert kept(NO_STASH, function, X, W, HEADS[0]) - kept(Stash, function, X, W, HEADS[0]) == 8 * 16 * 4
     made.clear()
@@ -276,10 +278,13 @@ def test_a_view_that_reaches_outside_the_output_is_kept_as_it_is():
     whole = torch.randn(6, 4, requires_grad=True) * 1
     part = whole[2:4]
     with Stash() as door:
-        remember(part, twice, leaf(2, 4))  # a lie that must not be used for `whole`
+        other = leaf(2, 4) * 1
+        held = door.door(other)
+        remember(part, twice, other)  # a lie that must not be used for `whole`
         assert isinstance(door.door(part), stash._Again)
         assert torch.equal(stash.unpack(door.door(whole)), whole)
         assert torch.equal(stash.unpack(door.door(part.view(torch.int32))), part.view(torch.int32))
+        del held
 
 
 def test_outputs_with_holes_have_no_recipe():
@@ -354,14 +359,14 @@ def test_the_registry_does_not_keep_the_inputs_of_a_recipe_nobody_asked_for():
     head = HEADS[0].detach()
 
     def function(x):
-        y = doubled(x * 5)
+        y = doubled(x * 5, saves=False)
         z = F.linear(y, head)
         del y
         return z.sum()
 
     assert kept(Stash, function, X) == kept(NO_STASH, function, X) == 0
     with Stash() as door:
-        y = doubled(X * 5)
+        y = doubled(X * 5, saves=False)
         assert len(door._outputs) == 1
         del y
         door.door(leaf(1) * 1)
@@ -371,9 +376,9 @@ def test_the_registry_does_not_keep_the_inputs_of_a_recipe_nobody_asked_for():
 def test_after_the_forward_an_output_that_lives_on_keeps_no_inputs():
     with LiveStorages(inputs=X) as live:
         with Stash() as door:
-            y = doubled(X * 5)
+            y = doubled(X * 5, saves=False)
         assert live.bytes() == y.nbytes
-        assert not door._outputs and not door._holds
+        assert not door._outputs and not door._holds and not door._pending
 
 
 def test_nothing_is_remembered_of_what_needs_no_gradient():
@@ -527,7 +532,7 @@ def test_a_recipe_that_makes_something_else_is_an_error():
         return x[:4] * 2
 
     with Stash():
-        y = Doubled.apply(X)
+        y = Doubled.apply(X, True)
         remember(y, halved, X)
         loss = F.linear(y, HEADS[0]).sum()
     with pytest.raises(RuntimeError, match=r"recipe halved made torch.float32 \[4, 16\].*output was torch.float32 \[8, 16\]"):
@@ -926,6 +931,6 @@ def test_gated_products_are_made_again():
 
 
 def test_remember_without_a_stash_does_nothing():
-    y = Doubled.apply(X)
+    y = Doubled.apply(X, True)
     remember(y, norm_again, X)
     assert stash._MARK not in y.grad_fn.metadata
