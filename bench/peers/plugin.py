@@ -92,7 +92,8 @@ class Surgeon:
         def __init__(this: Any, *args: Any, **kwargs: Any) -> None:
             with self._inside():
                 make(this, *args, **kwargs)
-            self.operate(this)
+            if type(this).__init__ is __init__:  # not inside the constructor of a subclass that a test made
+                self.operate(this)
 
         __init__.of_peers = True
         cls.__init__ = __init__
