@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench architectures tpu-check gpu-check gpu-wheels clean
+.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench architectures peers tpu-check gpu-check gpu-wheels clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -69,6 +69,9 @@ bench: native ## the benchmarks whose results are committed
 architectures: module ## surgery on every model type of transformers, small, against stock and float64: results and docs/supported.md
 	python -m bench.architectures
 	python tools/supported.py > docs/supported.md
+
+peers: module ## the tests that come with the sdist of transformers, on operated models: fetches it into build/ (half an hour)
+	python -m bench.peers
 
 tpu-check: setup ## what the TPU compiler says, without a TPU: fetches the proprietary libtpu into build/ (optional; an hour)
 	python -m bench.tpu_aot --fetch

@@ -1,0 +1,1 @@
+"""Tests of others, run on operated models."""
