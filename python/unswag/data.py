@@ -116,6 +116,9 @@ class DataError(ValueError):
         )
         self.path, self.line, self.column, self.kind, self.reason = path, line, column, kind, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # to another process, as it is
+        return type(self), (self.path, self.line, self.column, self.kind, self.reason)
+
 
 @dataclass
 class Counts:
@@ -492,9 +495,7 @@ class _Encoder:
 
     def _chat(self, chat: Chat, notes: list[str]) -> _Text:
         if not self.has_template:
-            raise ValueError(
-                "prepare_data: messages need a chat template, and the tokenizer has none; set tokenizer.chat_template"
-            )
+            raise Bad("chat template", "messages need a chat template, and the tokenizer has none; set tokenizer.chat_template")
         messages, tools = chat.messages, chat.tools
         whole, pieces, prompt, done = self._render(messages, tools), list[str](), "", 0
         if len(messages) > _MANY and self.longest and len(self._ids([whole])[0]) > self.longest + 2:  # 2: what follows the EOS
@@ -772,7 +773,8 @@ class _Files:
 
     @classmethod
     def at(cls, folder: Path, *, saved: bool = False, owned: bool = False) -> _Files:
-        folder, arrays = folder.absolute(), {}
+        folder = folder.absolute()
+        arrays: dict[str, np.ndarray] = {}
         for name, dtype in _ARRAYS.items():
             try:
                 arrays[name] = np.memmap(folder / f"{name}.bin", dtype, "r")
@@ -804,9 +806,9 @@ class PackedDataset:
     of rows, and says what a model must do with them; `to_hf` makes a data set of Hugging Face.
 
     What `prepare_data` returns lies in the temporary folder until the last copy of it is let go, or the interpreter ends; what
-    `load` returns stays where it is.  Copies share the files.  A pickle carries them (4 bytes per token; where it is opened they
-    have no name), except to the worker processes of a DataLoader, which read the same files; a pickle of a loaded data set
-    carries only the name of its folder.
+    `load` returns stays where it is.  Copies share the files.  A pickle carries them (4 bytes per token; where it is opened
+    they have no name), except to the worker processes of a DataLoader, which read the same files; a pickle of a loaded data
+    set carries only the name of its folder.
     """
 
     def __init__(self, folder: Path, counts: Counts, max_length: int, pad: int, *, owned: bool = False):
@@ -1008,6 +1010,7 @@ class PackedDataset:
         c, blocks = self.counts, range(0, len(tokens), 1 << 20)
         trained = sum(int(np.count_nonzero(tokens[at : at + (1 << 20)] >= _TRAINED)) for at in blocks)
         yield "its counts are not those of its arrays", (c.kept, c.tokens, c.trained) == (n, len(tokens), trained)
+        yield "its counts do not add up", c.read == c.kept + c.blank + sum(c.dropped.values())
 
 
 def _hf_rows(data: PackedDataset, packed: bool) -> Iterator[dict[str, np.ndarray]]:

@@ -870,6 +870,14 @@ def test_what_a_line_without_a_form_lacks(tmp_path):
         assert len(str(caught.value)) < 1000
 
 
+def test_messages_without_a_template_are_bad_lines(tmp_path):
+    records = [ROW, {"messages": turns(("user", "q"), ("assistant", "a"))}]
+    with pytest.raises(DataError, match="messages need a chat template") as caught:
+        chat(tmp_path, *records, template=None)
+    assert caught.value.line == 2 and str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert chat(tmp_path, *records, template=None, on_error="skip").counts.dropped == {"chat template": 1}
+
+
 def test_sharegpt_speaks_of_tools(tmp_path):
     calls = CHATML.replace(
         "m['content']", "m['content'] + (m.tool_calls | map(attribute='function') | list | tojson if m.tool_calls else '')"
@@ -1432,7 +1440,8 @@ def test_what_was_saved_without_notes_loads(tmp_path):
         {"counts": None}, {"counts": []}, {"counts": {"evil": 1}}, {"counts__kept": "2"}, {"counts__kept": -2},
         {"counts__kept": 3}, {"counts__kept": True}, {"counts__dropped": 5}, {"counts__dropped": {"a": "b"}},
         {"counts__tokens": None},
-        {"counts__trained": 1}, {"counts__where": {"a": 5}}, {"counts__noted": [1]}, {"counts__quarantine": "a"},
+        {"counts__trained": 1}, {"counts__read": 3}, {"counts__where": {"a": 5}}, {"counts__noted": [1]},
+        {"counts__quarantine": "a"},
         {"max_length": None}, {"max_length": "8"}, {"max_length": 5}, {"max_length": 8.5},
         {"pad": None}, {"pad": -1}, {"pad": [0]},
     ],
