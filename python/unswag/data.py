@@ -722,7 +722,7 @@ class _Rejected:
 
 def quarantine_path(path: str | os.PathLike[str]) -> Path:
     """Where `on_error="quarantine"` writes the bad lines of `path`: a name that "*.jsonl" does not match."""
-    return Path(f"{os.fspath(path)}{_QUARANTINE}")
+    return Path(f"{_path('quarantine_path', 'path', path)}{_QUARANTINE}")
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -897,6 +897,8 @@ class PackedDataset:
 
         TRL cuts rows at its own `SFTConfig(max_length=1024)`; give it the max_length of the data, or None.
         """
+        if not isinstance(packed, bool):
+            raise TypeError(f"to_hf: packed={packed!r}; pass True or False")
         try:
             import datasets
         except ModuleNotFoundError as e:
@@ -1191,7 +1193,11 @@ class Report:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Saves the histogram of the lengths as PNG."""
-        from matplotlib.figure import Figure
+        target = _path("plot", "path", path)
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as e:
+            unswag._missing("plot", e, "torch")
 
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
@@ -1201,7 +1207,7 @@ class Report:
             xlabel="tokens per sequence", ylabel="sequences", title=f"{self.counts.kept:,} sequences in {self.rows:,} rows"
         )
         axes.legend()
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(target, format="png", dpi=150)
 
 
 class _Progress:

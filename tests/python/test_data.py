@@ -1175,6 +1175,17 @@ def test_errors_name_the_argument_its_value_and_the_remedy(arguments, error, mes
     assert str(caught.value).startswith("prepare_data: ")
 
 
+def test_errors_of_what_the_data_set_offers(tmp_path):
+    data = prepare(sized(tmp_path, 4, 6))
+    for call, error, message in (
+        (lambda: data.to_hf(packed="no"), TypeError, "to_hf: packed='no'; pass True or False"),
+        (lambda: quarantine_path(None), TypeError, "quarantine_path: path: NoneType None is no path"),
+        (lambda: data.report().plot(5), TypeError, "plot: path: int 5 is no path"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
 def test_paths_of_every_kind(tmp_path):
     path = write(tmp_path / "ä b.jsonl", ROW)
     for one in (path, str(path), os.fsencode(path), [os.fsencode(path)], (path,), iter([path]), {path: 1}.keys()):
