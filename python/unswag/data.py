@@ -116,6 +116,9 @@ class DataError(ValueError):
         )
         self.path, self.line, self.column, self.kind, self.reason = path, line, column, kind, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # to another process, as it is
+        return type(self), (self.path, self.line, self.column, self.kind, self.reason)
+
 
 @dataclass
 class Counts:
@@ -492,9 +495,7 @@ class _Encoder:
 
     def _chat(self, chat: Chat, notes: list[str]) -> _Text:
         if not self.has_template:
-            raise ValueError(
-                "prepare_data: messages need a chat template, and the tokenizer has none; set tokenizer.chat_template"
-            )
+            raise Bad("chat template", "messages need a chat template, and the tokenizer has none; set tokenizer.chat_template")
         messages, tools = chat.messages, chat.tools
         whole, pieces, prompt, done = self._render(messages, tools), list[str](), "", 0
         if len(messages) > _MANY and self.longest and len(self._ids([whole])[0]) > self.longest + 2:  # 2: what follows the EOS
@@ -721,7 +722,7 @@ class _Rejected:
 
 def quarantine_path(path: str | os.PathLike[str]) -> Path:
     """Where `on_error="quarantine"` writes the bad lines of `path`: a name that "*.jsonl" does not match."""
-    return Path(f"{os.fspath(path)}{_QUARANTINE}")
+    return Path(f"{_path('quarantine_path', 'path', path)}{_QUARANTINE}")
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -762,20 +763,39 @@ def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Files:
-    """The files of a data set, mapped.  All copies of a data set share this; a spool is removed with the last of them."""
+    """The arrays of a data set, mapped.  All copies of a data set share this; a spool is removed with the last of them.
 
-    def __init__(self, folder: Path, *, temporary: bool, owned: bool):
-        self.folder, self.temporary = folder, temporary
-        self.arrays: dict[str, np.ndarray] = {}
+    folder  None for what came in a pickle: its files have no name, so that nothing can be left of them
+    """
+
+    def __init__(self, folder: Path | None, arrays: dict[str, np.ndarray], *, saved: bool):
+        self.folder, self.arrays, self.saved = folder, arrays, saved
+
+    @classmethod
+    def at(cls, folder: Path, *, saved: bool = False, owned: bool = False) -> _Files:
+        folder = folder.absolute()
+        arrays: dict[str, np.ndarray] = {}
         for name, dtype in _ARRAYS.items():
             try:
-                self.arrays[name] = np.memmap(folder / f"{name}.bin", dtype, "r")
+                arrays[name] = np.memmap(folder / f"{name}.bin", dtype, "r")
             except FileNotFoundError as e:
                 raise FileNotFoundError(
                     f"{e.filename} is gone, and with it the data set; prepare the data again, and keep it with save(folder)"
                 ) from None
+        files = cls(folder, arrays, saved=saved)
         if owned:
-            weakref.finalize(self, _remove_in, os.getpid(), folder)
+            weakref.finalize(files, _remove_in, os.getpid(), folder)
+        return files
+
+    @classmethod
+    def of(cls, raw: Mapping[str, bytes]) -> _Files:
+        arrays: dict[str, np.ndarray] = {}
+        for name, dtype in _ARRAYS.items():
+            with tempfile.TemporaryFile(prefix="unswag-data-") as f:
+                f.write(raw[name])
+                f.flush()
+                arrays[name] = np.memmap(f, dtype, "r")
+        return cls(None, arrays, saved=False)
 
 
 class PackedDataset:
@@ -786,17 +806,19 @@ class PackedDataset:
     of rows, and says what a model must do with them; `to_hf` makes a data set of Hugging Face.
 
     What `prepare_data` returns lies in the temporary folder until the last copy of it is let go, or the interpreter ends; what
-    `load` returns stays where it is.  Copies share the files.  A pickle carries them (4 bytes per token), except to the worker
-    processes of a DataLoader, which open the same files; a pickle of a loaded data set carries only the name of its folder.
+    `load` returns stays where it is.  Copies share the files.  A pickle carries them (4 bytes per token; where it is opened
+    they have no name), except to the worker processes of a DataLoader, which read the same files; a pickle of a loaded data
+    set carries only the name of its folder.
     """
 
     def __init__(self, folder: Path, counts: Counts, max_length: int, pad: int, *, owned: bool = False):
         self.counts, self.max_length, self.pad = counts, max_length, pad
         self.collator = Collator(pad)
-        self._files = _Files(folder, temporary=owned, owned=owned)
+        self._files = _Files.at(folder, saved=not owned, owned=owned)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Path | None:
+        """Where the files are; None for what came in a pickle."""
         return self._files.folder
 
     def __copy__(self) -> PackedDataset:
@@ -811,29 +833,22 @@ class PackedDataset:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_files"} | {"at": str(self.folder)}
+        state, files = {name: value for name, value in vars(self).items() if name != "_files"}, self._files
         starting = multiprocessing.context.get_spawning_popen()
-        if starting is not None:  # a process that is being started: the files are kept until it is let go
-            weakref.finalize(starting, id, self._files).atexit = False
-            return state | {"temporary": self._files.temporary}
-        if self._files.temporary:
-            return state | {"arrays": {name: array.tobytes() for name, array in self._files.arrays.items()}}
-        return state
+        if starting is not None and files.folder is not None:  # the process reads the same files, which are kept as long
+            weakref.finalize(starting, id, files).atexit = False
+            return state | {"_files": (files.folder, files.saved)}
+        if files.saved:
+            return state | {"_files": (files.folder, True)}
+        return state | {"_files": {name: array.tobytes() for name, array in files.arrays.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        arrays, folder, temporary = state.pop("arrays", None), Path(state.pop("at")), state.pop("temporary", False)
+        files = state["_files"]
+        if isinstance(files, dict):
+            state["_files"] = _Files.of(files)
+        else:
+            state["_files"] = _Files.at(files[0], saved=files[1])
         vars(self).update(state)
-        if arrays is None:
-            self._files = _Files(folder, temporary=temporary, owned=False)
-            return
-        folder = Path(tempfile.mkdtemp(prefix="unswag-data-"))
-        try:
-            for name, raw in arrays.items():
-                (folder / f"{name}.bin").write_bytes(raw)
-            self._files = _Files(folder, temporary=True, owned=True)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def _array(self, name: str) -> np.ndarray:
         return self._files.arrays[name]
@@ -882,6 +897,8 @@ class PackedDataset:
 
         TRL cuts rows at its own `SFTConfig(max_length=1024)`; give it the max_length of the data, or None.
         """
+        if not isinstance(packed, bool):
+            raise TypeError(f"to_hf: packed={packed!r}; pass True or False")
         try:
             import datasets
         except ModuleNotFoundError as e:
@@ -995,6 +1012,7 @@ class PackedDataset:
         c, blocks = self.counts, range(0, len(tokens), 1 << 20)
         trained = sum(int(np.count_nonzero(tokens[at : at + (1 << 20)] >= _TRAINED)) for at in blocks)
         yield "its counts are not those of its arrays", (c.kept, c.tokens, c.trained) == (n, len(tokens), trained)
+        yield "its counts do not add up", c.read == c.kept + c.blank + sum(c.dropped.values())
 
 
 def _hf_rows(data: PackedDataset, packed: bool) -> Iterator[dict[str, np.ndarray]]:
@@ -1175,7 +1193,11 @@ class Report:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Saves the histogram of the lengths as PNG."""
-        from matplotlib.figure import Figure
+        target = _path("plot", "path", path)
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as e:
+            unswag._missing("plot", e, "torch")
 
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
@@ -1185,7 +1207,7 @@ class Report:
             xlabel="tokens per sequence", ylabel="sequences", title=f"{self.counts.kept:,} sequences in {self.rows:,} rows"
         )
         axes.legend()
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(target, format="png", dpi=150)
 
 
 class _Progress:
