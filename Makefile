@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup configured module native test test-cpp test-python test-exhaustive sanitize lint format demo demo-all bench architectures peers tpu-check gpu-check gpu-wheels clean
+.PHONY: help setup configured module native test test-cpp test-python test-exhaustive test-isa sanitize lint format demo demo-all bench architectures peers tpu-check gpu-check gpu-wheels clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -45,6 +45,9 @@ test-python: native ## Python tests
 test-exhaustive: native ## every value of every format: hours
 	UNSWAG_EXHAUSTIVE=1 ctest --preset release
 	UNSWAG_EXHAUSTIVE=1 $(PYTEST) -m 'slow or exhaustive'
+
+test-isa: native ## the numeric Python tests with older instruction sets, 1 to 3 threads and other seeds
+	JOBS=$(JOBS) tools/isa_matrix.sh
 
 sanitize: setup ## C++ and native Python tests under the address, undefined-behaviour and thread sanitizers
 	tools/sanitize.sh $(JOBS)

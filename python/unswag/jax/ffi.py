@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from unswag import _core
 from unswag.jax import activations, gated, masks, xla
@@ -143,7 +143,15 @@ def _lower_elsewhere(context: Any, *operands: Any, target: str, named: bool, att
     )
 
 
+def _differentiated(primals: Any, tangents: Any, *, target: str, attributes: Any, **parameters: Any) -> Any:
+    """As the same in plain JAX: a gradient may be differentiated again."""
+    results = _call_p.bind(*primals, target=target, attributes=attributes, **parameters)
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    return results, list(jax.jvp(partial(_PLAIN[target], **dict(attributes)), primals, tangents)[1])
+
+
 batching.primitive_batchers[_call_p] = _batched
+ad.primitive_jvps[_call_p] = _differentiated
 mlir.register_lowering(_call_p, _lower_elsewhere)
 for _platform in ("cpu", *(["cuda"] if CUDA else [])):
     mlir.register_lowering(_call_p, _lower, platform=_platform)

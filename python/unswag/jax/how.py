@@ -101,7 +101,7 @@ def _partitions() -> bool:
 
 
 def differentiated_as(plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """native, whose derivative is that of plain: a custom call has none, and a gradient may be differentiated again."""
+    """native, whose derivative is that of plain: a kernel has none, and a gradient may be differentiated again."""
     function = jax.custom_jvp(lambda *arguments: native(*arguments))
     function.defjvp(lambda primals, tangents: (function(*primals), jax.jvp(plain, primals, tangents)[1]))
     return function
@@ -114,5 +114,5 @@ def implement(how: How, native: str, plain: Callable[..., Any], *arguments: Arra
     from unswag.jax import ffi
 
     named = how.implementation == "ffi"
-    function = differentiated_as(plain, partial(getattr(ffi, native), **attributes, named=named))
+    function = partial(getattr(ffi, native), **attributes, named=named)
     return function(*arguments) if named else lax.platform_dependent(*arguments, cpu=function, default=plain)

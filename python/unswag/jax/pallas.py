@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from unswag.jax import xla
 from unswag.jax.activations import wide, wide_type
@@ -72,6 +72,15 @@ def _alone_lowering(ctx: Any, x: Any, *, op: str) -> list[Any]:
 _alone.def_impl(lambda x, *, op: jax.jit(partial(_alone.bind, op=op))(x))
 _alone.def_abstract_eval(_alone_aval)
 batching.defvectorized(_alone)
+
+
+def _no_derivative(*_: Any, op: str) -> Any:
+    """Where JAX has dropped the rule of `differentiated_as`: in a loop that is differentiated twice."""
+    remedy = "use relu(x @ w)" if op == "linear_relu" else "pass implementation='xla'"
+    raise NotImplementedError(f"{op}: its Pallas kernels have no derivative in a loop that is differentiated twice; {remedy}")
+
+
+ad.primitive_jvps[_alone] = _no_derivative
 mlir.register_lowering(_alone, _alone_lowering)
 
 

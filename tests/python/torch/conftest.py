@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -8,9 +10,9 @@ from unswag import _core
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small tensors, several test processes: one thread each."""
+    """Small tensors, several test processes: one thread each, unless tools/isa_matrix.sh asks for more."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("UNSWAG_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 
