@@ -110,9 +110,8 @@ class View:
         return self.places[cls]
 
     def __call__(self, module: nn.Module, config: Any) -> Any:
-        if config is not self.config or config._attn_implementation != self.named:
-            return config
-        if torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places.get(stock_class(module), ()):
+        chooses = torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places.get(stock_class(module), ())
+        if chooses and config is self.config and config._attn_implementation == self.named:
             return self.seen
         return config
 
