@@ -8,7 +8,9 @@ Errors of all of them: TypeError for another dtype, a sparse layout or something
 or a device that does not fit; NotImplementedError or RuntimeError for a device without kernels. Each message says what to do.
 
 Under autocast the functions neither cast their inputs nor change their results: the output has the input's dtype. They can
-be differentiated once; a second derivative is an error. Sources of the formulas: docs/math.md.
+be differentiated once, in reverse mode; a second derivative is an error, and so is forward mode. Under the transforms of
+torch.func (grad, vjp, vmap) the activations and masks work; gated units, norms and coded derivatives are an error, which names
+what to call there. Sources of the formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from unswag.codebooks import Codebook
 from unswag.torch import derivatives, ops, stash
@@ -56,6 +59,37 @@ def _check(op: str, name: str, x: Tensor) -> None:
     if x.device.type not in _DEVICES:
         raise NotImplementedError(
             f"{op}: {name} is on device '{x.device}', for which there are no kernels; pass {name}.to('cpu')"
+        )
+    if forward_ad._current_level >= 0 and _has_tangent(x):
+        raise NotImplementedError(f"{op}: {name} has a tangent, and there is no forward mode here; use {_theirs(op)} there")
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Under torch.func.jvp and jacfwd any tensor may, behind another transform."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    under_jvp = any(transform.key() == torch._C._functorch.TransformType.Jvp for transform in transforms)
+    return under_jvp or forward_ad.unpack_dual(x).tangent is not None
+
+
+_THEIRS = {  # what PyTorch has in place of ours
+    "relu": "torch.relu(x)", "leaky_relu": "torch.nn.functional.leaky_relu(x)", "relu6": "torch.nn.functional.relu6(x)",
+    "silu": "torch.nn.functional.silu(x)", "gelu": "torch.nn.functional.gelu(x)",
+    "gelu_tanh": "torch.nn.functional.gelu(x, approximate='tanh')", "quick_gelu": "x * torch.sigmoid(1.702 * x)",
+    "relu2": "torch.relu(x).square()", "gated": "act(gate) * up", "gated_halves": "act(gate) * up of gate_up.chunk(2, -1)",
+    "rms_norm": "torch.nn.functional.rms_norm(x, ...)", "layer_norm": "torch.nn.functional.layer_norm(x, ...)",
+    "dropout": "torch.nn.functional.dropout(x, p)",
+}  # fmt: skip
+
+
+def _theirs(op: str) -> str:
+    return _THEIRS.get(op, f"PyTorch's own {op}")
+
+
+def _no_transform(op: str) -> None:
+    """For what keeps more than its inputs in one call: there are no rules for torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op}: there are no rules for the transforms of torch.func here; use {_theirs(op)} under them"
         )
 
 
@@ -182,6 +216,7 @@ def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook |
     _check(act, "x", x)
     if bits is None and codebook is None:
         return activation(x, act)
+    _no_transform(act)
     y: Tensor = _Coded.apply(x, act, derivatives.code(act, bits, codebook))[0]
     return y
 
@@ -280,6 +315,7 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
     """
     _check("gated", "gate", gate)
     _check("gated", "up", up)
+    _no_transform("gated")
     code = derivatives.current(codes, act, gate, up)
     if code is not None:
         h, value = _GatedCoded.apply(gate, up, act, code)
@@ -325,6 +361,7 @@ def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Code
     in `gated`.
     """
     _check("gated_halves", "gate_up", gate_up)
+    _no_transform("gated_halves")
     gate, up = ops.halves(gate_up, gate_first)
     if derivatives.current(codes, act, gate) is not None:
         return gated(gate, up, act, codes)
@@ -398,6 +435,7 @@ def rms_norm(
     _check("rms_norm", "x", x)
     if weight is not None:
         _check("rms_norm", "weight", weight)
+    _no_transform("rms_norm")
     out_dtype = out_dtype or x.dtype
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-6")
@@ -464,6 +502,7 @@ def layer_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             _check("layer_norm", name, vector)
+    _no_transform("layer_norm")
     out_dtype = out_dtype or x.dtype
     if not eps >= 0:
         raise ValueError(f"layer_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-5")

@@ -34,7 +34,7 @@ from unswag.torch.patterns.pattern import (
     wrap_method,
     wrapped,
 )
-from unswag.torch.patterns.probing import HOOKS, kind, sealed
+from unswag.torch.patterns.probing import HOOKS, Writes, kind, sealed
 from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
 
@@ -212,16 +212,17 @@ def _plan(
     """What to patch, and what to leave with its reason. Changes nothing."""
     planned: list[tuple[Pattern, Candidate]] = []
     skipped: list[tuple[str, str]] = []
+    said: set[tuple[str, str]] = set()
     covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
     for pattern in chosen:
         probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
         for candidate in pattern.find(model):
             if id(candidate.module) in covered:
                 continue
-            candidate.options = options
+            candidate.options, candidate.said = options, said
             key = candidate.module if verify else kind(candidate.module)
             if key not in probed:
-                probed[key] = (cannot_operate(candidate.module) or pattern.probe(candidate), candidate.parts)
+                probed[key] = (cannot_operate(candidate.module) or _probe(pattern, candidate), candidate.parts)
             reason, parts = probed[key]
             candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
             if reason is None:
@@ -232,6 +233,13 @@ def _plan(
             else:
                 skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped
+
+
+def _probe(pattern: Pattern, candidate: Candidate) -> str | None:
+    try:
+        return pattern.probe(candidate)
+    except Exception as error:  # of a stranger's code, on inputs that it did not expect
+        return str(error) if isinstance(error, Writes) else f"its probe raises {type(error).__name__}: {error}"
 
 
 def _prepare_checkpoints(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from in_place import assert_trains_as
+from torch.autograd import forward_ad
 
 from unswag import reference
 from unswag.torch import functional as F
@@ -453,8 +454,30 @@ def test_torch_func(name):
 @pytest.mark.parametrize("name", {**GATED, **NORMS})
 def test_torch_func_is_refused_by_the_fused(name):
     xs = inputs(name, torch.float32)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: ALL[name][0](x, *xs[1:]).sum())(xs[0].detach())
+    f = lambda x: ALL[name][0](x, *(x.detach() for x in xs[1:])).sum()  # noqa: E731
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(NotImplementedError, match=r"no rules for the transforms of torch.func here; use .* under them"):
+            transform(f)(xs[0].detach())
+
+
+def test_torch_func_is_refused_by_coded_derivatives():
+    with pytest.raises(NotImplementedError, match="silu: there are no rules .* use torch.nn.functional.silu"):
+        torch.func.vmap(lambda x: F.silu(x, bits=2))(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_mode_is_refused(name):
+    """In a word that names PyTorch's function; constants beside a dual tensor are none."""
+    xs = [x.detach() for x in inputs(name, torch.float32)]
+    for i, x in enumerate(xs):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has a tangent, and there is no forward mode"):
+            ALL[name][0](*xs[:i], forward_ad.make_dual(x, x), *xs[i + 1 :])
+    f = lambda x: ALL[name][0](x, *xs[1:])  # noqa: E731
+    for run in (lambda: torch.func.jvp(f, (xs[0],), (xs[0],)), lambda: torch.func.hessian(lambda x: f(x).sum())(xs[0][:1])):
+        with pytest.raises(NotImplementedError, match="no forward mode here; use"):
+            run()
+    with forward_ad.dual_level():
+        assert torch.equal(ALL[name][0](*xs), ALL[name][0](*xs))
 
 
 # ---- torch.compile -----------------------------------------------------------------------------------------------------

@@ -18,8 +18,19 @@ from unswag.torch import ops
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import activation
 from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, SAME, activation_distance, codes_of
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace, replace_forward, stock
-from unswag.torch.patterns.probing import distance, kind, takes_one_argument, twin, value_and_gradients
+from unswag.torch.patterns.pattern import (
+    Candidate,
+    foreign_forward,
+    is_plain,
+    no_kernel,
+    ordinary_call,
+    replace,
+    replace_forward,
+    replace_view,
+    stock,
+)
+from unswag.torch.patterns.probing import Writes, distance, kind, own_forward, takes_one_argument, twin, value_and_gradients
+from unswag.torch.patterns.proof import Proof, frozen
 
 OURS = tuple(act for act in ACTIVATIONS if act not in ("relu", "relu2"))  # which need less than their input: `patterns.relu`
 NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
@@ -60,11 +71,12 @@ class Activation:
             return f"it is none of {', '.join(OURS)}"
         if getattr(module, "inplace", False):
             return "it works in place"
-        return _differs(functools.partial(type(module).forward, twin(module)), candidate.parts["act"], like)
+        return _differs(functools.partial(own_forward, twin(module)), candidate.parts["act"], like)
 
     def apply(self, candidate: Candidate) -> None:
         for k, act in candidate.parts.get("held", {}).items():
-            replace(candidate.module, k, Held(getattr(candidate.module, k), act, Codes()))
+            replace(candidate.module, CODES + k, Codes())
+            replace_view(candidate.module, k, seen_as(vars(candidate.module)[k], functools.partial(_held, k, act)))
         if "held" in candidate.parts:
             return
         act = candidate.parts["act"]
@@ -74,20 +86,37 @@ class Activation:
             result: Tensor = activation(x, act, codes_of(self)) if ordinary(x) else stock(self, x)
             return result
 
+        proof = Proof(candidate)
         replace(candidate.module, CODES, Codes())
-        replace_forward(candidate.module, forward)
+        replace_forward(candidate.module, forward, proof)
+
+
+def seen_as(
+    function: Callable[..., Any], held: Callable[[nn.Module, Callable[..., Any]], Any]
+) -> Callable[[nn.Module, Any], Any]:
+    """For `replace_view`: `held(module, function)` as long as the attribute holds `function`, or a copy of it."""
+    known = frozen(function)
+
+    def seen(module: nn.Module, value: Any) -> Any:
+        return held(module, value) if value is function or frozen(value) == known else value
+
+    return seen
+
+
+def _held(name: str, act: str, module: nn.Module, function: Callable[..., Tensor]) -> Held:
+    return Held(function, act, vars(module).get(CODES + name))
 
 
 @dataclass(frozen=True)
 class Held:
-    """What stands in an attribute in place of the function `stock`."""
+    """What is seen in an attribute in place of the function `stock`."""
 
     stock: Callable[..., Tensor]
     act: str
-    codes: Codes
+    codes: Codes | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs or len(args) != 1 or not ordinary(args[0]):  # e.g. inplace=True
+        if kwargs or len(args) != 1 or not (ordinary(args[0]) and ordinary_call()):  # e.g. inplace=True
             return self.stock(*args, **kwargs)
         return activation(args[0], self.act, self.codes)
 
@@ -117,6 +146,8 @@ def _differs(theirs: Callable[[Tensor], Tensor], act: str, like: Tensor) -> str 
         x = (3 * torch.randn(64, 24, device=like.device)).to(dtype).requires_grad_()
         try:
             want = value_and_gradients(lambda: theirs(x), [x])  # noqa: B023
+        except Writes as error:
+            return str(error)
         except Exception as error:
             return f"it raises {type(error).__name__}: {error}"
         worst = max(distance(a, b) for a, b in zip(value_and_gradients(lambda: activation(x, act), [x]), want, strict=True))  # noqa: B023

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unswag.torch import stash
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace_forward, stock
 from unswag.torch.patterns.probing import twin
+from unswag.torch.patterns.proof import Proof
 from unswag.torch.stash import is_plain
 
 HALVES = (torch.bfloat16, torch.float16)  # beside the module's own dtype, for the inputs of the probe
@@ -48,7 +49,8 @@ class BatchNorm:
                 stash.remember(y, batch_norm_again, x, *recipe[0], **recipe[1])
             return y
 
-        replace_forward(candidate.module, forward)
+        reads = ("eps", "momentum", "affine", "track_running_stats", "num_features")
+        replace_forward(candidate.module, forward, Proof(candidate, reads=reads))
 
 
 def batch_norm_again(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from unswag.torch.functional import dropout
 from unswag.torch.patterns.activation import ordinary
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward, stock
+from unswag.torch.patterns.proof import Proof
 
 
 class Dropout:
@@ -40,11 +41,11 @@ class Dropout:
                 return result
             return dropout(input, self.p)
 
-        replace_forward(candidate.module, forward)
+        replace_forward(candidate.module, forward, Proof(candidate, reads=("p",)))
 
 
 def _draws(x: Tensor) -> bool:
-    """Whether a seed can be drawn here: not where every run would have that of the first, nor under torch.func."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether a seed can be drawn here: not where every run would have that of the first."""
+    if torch.compiler.is_compiling():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

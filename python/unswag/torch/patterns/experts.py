@@ -30,7 +30,8 @@ from unswag.torch.patterns.pattern import (
     replace_method,
     stock,
 )
-from unswag.torch.patterns.probing import distance, twin, value_and_gradients
+from unswag.torch.patterns.probing import Writes, distance, own_forward, twin, value_and_gradients
+from unswag.torch.patterns.proof import Proof
 
 GATE = "_apply_gate"  # transformers' name for act(gate) * up of its packed experts; grouped_mm and batched_mm call it
 WEIGHTS = ("gate_up_proj", "down_proj")  # [experts, 2 n, hidden] and [experts, hidden, n]
@@ -83,10 +84,12 @@ class Experts:
                 return result
             return grouped(*args, self.gate_up_proj, self.down_proj, act, gate_first, codes_of(self))
 
-        replace_method(candidate.module, GATE, apply_gate)
+        methods = (GATE, "forward") if candidate.parts["whole"] else (GATE,)
+        proof = Proof(candidate, reads=("config", "num_experts", *MORE), unseen=candidate.parts["covers"], methods=methods)
+        replace_method(candidate.module, GATE, apply_gate, proof)
         replace(candidate.module, CODES, Codes())
         if candidate.parts["whole"]:
-            replace_forward(candidate.module, forward)
+            replace_forward(candidate.module, forward, proof)
 
 
 def _implementation(module: Any) -> Any:
@@ -95,7 +98,7 @@ def _implementation(module: Any) -> Any:
 
 def _ordinary(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> bool:
     """Whether this call is one that `grouped` computes; else transformers' own function runs."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
         return False
     if _implementation(module) != "grouped_mm" or any(getattr(module, k, True) for k in MORE):
         return False
@@ -166,10 +169,13 @@ class _Combine(torch.autograd.Function):
 def _gate_differs(module: Any, act: str, gate_first: bool) -> str | None:
     """How act(gate) * up of the halves differs from what the module makes of gate and up, or None."""
     like: Tensor = module.down_proj
-    for dtype in dict.fromkeys((torch.float64, like.dtype)):
+    copy, *_ = _small(module)
+    for dtype, copy.training in itertools.product(dict.fromkeys((torch.float64, like.dtype)), (True, False)):
         x = (GRID * (2 * torch.rand(64, 32, device=like.device) - 1)).to(dtype).requires_grad_()
         try:
-            theirs = value_and_gradients(lambda: getattr(type(module), GATE)(twin(module), x), [x])  # noqa: B023
+            theirs = value_and_gradients(lambda: own_forward(copy, x, method=GATE), [x])  # noqa: B023
+        except Writes as error:
+            return str(error)
         except Exception as error:
             return f"it raises {type(error).__name__}: {error}"
         ours = value_and_gradients(lambda: gated_halves(x, act, gate_first), [x])  # noqa: B023
@@ -208,7 +214,9 @@ def _calls_gate(module: Any) -> bool:
 
     copy.__dict__[GATE] = apply_gate
     try:
-        type(module).forward(copy, hidden, index, weights)
+        own_forward(copy, hidden, index, weights)
+    except Writes:
+        raise
     except Exception:
         return False
     return bool(called)
@@ -220,10 +228,12 @@ def _differs(module: Any, act: str, gate_first: bool) -> str | None:
     hidden, weights, gate_up, down = leaves
     if not _ordinary(copy, hidden, index, weights):
         return "it has more parts"
-    try:
-        theirs = value_and_gradients(lambda: type(module).forward(copy, hidden, index, weights), leaves)
-        ours = value_and_gradients(lambda: grouped(hidden, index, weights, gate_up, down, act, gate_first), leaves)
-    except Exception as error:
-        return f"it raises {type(error).__name__}: {error}"
-    worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
+    worst = 0.0
+    for copy.training in (True, False):
+        try:
+            theirs = value_and_gradients(lambda: own_forward(copy, hidden, index, weights), leaves)
+            ours = value_and_gradients(lambda: grouped(hidden, index, weights, gate_up, down, act, gate_first), leaves)
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {error}"
+        worst = max(worst, *(distance(a, b) for a, b in zip(ours, theirs, strict=True)))
     return None if worst <= 16 * torch.finfo(hidden.dtype).eps else f"results differ by {worst:.1e}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ from torch.nn import functional as F
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward, stock
-from unswag.torch.patterns.probing import distance, has_hooks, takes_one_argument, twin, value_and_gradients
+from unswag.torch.patterns.probing import (
+    Writes,
+    distance,
+    has_hooks,
+    own_forward,
+    takes_one_argument,
+    twin,
+    value_and_gradients,
+)
+from unswag.torch.patterns.proof import Proof, mentioned
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,7 +38,8 @@ GRID = 12.0  # pre-activations of the probes span -GRID…GRID; gelu and gelu_ta
 SAME = 1e-9  # a hundredth of a rounding in float32; some spell sqrt(2 / pi) with eight digits and are 1e-10 off
 ROWS = 8
 CODES = "_unswag_codes"  # module.__dict__[CODES]: the codebook of its activation, under a policy that codes derivatives
-PROVEN = "_unswag_activation"  # module.__dict__[PROVEN]: the activation that was compared with ours
+CASTS = frozenset(("dtype", "to", "type", "type_as", "float", "half", "double", "bfloat16"))  # who says one of these may cast
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -42,14 +53,16 @@ class Wiring:
     held: str | None
     on_h: str | None  # the dropout on the product
     on_y: str | None  # the dropout on the result
+    up_first: bool = False  # the Linears are called in the module's order: they may draw (LoRA's dropout) and have hooks
 
     @property
     def linears(self) -> tuple[str, ...]:
         return self.gate, self.up, self.down
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        gate, up = getattr(module, self.gate), getattr(module, self.up)
-        return finish(module, self, gated(gate(x), up(x), self.act, codes_of(module)))
+        names = (self.up, self.gate) if self.up_first else (self.gate, self.up)
+        made = {name: getattr(module, name)(x) for name in names}
+        return finish(module, self, gated(made[self.gate], made[self.up], self.act, codes_of(module)))
 
 
 class GatedMlp:
@@ -69,8 +82,10 @@ class GatedMlp:
         if isinstance(others, str):
             return others
         wirings = (
-            Wiring(gate, up, down, act, others.held, on_h, on_y)
-            for (on_h, on_y), (gate, up, down), act in itertools.product(others.places(), orders, others.known)
+            Wiring(gate, up, down, act, others.held, on_h, on_y, up_first)
+            for up_first, (on_h, on_y), (gate, up, down), act in itertools.product(
+                (False, True), others.places(), orders, others.known
+            )
         )
         return choose(candidate, wirings, others, "down(act(gate(x)) * up(x))")
 
@@ -137,8 +152,8 @@ def others_of(module: nn.Module, linears: Sequence[str]) -> Others | str:
         return f"it has more parts than its Linears, an activation and dropouts: {', '.join((*others, *own))}"
     known: list[str] = list(ACTIVATIONS)
     for name in acts:
-        if isinstance(others[name], nn.Module) and has_hooks(others[name]):
-            return f"its activation {name} has hooks, which would not run"
+        if isinstance(others[name], nn.Module) and (has_hooks(others[name]) or "forward" in vars(others[name])):
+            return f"its activation {name} has hooks, which would not run, or a forward of its own"
         known = [k for k, f in ACTIVATIONS.items() if same_activation(others[name], f)]
         if not known:
             return f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
@@ -162,20 +177,37 @@ def codes_of(module: nn.Module) -> Codes | None:
 
 def install(candidate: Candidate) -> None:
     wiring: AnyWiring = candidate.parts["wiring"]
-
-    def activation(module: nn.Module) -> Any:
-        return getattr(module, wiring.held) if wiring.held else None
+    proof = Proof(candidate, unseen=(wiring.held,) if wiring.held else ())
+    casts = _may_cast(candidate.module)
 
     def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        act = activation(self)
-        if act is not vars(self)[PROVEN] or (isinstance(act, nn.Module) and has_hooks(act)):  # changed since the surgery
-            return stock(self, x)
+        if casts and (odd := _mixed(self, wiring, x)):
+            proof.say(self, odd)
+            result: Tensor = stock(self, x)
+            return result
         return wiring(self, x)
 
-    replace(candidate.module, PROVEN, activation(candidate.module))
     replace(candidate.module, CODES, Codes())
-    replace_forward(candidate.module, forward)
+    replace_forward(candidate.module, forward, proof)
+
+
+def _may_cast(module: nn.Module) -> bool:
+    words = mentioned(module)
+    return any(word in words for word in CASTS)
+
+
+def _mixed(module: nn.Module, wiring: AnyWiring, x: Tensor) -> str | None:
+    """Where the dtypes are not all one, a forward that may cast between its Linears is its own affair."""
+    dtypes = {p.dtype for name in wiring.linears for p in getattr(module, name).parameters() if p.is_floating_point()}
+    if not torch.is_autocast_enabled(x.device.type):
+        dtypes.add(x.dtype)
+    return f"it may cast, and its dtypes are {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
+
+
+CASES = tuple(
+    itertools.product((torch.float64, None, *DTYPES), (True, False))
+)  # of the probe: dtypes, None for the own; training
 
 
 class Drawn(nn.Module):
@@ -244,8 +276,8 @@ def activation_distance(act: Any, known: Callable[[Tensor], Tensor]) -> float:
     """How far `act`, a module or a function, is from `known`, in values and derivatives on a grid in fp64; inf for what is no
     function of one fp64 tensor on the CPU."""
     grid = torch.linspace(-GRID, GRID, 4801, dtype=torch.float64).requires_grad_()
-    call = act.forward if isinstance(act, nn.Module) else act
     try:
+        call = functools.partial(own_forward, twin(act)) if isinstance(act, nn.Module) else act
         theirs = value_and_gradients(lambda: call(grid.clone()), [grid])
     except Exception:
         return float("inf")
@@ -254,9 +286,9 @@ def activation_distance(act: Any, known: Callable[[Tensor], Tensor]) -> float:
 
 def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
     """In which case and how `wiring` differs from the module's own forward, or None: with drawn Linears and pre-activations
-    all over the grid, training and not; in fp64, and for the dtypes of the results in the module's own dtypes."""
+    all over the grid, training and not; in fp64, in the module's own dtypes, and in all that a forward may ask for."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    for case, (wide, training) in enumerate(itertools.product((True, False), (True, False))):
+    for case, (narrow, training) in enumerate(CASES if _may_cast(module) else CASES[:4]):
         children: dict[str, nn.Module] = {
             k: Bent(1 / (i + 3)) if type(m) is nn.Dropout else twin(m)
             for i, (k, m) in enumerate(module.named_children())
@@ -266,15 +298,19 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
         for name in wiring.linears:
             linear = getattr(module, name)
             own = next((p.dtype for p in linear.parameters() if p.is_floating_point()), like.dtype)
-            dtypes.append(torch.float64 if wide else own)
+            dtypes.append(narrow or own)
             children[name] = Drawn(linear, GRID if name == wiring.linears[0] else 1.0, dtypes[-1], like.device)
-        copy = twin(module, **children)
+        copy, called = twin(module, **children), list[str]()
+        for name in wiring.linears:
+            children[name].register_forward_pre_hook(lambda *_, name=name: called.append(name))  # noqa: B023
         copy.training = training
         leaves = list(copy.parameters())
         first = getattr(module, wiring.linears[0])
         x = torch.randn(ROWS, first.in_features, device=like.device).to(dtypes[0]).requires_grad_()
         try:
-            theirs = value_and_gradients(lambda: type(module).forward(copy, x), [x, *leaves])  # noqa: B023
+            theirs = value_and_gradients(lambda: own_forward(copy, x), [x, *leaves])  # noqa: B023
+        except Writes as error:
+            return len(CASES), str(error)
         except Exception as error:
             return case, f"it does not call its Linears ({type(error).__name__}: {error})"
         try:
@@ -284,4 +320,7 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
         worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
         if worst > max(SAME, *(8 * torch.finfo(dtype).eps for dtype in dtypes)):
             return case, f"results differ by {worst:.1e} in {dtypes[0]}"
+        half = len(called) // 2
+        if called[:half] != called[half:]:
+            return case, "it calls its Linears in another order"
     return None

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import layer_norm
-from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, run
+from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, Dtypes, run, unproven
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
-from unswag.torch.patterns.probing import ignores_the_mean, kind, takes_one_argument, twin
+from unswag.torch.patterns.probing import Writes, ignores_the_mean, kind, own_forward, takes_one_argument, twin
+from unswag.torch.patterns.proof import Proof
 
 EPS = (1e-5, 1e-6, 1e-12)  # tried where no attribute holds it: those in use
-
-
-Dtypes = tuple[torch.dtype, torch.dtype, bool]  # of x, of weight and bias (of x if there are none); under autocast
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,16 @@ class Variant:
         weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
         return weight, bias
 
-    def takes(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether it is for us: of a shape and of dtypes that were proven, neither sharded nor another subclass."""
+    def dtypes(self, module: nn.Module, x: Tensor) -> Dtypes | None:
+        """Those of a call; None where it is not for us: another shape, sharded or another subclass, vectors of two dtypes."""
         vectors = [v for v in self.vectors(module) if v is not None]
+        if not all(map(is_plain, (x, *vectors))):
+            return None
+        cols = x.shape[-1:]
+        if tuple(getattr(module, "normalized_shape", cols)) != cols or any(v.shape != cols for v in vectors):
+            return None
         dtypes = {v.dtype for v in vectors} or {x.dtype}
-        return (
-            len(dtypes) == 1
-            and (x.dtype, *dtypes, torch.is_autocast_enabled(x.device.type)) in self.proven
-            and x.shape[-1:] == tuple(getattr(module, "normalized_shape", x.shape[-1:]))
-            and all(map(is_plain, (x, *vectors)))
-        )
+        return (x.dtype, dtypes.pop(), torch.is_autocast_enabled(x.device.type)) if len(dtypes) == 1 else None
 
 
 class LayerNormCase(Case):
@@ -107,6 +105,8 @@ class LayerNorm:
                 return None
             cases = list(_cases(module, vectors, like, ELEMENTS))
             dtypes = frozenset((c.x.dtype, next(c.twin.parameters(recurse=False), c.x).dtype, c.autocast) for c in cases)
+        except Writes as error:
+            return str(error)
         except Exception as error:  # it is not what it looked like
             return f"not a LayerNorm: its forward raises {type(error).__name__}: {error}"
         nearest = (-1, "")
@@ -123,12 +123,20 @@ class LayerNorm:
 
     def apply(self, candidate: Candidate) -> None:
         variant: Variant = candidate.parts["variant"]
+        proof = Proof(
+            candidate, reads=("normalized_shape", variant.eps) if isinstance(variant.eps, str) else ("normalized_shape",)
+        )
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())
-            return variant(self, x) if variant.takes(self, x) else stock(self, x)
+            dtypes = variant.dtypes(self, x)
+            if dtypes in variant.proven:
+                return variant(self, x)
+            if dtypes is not None:
+                proof.say(self, unproven(dtypes))
+            return stock(self, x)
 
-        replace_forward(candidate.module, forward)
+        replace_forward(candidate.module, forward, proof)
 
 
 def _roles(vectors: list[str]) -> list[tuple[str | None, str | None]]:
@@ -150,12 +158,14 @@ def _cases(module: nn.Module, vectors: list[str], like: Tensor, elements: int) -
     kinds = [(own, own, False), (torch.float32, torch.float32, False), (own, own, True)]
     kinds += [(x, w, autocast) for x in FLOATS for w in (x, torch.float32) for autocast in (False, True)]
     for i, (x_dtype, dtype, autocast) in enumerate(dict.fromkeys(kinds)):
-        for scale in SCALES:
+        for training, scale in zip((True, False), SCALES, strict=True):
             copy = twin(module, **{v: nn.Parameter(draw(cols).to(dtype)) for v in vectors})
             x = scale * (0.5 + draw(*((2, 1, rows // 2) if i else (rows,)), cols))  # a mean that shows, and other dimensions
+            copy.training = training
             try:
-                yield LayerNormCase(copy, x.to(x_dtype), autocast, run(copy, x.to(x_dtype), autocast, type(module).forward))
+                theirs = run(copy, x.to(x_dtype), autocast, own_forward)
             except RuntimeError:
                 if i < 2:
                     raise
                 break  # dtypes that the module does not take together
+            yield LayerNormCase(copy, x.to(x_dtype), autocast, theirs)

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from unswag.torch.functional import rms_norm
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
-from unswag.torch.patterns.probing import distance, ignores_the_mean, kind, takes_one_argument, twin, ulps, value_and_gradients
+from unswag.torch.patterns.probing import (
+    Writes,
+    distance,
+    ignores_the_mean,
+    kind,
+    own_forward,
+    takes_one_argument,
+    twin,
+    ulps,
+    value_and_gradients,
+)
+from unswag.torch.patterns.proof import Proof
 
 ELEMENTS = 1 << 16  # of each probe: enough to see a rate of 1e-4
 FEW = 1 << 12  # where a module of the same kind was probed before
@@ -21,6 +32,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # How often a 16-bit y may be the neighbour of the module's own. Another order of summation moves rstd by 1e-7, which
 # crosses a rounding boundary in 1e-7 / 2^-8 (bf16) or 1e-7 / 2^-11 (fp16) of the elements; another order of casts, in 26 %.
 NEIGHBOURS = {torch.bfloat16: 1e-4, torch.float16: 1e-3}
+
+
+Dtypes = tuple[torch.dtype, torch.dtype, bool]  # of x; of the weights (of x if there are none); under autocast
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Norm:
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        proven: dict[Hashable, Variant] = {}  # by kind, as long as the candidates live
+        proven: dict[Hashable, dict[Dtypes, Variant]] = {}  # by kind, as long as the candidates live
         for name, module in model.named_modules():
             parameters = list(module.named_parameters(recurse=False))
             weight = parameters[0][0] if parameters else None
@@ -81,36 +95,65 @@ class Norm:
         if weight and not is_plain(candidate.parts["like"]):
             return f"its weight is a {type(candidate.parts['like']).__name__}, which only the module itself can read"
         same = kind(module)
-        known: Variant | None = candidate.parts["proven"].get(same)
+        known: dict[Dtypes, Variant] | None = candidate.parts["proven"].get(same)
+        by_dtypes: dict[Dtypes, list[Case]] = {}
         try:
-            if known is not None and not any(c.differs(known) for c in _cases(module, weight, candidate.parts["like"], FEW)):
-                candidate.parts["variant"] = known
+            if known is not None and not any(
+                dtypes not in known or c.differs(known[dtypes])
+                for dtypes, c in _cases(module, weight, candidate.parts["like"], FEW, MUST)
+            ):
+                candidate.parts["variants"] = known
                 return None
-            cases = list(_cases(module, weight, candidate.parts["like"], ELEMENTS))
+            for dtypes, case in _cases(module, weight, candidate.parts["like"], ELEMENTS):
+                by_dtypes.setdefault(dtypes, []).append(case)
+        except Writes as error:
+            return str(error)
         except Exception as error:  # it is not what it looked like
             return f"not an RMSNorm: its forward raises {type(error).__name__}: {error}"
         nearest = (-1, "")
-        for eps, offset, cast, promotes in itertools.product(
-            candidate.parts["eps"], (0.0, 1.0) if weight else (0.0,), (True, False), (True, False) if weight else (False,)
-        ):
-            variant = Variant(weight, eps, offset, cast, promotes)
-            failed = next(((i, why) for i, case in enumerate(cases) if (why := case.differs(variant))), None)
-            if failed is None:
-                candidate.parts["variant"] = candidate.parts["proven"][same] = variant
+        for eps, offset in itertools.product(candidate.parts["eps"], (0.0, 1.0) if weight else (0.0,)):
+            variants: dict[Dtypes, Variant] = {}
+            for i, (dtypes, cases) in enumerate(by_dtypes.items()):
+                casts = itertools.product((True, False), (True, False) if weight else (False,))
+                tries = dict.fromkeys((*variants.values(), *(Variant(weight, eps, offset, *how) for how in casts)))
+                failed = []
+                for variant in tries:
+                    why = next((why for case in cases if (why := case.differs(variant))), None)
+                    if why is None:
+                        variants[dtypes] = variant
+                        break
+                    failed.append(why)
+                if dtypes not in variants and i < MUST:
+                    nearest = max(nearest, (i, failed[0]), key=lambda f: f[0])
+                    break
+            else:
+                candidate.parts["variants"] = candidate.parts["proven"][same] = variants
                 return None
-            nearest = max(nearest, failed, key=lambda f: f[0])
         return f"not one of the known RMSNorms: {nearest[1]}"
 
     def apply(self, candidate: Candidate) -> None:
-        variant: Variant = candidate.parts["variant"]
+        variants: dict[Dtypes, Variant] = candidate.parts["variants"]
+        weight, eps = candidate.parts["weight"], next(iter(variants.values())).eps
+        proof = Proof(candidate, reads=(eps,))
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())
-            if not (is_plain(x) and is_plain(getattr(self, variant.weight) if variant.weight else None)):  # sharded since
+            w = getattr(self, weight) if weight else None
+            if not (is_plain(x) and is_plain(w)) or (w is not None and w.shape != x.shape[-1:]):  # sharded since
+                return stock(self, x)
+            dtypes = (x.dtype, x.dtype if w is None else w.dtype, torch.is_autocast_enabled(x.device.type))
+            variant = variants.get(dtypes)
+            if variant is None:
+                proof.say(self, unproven(dtypes))
                 return stock(self, x)
             return variant(self, x)
 
-        replace_forward(candidate.module, forward)
+        replace_forward(candidate.module, forward, proof)
+
+
+def unproven(dtypes: Dtypes) -> str:
+    x, weight, autocast = dtypes
+    return f"x is {x} and the weight {weight}{' under autocast' if autocast else ''}, for which no form of it was proven"
 
 
 @dataclass(frozen=True)
@@ -149,7 +192,12 @@ class Case:
         return None
 
 
-def _cases(module: nn.Module, weight: str | None, like: Tensor, elements: int) -> Iterator[Case]:
+MUST = 2  # of the combinations below: the others are those that a cast may lead to, and need not have a variant
+
+
+def _cases(
+    module: nn.Module, weight: str | None, like: Tensor, elements: int, first: int | None = None
+) -> Iterator[tuple[Dtypes, Case]]:
     cols = like.numel() if weight else getattr(module, "normalized_shape", (256,))[-1]  # torch's takes no other width
     rows = max(2, elements // cols)
     own = like.dtype
@@ -158,12 +206,23 @@ def _cases(module: nn.Module, weight: str | None, like: Tensor, elements: int) -
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=like.device, generator=generator)
 
-    kinds = [(torch.float32, torch.float32, False), *((x, own, False) for x in (own, *FLOATS)), (own, own, True)]
-    for x_dtype, w_dtype, autocast in dict.fromkeys(kinds):
-        for scale in SCALES:
+    single = (torch.float32, torch.float32, False)
+    others = itertools.product((own, *FLOATS), (own, *FLOATS), (False, True))
+    combinations = dict.fromkeys((single, (own, own, False), (own, own, True), *others))
+    if not weight:
+        combinations = {(x, x, autocast): None for x, _, autocast in combinations}
+    for i, (x_dtype, w_dtype, autocast) in enumerate(itertools.islice(combinations, first)):
+        for training, scale in zip((True, False), SCALES, strict=True):
             drawn = {weight: nn.Parameter(draw(cols).to(w_dtype))} if weight else {}
             copy, x = twin(module, **drawn), (scale * draw(rows, cols)).to(x_dtype)
-            yield Case(copy, x, autocast, run(copy, x, autocast, type(module).forward))
+            copy.training = training
+            try:
+                theirs = run(copy, x, autocast, own_forward)
+            except RuntimeError:
+                if i < MUST:
+                    raise
+                break  # dtypes that the module does not take together
+            yield (x_dtype, w_dtype, autocast), Case(copy, x, autocast, theirs)
 
 
 def run(module: nn.Module, x: Tensor, autocast: bool, forward: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:

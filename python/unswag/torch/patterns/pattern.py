@@ -117,7 +117,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], proof: Proof
 def ordinary_call() -> bool:
     """Whether this is a call of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …), nor in forward mode:
     modules run their own forward there."""
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Callable[..., Any]:

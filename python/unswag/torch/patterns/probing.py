@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import inspect
 import itertools
+import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -38,16 +41,119 @@ def sealed() -> Iterator[None]:
 
 
 def twin(module: nn.Module, **replaced: Any) -> nn.Module:
-    """A shallow copy of `module` in which the named children and parameters are others. It has no hooks, its buffers
-    are copies, and its forward is that of the class."""
+    """A copy of `module` in which the named children and parameters are others. It shares nothing that a forward could write
+    to: tensors, containers, plain objects and the other children are copies too. It has no hooks, and its forward is that of
+    the class. Of a parametrized module nothing is read: each reading may advance it."""
+    if nn.utils.parametrize.is_parametrized(module):
+        raise ValueError(f"a {type(module).__name__} is computed from others at each reading, which may change its state")
     cls = stock_class(module)
-    copy = cls.__new__(cls)
-    copy.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (RECORD, METHODS, "forward")})
-    copy.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
-    copy._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
-    copy._parameters = {k: replaced.get(k, p) for k, p in module._parameters.items()}
-    copy._modules = {k: replaced.get(k, m) for k, m in module._modules.items()}
-    return copy
+    made = cls.__new__(cls)
+    seen: dict[int, Any] = {id(module): made}
+    for base in reversed(cls.__mro__):  # what the class holds for all its instances, too
+        if base not in nn.Module.__mro__ and not base.__module__.startswith(("torch.", "builtins")):
+            shared = {k: v for k, v in vars(base).items() if type(v) in (list, dict, set) and not k.startswith("__")}
+            made.__dict__.update({k: _unshared(v, seen) for k, v in shared.items()})
+    left_out = (RECORD, METHODS, "forward", "_parameters", "_buffers", "_modules", *HOOKS)
+    made.__dict__.update({k: _unshared(v, seen) for k, v in module.__dict__.items() if k not in left_out})
+    made.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
+    made._buffers = {k: _unshared(b, seen) for k, b in module._buffers.items()}
+    made._parameters = {k: replaced[k] if k in replaced else _unshared(p, seen) for k, p in module._parameters.items()}
+    made._modules = {k: replaced[k] if k in replaced else _unshared(m, seen) for k, m in module._modules.items()}
+    return made
+
+
+def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
+    """What a twin gets for `value`; what is of no known make stays shared."""
+    if id(value) in seen:
+        return seen[id(value)]
+    made = value
+    if isinstance(value, nn.Module):
+        made = twin(value)
+    elif type(value) is nn.Parameter:
+        made = nn.Parameter(value.detach().clone(), value.requires_grad)
+    elif type(value) is Tensor:
+        made = value.detach().clone().requires_grad_(value.requires_grad)
+    elif depth == 0:
+        return value
+    elif isinstance(value, dict):
+        seen[id(value)] = made = copy.copy(value)
+        made.update({k: _unshared(v, seen, depth - 1) for k, v in value.items()})
+    elif isinstance(value, (list, collections.deque)):
+        seen[id(value)] = made = copy.copy(value)
+        made.clear()
+        made.extend(_unshared(v, seen, depth - 1) for v in value)
+    elif type(value) is tuple:
+        made = tuple(_unshared(v, seen, depth - 1) for v in value)
+    elif isinstance(value, (set, bytearray, itertools.count)):
+        made = copy.copy(value)
+    elif _is_plain_object(value):
+        seen[id(value)] = made = copy.copy(value)
+        vars(made).update({k: _unshared(v, seen, depth - 1) for k, v in vars(value).items()})
+    seen[id(value)] = made
+    return made
+
+
+def _is_plain_object(value: Any) -> bool:
+    """An object of a class written in Python that says nothing about how it is copied."""
+    cls = type(value)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and not callable(value)
+        and not isinstance(value, (type, types.ModuleType))
+        and cls.__reduce_ex__ is object.__reduce_ex__
+        and cls.__reduce__ is object.__reduce__
+        and not hasattr(cls, "__slots__")
+        and not hasattr(cls, "__copy__")
+    )
+
+
+class Writes(Exception):
+    """A forward writes to its module, which a replacement would not."""
+
+
+def own_forward(module: nn.Module, *args: Any, method: str = "forward") -> Any:
+    """What the own forward of a twin's class makes of `args`. Writes if it changes the twin."""
+    before = _state(module)
+    result = getattr(stock_class(module), method)(module, *args)
+    after = _state(module)
+    if before != after:
+        changed = sorted({name for name, value in set(before.items()) ^ set(after.items())})
+        raise Writes(f"its {method} writes to {', '.join(f'its {name}' for name in changed)}, which the replacement would not")
+    return result
+
+
+def _state(module: nn.Module, prefix: str = "") -> dict[str, Hashable]:
+    """What a forward could change of a module and its children, by name, and equal as long as it does not."""
+    state: dict[str, Hashable] = {}
+    for k, v in vars(module).items():
+        if k == "_modules":
+            for name, child in v.items():
+                state |= {} if child is None else _state(child, f"{prefix}{name}.")
+        elif k in ("_parameters", "_buffers"):
+            state |= {prefix + name: _mark(value) for name, value in v.items()}
+        elif k not in HOOKS:
+            state[prefix + k] = _mark(v)
+    return state
+
+
+def _mark(value: Any, depth: int = 4) -> Hashable:
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return type(value), value
+    if depth == 0:
+        return id(value)
+    if isinstance(value, dict):
+        return id(value), tuple((_mark(k, 1), _mark(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, (list, tuple, collections.deque)):
+        return id(value), tuple(_mark(v, depth - 1) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return id(value), frozenset(_mark(v, 1) for v in value)
+    if isinstance(value, (bytearray, itertools.count)):
+        return id(value), repr(value)
+    if _is_plain_object(value):
+        return id(value), tuple((k, _mark(v, depth - 1)) for k, v in vars(value).items())
+    return id(value)
 
 
 def kind(module: nn.Module) -> Hashable:
@@ -83,7 +189,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def takes_one_argument(module: nn.Module) -> bool:
     """Whether `module.forward` takes one tensor and nothing else."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    parameters = inspect.signature(stock_class(module).forward).parameters.values()
     return len(parameters) == 2 and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
@@ -98,7 +204,7 @@ def ignores_the_mean(module: nn.Module, like: Tensor) -> bool:
         ones = {name: nn.Parameter(torch.ones_like(v)) for name, v in vectors.items()}
         x = (torch.arange(2 * cols, device=like.device) % 7 - 3).reshape(2, cols)  # small integers: exact in every format
         with torch.no_grad():
-            low, high = (type(module).forward(twin(module, **ones), v.to(like.dtype)) for v in (x, x + 8))
+            low, high = (own_forward(twin(module, **ones), v.to(like.dtype)) for v in (x, x + 8))
             return low.shape == x.shape and bool((low - high).abs().max() <= 0.03 * low.abs().max())
     except Exception:  # whatever a stranger's forward does on two rows, or a device that is not there
         return False

@@ -1,11 +1,11 @@
 """What a probe's proof rests on, and whether it still does.
 
-A probe compares a replacement with the forward that a module has at the surgery. Afterwards somebody may patch the module's class,
-set `GELU.approximate`, put another forward on an activation, hook a child that we do not call. So the surgery writes down what
+A probe compares a replacement with the forward that a module has at the surgery. Afterwards somebody may patch its class, set
+`GELU.approximate`, put another forward on an activation, hook a child that we do not call. So the surgery writes down what
 the forward can read, and each call looks whether all of it is as it was; if not, the module's own forward runs.
 
-What is compared must be equal in every copy of the module: functions and classes by identity, scalars and what is made of them by
-value. Tensors and modules are read when they are used, and take no part.
+What is compared must be equal in every copy of the module: functions and classes by identity, scalars and what is made of them
+by value. Tensors and modules are read when they are used, and take no part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 MEMBERS = (*FUNCTIONS, type, property, staticmethod, classmethod, functools.cached_property)
 TABLES = ("_parameters", "_buffers", "_modules")
 MOST = 64  # functions that one forward is followed into
-GLOBAL_HOOKS = tuple(f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"))
+GLOBAL_HOOKS = tuple(
+    f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
 OTHER = object()  # what is not compared
 
 
@@ -44,11 +46,18 @@ class Proof:
     """
 
     def __init__(
-        self, candidate: Candidate, *, reads: Iterable[str] = (), unseen: Iterable[str] = (), methods: Iterable[str] = ("forward",)
+        self,
+        candidate: Candidate,
+        *,
+        reads: Iterable[str] = (),
+        unseen: Iterable[str] = (),
+        methods: Iterable[str] = ("forward",),
     ) -> None:
         self._name, self._said = candidate.name, candidate.said
         self._facts = _Facts(candidate.module, tuple(methods), frozenset(reads))
-        self._unseen = [(name, _Whole(child)) for name in unseen if isinstance(child := getattr(candidate.module, name), nn.Module)]
+        self._unseen = [
+            (name, _Whole(child)) for name in unseen if isinstance(child := getattr(candidate.module, name), nn.Module)
+        ]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether all is as it was; says once what is not, in a warning."""
@@ -74,13 +83,15 @@ class Proof:
 
     def say(self, module: nn.Module, what: str) -> None:
         """A warning, once for each kind of module and change."""
+        if torch.compiler.is_compiling():
+            return
         kind = stock_class(module).__name__
         if (kind, what) not in self._said:
             self._said.add((kind, what))
             where = f"{self._name} ({kind})" if self._name else f"the model ({kind})"
             warnings.warn(
-                f"unswag: {where} runs its own forward, because {what} since the surgery; "
-                "call apply_unswag_surgery again to operate on it as it is now",
+                f"unswag: {where} runs its own forward: {what}, which is not what the surgery proved; "
+                "call apply_unswag_surgery again to operate on the model as it is now",
                 stacklevel=4,
             )
 
@@ -168,10 +179,7 @@ class _Whole:
             return False
         if "forward" in own or not self._facts.hold(module):
             return False
-        for name, whole in self._children:
-            if not whole.holds(own["_modules"].get(name)):
-                return False
-        return True
+        return not self._children or all(whole.holds(own["_modules"].get(name)) for name, whole in self._children)
 
     def changed(self, module: nn.Module | None, name: str) -> str | None:
         if module is None or type(module) is not self._cls:
@@ -201,7 +209,7 @@ class _Names:
         self.values = self.get(holder)
 
     def differing(self, holder: Any) -> Iterator[str]:
-        values = self.values if len(self.names) > 1 else (self.values,) * len(self.names)
+        values: Any = self.values if len(self.names) > 1 else (self.values,) * len(self.names)
         for name, value in zip(self.names, values, strict=True):
             try:
                 differs = bool(self._getter(name)(holder) != value)
@@ -230,6 +238,11 @@ class _Seen:
     words: frozenset[str]
     constants: dict[str, None]  # strings that may be names
     globals: list[tuple[dict[str, Any], list[str]]]
+
+
+def mentioned(module: nn.Module, method: str = "forward") -> frozenset[str]:
+    """The names in the code of a method, and of what it calls of the module and its own file."""
+    return _follow(module, (method,)).words
 
 
 def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
@@ -277,7 +290,11 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
             if found and isinstance(found[0], (*MEMBERS, *SCALARS)):
                 members[name] = None
                 todo += found
-            if callable(held := own.get(name)) and _function(held) is held and not isinstance(held, (types.FunctionType, nn.Module)):
+            if (
+                callable(held := own.get(name))
+                and _function(held) is held
+                and not isinstance(held, (types.FunctionType, nn.Module))
+            ):
                 todo.append(type(held).__call__)
             if name in function.__globals__ and not name.startswith("__"):
                 look(function.__globals__, name, mentioned)

@@ -12,8 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace, replace_forward, stock
-from unswag.torch.patterns.probing import takes_one_argument, twin
+from unswag.torch.patterns.activation import seen_as
+from unswag.torch.patterns.pattern import (
+    Candidate,
+    foreign_forward,
+    ordinary_call,
+    replace,
+    replace_forward,
+    replace_view,
+    stock,
+    stock_class,
+)
+from unswag.torch.patterns.probing import Writes, own_forward, takes_one_argument, twin
+from unswag.torch.patterns.proof import Proof
 from unswag.torch.rectified import rectified, squared
 from unswag.torch.stash import Stash
 
@@ -38,7 +49,7 @@ class Relu:
             if held := [k for k, v in vars(module).items() if any(v is relu for relu in FUNCTIONS)]:
                 yield Candidate(name, module, {"held": held})
             elif (
-                {"relu", "relu_"} & set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
+                {"relu", "relu_"} & set(getattr(getattr(stock_class(module).forward, "__code__", None), "co_names", ()))
                 and not (module._modules or module._parameters or module._buffers)
                 and takes_one_argument(module)
             ):
@@ -60,10 +71,11 @@ class Relu:
 
     def apply(self, candidate: Candidate) -> None:
         module, kept = candidate.module, Counter[str]()
+        proof = Proof(candidate)
         replace(module, KEPT, kept)
         if "held" in candidate.parts:
             for k in candidate.parts["held"]:
-                replace(module, k, Held(vars(module)[k], kept))
+                replace_view(module, k, seen_as(vars(module)[k], _held))
             return
         call: Call = candidate.parts["call"]
 
@@ -71,18 +83,22 @@ class Relu:
             (x,) = (*args, *kwargs.values())
             return call(self, x, vars(self)[KEPT])
 
-        replace_forward(module, forward)
+        replace_forward(module, forward, proof)
+
+
+def _held(module: nn.Module, function: Callable[..., Tensor]) -> Held:
+    return Held(function, vars(module)[KEPT])
 
 
 @dataclass(frozen=True)
 class Held:
-    """What stands in an attribute in place of torch's relu."""
+    """What is seen in an attribute in place of torch's relu."""
 
     stock: Callable[..., Tensor]
     kept: Counter[str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not args or not isinstance(args[0], Tensor):
+        if not args or not isinstance(args[0], Tensor) or not ordinary_call():
             return self.stock(*args, **kwargs)
         return rectified(lambda x: self.stock(x, *args[1:], **kwargs), args[0], self.kept)
 
@@ -117,9 +133,11 @@ def _differs(module: nn.Module, call: Call) -> str | None:
             return y.detach(), dx
 
         try:
-            theirs = run(lambda x: type(module).forward(copy, x))  # noqa: B023
+            theirs = run(lambda x: own_forward(copy, x))  # noqa: B023
             with Stash():
                 ours = run(lambda x: call(copy, x, kept))  # noqa: B023
+        except Writes as error:
+            return str(error)
         except Exception as error:  # no function of one tensor of that dtype
             return f"it raises {type(error).__name__} for {dtype}"
         if not all(_same_bits(a, b) for a, b in zip(ours, theirs, strict=True)):

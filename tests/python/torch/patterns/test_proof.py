@@ -1,0 +1,500 @@
+"""Whatever happens to a module after its surgery, it computes what stock computes: copies, other weights, pickles, patches of its
+class, its children or its settings, hooks, casts, transforms of torch.func and forward mode. One matrix for all patterns."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+from unswag.torch import apply_unswag_surgery, remove_unswag_surgery
+from unswag.torch.patterns.pattern import METHODS, Candidate, replaced
+from unswag.torch.patterns.proof import Proof, frozen, mentioned
+
+HIDDEN = 64
+
+
+def twice(x):
+    return 2 * x
+
+
+class Norm(nn.Module):
+    """Gemma's, with its own helper, and a factor that it reads of its class and a function of its file."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(HIDDEN)), 1e-6
+        self.power, self.steps = 2, [1.0]
+
+    def _norm(self, x):
+        return x * torch.rsqrt(x.pow(self.power).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        y = self._norm(x.float()) * (1.0 + self.weight.float())
+        return (y * self.factor * self.steps[0] * getattr(self, "scale", 1.0)).type_as(x)
+
+
+class T5Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(HIDDEN)), 1e-6
+
+    def forward(self, x):
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            x = x.to(self.weight.dtype)
+        return self.weight * x
+
+
+class Gated(nn.Module):
+    def __init__(self, act=None):
+        super().__init__()
+        self.gate, self.up = nn.Linear(HIDDEN, 24), nn.Linear(HIDDEN, 24)
+        self.down, self.act = nn.Linear(24, HIDDEN), act or nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class T5Gated(Gated):
+    """Casts to the dtype of its last Linear, which some keep in float32."""
+
+    def forward(self, x):
+        h = self.act(self.gate(x)) * self.up(x)
+        if h.dtype != self.down.weight.dtype:
+            h = h.to(self.down.weight.dtype)
+        return self.down(h)
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.both, self.down, self.act = nn.Linear(HIDDEN, 48), nn.Linear(24, HIDDEN), nn.GELU()
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Held(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.fc, self.act = nn.Linear(HIDDEN, HIDDEN), act
+
+    def forward(self, x):
+        return self.act(self.fc(x)).sin()
+
+
+class Quick(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = 1.702
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.slope * x)
+
+
+EXAMPLES = {
+    "norm": Norm,
+    "norm, T5's": T5Norm,
+    "norm, torch's": lambda: nn.RMSNorm(HIDDEN, eps=1e-6),
+    "layer_norm": lambda: nn.LayerNorm(HIDDEN, bias=False),
+    "gated_mlp": Gated,
+    "gated_mlp, T5's": T5Gated,
+    "gated_mlp of a function": lambda: Gated(F.silu),
+    "fused_mlp": Fused,
+    "plain_mlp": Plain,
+    "activation": nn.GELU,
+    "activation of Python": Quick,
+    "activation, held": lambda: Held(F.gelu),
+    "activation, partial": lambda: Held(functools.partial(F.gelu, approximate="tanh")),
+    "relu": lambda: nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU()),
+    "relu, held": lambda: Held(F.relu),
+    "batch_norm": lambda: nn.Sequential(nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setattr("rich.console.Console.print", lambda *_: None)
+    torch.manual_seed(0)
+
+
+@functools.cache
+def made_once(name):
+    return pair(name)
+
+
+def copies(name):
+    """As `pair`; what a warning says once, another test may have heard."""
+    return copy.deepcopy(made_once(name))
+
+
+def pair(name):
+    """A stock model and an operated one, of the same weights; the module in question is [1]."""
+    stock = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), EXAMPLES[name](), nn.Tanh()).train()
+    ours = copy.deepcopy(stock)
+    report = apply_unswag_surgery(ours)
+    assert [found for _, found in report.patched if found != "stash"], report.skipped
+    return stock, ours
+
+
+def outcome(model, x):
+    """y and the gradients, all in float64; or what is raised."""
+    try:
+        x = x.clone().requires_grad_()
+        model.zero_grad()
+        y = model(x)
+        (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum().backward()
+    except Exception as error:
+        return type(error)
+    grads = {name: p.grad for name, p in model.named_parameters()} | {"x": x.grad}
+    return {"y": y.detach(), **grads}
+
+
+def same(ours, theirs, eps=1e-5):
+    if isinstance(theirs, type):
+        return ours is theirs
+    return ours.keys() == theirs.keys() and all(
+        (a is None and b is None) or (a.dtype == b.dtype and (a.double() - b.double()).norm() <= eps * (1 + b.double().norm()))
+        for a, b in ((ours[k], theirs[k]) for k in theirs)
+    )
+
+
+def batch(dtype=torch.float32):
+    return torch.randn(6, HIDDEN, dtype=dtype)
+
+
+# ---- copies -----------------------------------------------------------------------------------------------------------------
+
+
+def replica(model, factor):
+    """As torch.nn.parallel.replicate makes it, on the same device and with weights of its own."""
+    modules = list(model.modules())
+    place = {module: i for i, module in enumerate(modules)}
+    made = [module._replicate_for_data_parallel() for module in modules]
+    for i, module in enumerate(modules):
+        for k, child in module._modules.items():
+            setattr(made[i], k, made[place[child]])
+        for k, p in module._parameters.items():
+            if p is None:
+                made[i]._parameters[k] = None
+            else:
+                setattr(made[i], k, p * factor)
+        for k, b in module._buffers.items():
+            setattr(made[i], k, b if b is None else b.clone())
+    return made[0]
+
+
+def shallow(module):
+    made = copy.copy(module)
+    made._modules = {k: shallow(child) for k, child in module._modules.items()}
+    made._parameters = {k: p if p is None else nn.Parameter(p.detach() * 3) for k, p in module._parameters.items()}
+    made._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
+    return made
+
+
+def deep(module):
+    made = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(5)
+    return made
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_copy_computes_with_its_own_weights_and_stays_operated(name):
+    (stock, ours), x = copies(name), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for made in (shallow, deep, lambda model: replica(model, 2.0)):
+            assert same(outcome(made(ours), x), outcome(made(stock), x))
+            assert [METHODS in vars(m) for m in made(ours).modules()] == [METHODS in vars(m) for m in ours.modules()]
+    assert same(outcome(ours, x), outcome(stock, x))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_pickle_is_stock(name):
+    stock, ours = copies(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = pickle.dumps(ours)
+        assert b"unswag" not in data
+        again = pickle.loads(data)
+        torch.save(ours, file := io.BytesIO())
+        file.seek(0)
+        for made in (again, torch.load(file, weights_only=False)):
+            assert not any(replaced(m) or METHODS in vars(m) for m in made.modules())
+            assert [type(m) for m in made.modules()] == [type(m) for m in stock.modules()]
+            x = batch()
+            assert same(outcome(made, x), outcome(stock, x))
+
+
+# ---- changes ----------------------------------------------------------------------------------------------------------------
+
+
+def others(method):
+    return lambda self, x: torch.tanh(x) * 3
+
+
+def act(model):
+    return model[1].act
+
+
+def hook(module):
+    module.register_forward_hook(lambda module, args, y: y + 1)
+
+
+CHANGES = {  # name: (examples, change)
+    "forward of the class": ("all", None),
+    "forward on the instance": ("all", lambda m, _: setattr(m[1], "forward", lambda x: x * 3)),
+    "class": ("all", lambda m, _: setattr(m[1], "__class__", derived(type(m[1])))),
+    "hook": ("all", lambda m, _: hook(m[1])),
+    "evaluation": ("all", lambda m, _: m.eval()),
+    "helper of the class": (["norm"], lambda m, patch: patch.setattr(Norm, "_norm", lambda self, x: x)),
+    "helper on the instance": (["norm"], lambda m, _: setattr(m[1], "_norm", lambda x: x)),
+    "setting of the class": (["norm"], lambda m, patch: patch.setattr(Norm, "factor", 3.0)),
+    "setting of the class on the instance": (["norm"], lambda m, _: setattr(m[1], "factor", 3.0)),
+    "setting": (["norm"], lambda m, _: setattr(m[1], "power", 4)),
+    "setting that was not there": (["norm"], lambda m, _: setattr(m[1], "scale", 3.0)),
+    "setting in a list": (["norm"], lambda m, _: m[1].steps.__setitem__(0, 3.0)),
+    "eps": (["norm"], lambda m, _: setattr(m[1], "eps", 0.5)),
+    "function of torch": (["plain_mlp", "fused_mlp"], lambda m, patch: patch.setattr(F, "gelu", torch.tanh)),
+    "a bias": (["layer_norm"], lambda m, _: setattr(m[1], "bias", nn.Parameter(torch.full((HIDDEN,), 2.0)))),
+    "another weight": (["layer_norm", "norm"], lambda m, _: setattr(m[1], "weight", nn.Parameter(torch.full((HIDDEN,), 2.0)))),
+    "a weight of one": (["norm", "norm, T5's"], lambda m, _: setattr(m[1], "weight", nn.Parameter(torch.tensor([2.0])))),
+    "approximate": (["activation"], lambda m, _: setattr(m[1], "approximate", "tanh")),
+    "slope": (["activation of Python"], lambda m, _: setattr(m[1], "slope", 1.0)),
+    "activation's approximate": (["fused_mlp"], lambda m, _: setattr(act(m), "approximate", "tanh")),
+    "activation": (["gated_mlp", "fused_mlp", "gated_mlp, T5's"], lambda m, _: setattr(m[1], "act", nn.Tanh())),
+    "function": (["gated_mlp of a function", "activation, held"], lambda m, _: setattr(m[1], "act", torch.tanh)),
+    "relu's function": (["relu, held", "activation, partial"], lambda m, _: setattr(m[1], "act", F.silu)),
+    "activation's forward": (["gated_mlp", "fused_mlp"], lambda m, _: setattr(act(m), "forward", torch.tanh)),
+    "activation's class": (["gated_mlp"], lambda m, _: setattr(act(m), "__class__", derived(type(act(m))))),
+    "activation's class patched": (["gated_mlp"], lambda m, patch: patch.setattr(nn.SiLU, "forward", others("silu"))),
+    "activation's hook": (["gated_mlp", "fused_mlp"], lambda m, _: hook(act(m))),
+    "activation's pre-hook": (["gated_mlp"], lambda m, _: act(m).register_forward_pre_hook(lambda _, x: (x[0] + 1,))),
+    "activation's backward hook": (
+        ["gated_mlp"],
+        lambda m, _: act(m).register_full_backward_hook(lambda _, dx, __: (dx[0] * 2,)),
+    ),
+    "a Linear that is none": (["gated_mlp", "plain_mlp"], lambda m, _: m[1]._modules.update(swapped(m[1]))),
+    "hook on a Linear": (["gated_mlp", "plain_mlp"], lambda m, _: hook(next(iter(m[1].children())))),
+    "inplace": (["relu"], lambda m, _: setattr(m[1][1], "inplace", True)),
+    "momentum": (["batch_norm"], lambda m, _: setattr(m[1][0], "momentum", 0.7)),
+    "batch_norm's class": (["batch_norm"], lambda m, patch: patch.setattr(nn.BatchNorm1d, "forward", others("bn"))),
+    "kept in float32": (
+        ["gated_mlp, T5's"],
+        lambda m, _: (m.to(torch.bfloat16), m[1].down.to(torch.float32), m.insert(2, Back())),
+    ),
+}
+CASES = [(change, n) for change, (names, _) in CHANGES.items() for n in (EXAMPLES if names == "all" else names)]
+SILENT = ("forward on the instance", "class", "hook", "evaluation", "eps", "another weight", "a weight of one", "relu's function",
+          "a Linear that is none", "hook on a Linear", "momentum")  # fmt: skip
+
+
+class Back(nn.Module):
+    def forward(self, x):
+        return x.to(torch.float32)
+
+
+def derived(cls):
+    return type("New", (cls,), {"forward": lambda self, x: torch.tanh(x) * 3})
+
+
+def swapped(module):
+    name, linear = next(iter(module._modules.items()))
+    return {name: nn.Sequential(linear, nn.Tanh())}
+
+
+@pytest.mark.parametrize(("change", "name"), CASES)
+def test_what_changed_after_the_surgery_is_what_runs(change, name, monkeypatch):
+    stock, ours = pair(name)
+    change_ = CHANGES[change][1]
+    if change_ is None:
+        cls = next(type(m) for m in stock[1].modules() if type(m) not in (nn.Sequential, nn.Linear))
+        monkeypatch.setattr(cls, "forward", others("forward"))
+    for model in (stock, ours):
+        if change_ is not None:
+            change_(model, monkeypatch)
+    x = batch(next(stock.parameters()).dtype)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        have = [outcome(ours, x) for _ in range(2)]
+    want = outcome(stock, x)
+    for result in have:
+        assert same(result, want, 1e-5 if x.dtype == torch.float32 else 0.02)
+    words = [str(w.message) for w in said if "runs its own forward" in str(w.message)]
+    assert len(words) <= 1
+    if change not in SILENT and not ("held" in name or "partial" in name):
+        assert words and "call apply_unswag_surgery again" in words[0]
+
+
+def test_the_warning_names_the_module_and_what_changed_once_for_a_kind():
+    model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), *(Gated() for _ in range(3)))
+    apply_unswag_surgery(model)
+    for mlp in model[1:]:
+        mlp.act.forward = torch.tanh
+    with pytest.warns(UserWarning) as said:
+        model(batch())
+        model(batch())
+    words = [str(w.message) for w in said]
+    assert words == [
+        "unswag: 1 (Gated) runs its own forward: its act's forward was replaced, which is not what the surgery proved; "
+        "call apply_unswag_surgery again to operate on the model as it is now"
+    ]
+
+
+@pytest.mark.parametrize("name", ["gated_mlp", "fused_mlp"])
+def test_global_hooks_see_an_activation_as_in_stock(name):
+    (stock, ours), x, seen = pair(name), batch(), []
+    handle = torch_module.register_module_forward_hook(lambda module, args, y: seen.append(type(module).__name__))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            want = outcome(stock, x)
+            theirs, seen[:] = list(seen), []
+            assert same(outcome(ours, x), want) and seen == theirs
+    finally:
+        handle.remove()
+    seen.clear()
+    assert same(outcome(ours, x), want) and not seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_another_dtype_after_the_surgery(name, dtype):
+    stock, ours = copies(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for order in ((dtype,), (torch.float32, dtype), (torch.float32,)):
+            for to in order:
+                stock.to(to), ours.to(to)
+            for x in (batch(order[-1]), batch()):
+                eps = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(order[-1], 1e-5)
+                assert same(outcome(ours, x), outcome(stock, x), eps)
+
+
+def test_a_mixed_t5_mlp_is_its_own_affair_and_says_so():
+    stock, ours = pair("gated_mlp, T5's")
+    for model in (stock, ours):
+        model.to(torch.bfloat16)[1].down.to(torch.float32)
+        model[2] = Back()
+    x = batch(torch.bfloat16)
+    with pytest.warns(UserWarning, match="it may cast, and its dtypes are torch.bfloat16, torch.float32"):
+        assert torch.equal(ours(x), stock(x))
+
+
+# ---- torch.func, forward mode -------------------------------------------------------------------------------------------------
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sin().sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x))[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "per sample": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sin().sum()))(torch.stack([x, 2 * x])),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sin().sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_transforms_of_torch_func_work_as_stock(name, transform):
+    stock, ours = (model.eval() if name == "batch_norm" else model for model in copies(name))
+    x = torch.randn(2, HIDDEN)
+
+    def run(model):
+        parameters = {k: p.detach() for k, p in model.named_parameters()}
+        results = [TRANSFORMS[transform](model, x)]
+        if transform == "grad":
+            loss = lambda p: torch.func.functional_call(model, p, (x,)).sin().sum()  # noqa: E731
+            results += torch.func.grad(loss)(parameters).values()
+        return results
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for a, b in zip(run(ours), run(stock), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_forward_mode_works_as_stock(name):
+    (stock, ours), x, dx = copies(name), batch(), batch()
+    tangents = []
+    for model in (stock, ours):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, dx))).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+# ---- the proof itself -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_in_the_code():
+    words = mentioned(Norm())
+    assert {"_norm", "power", "eps", "weight", "factor", "steps", "scale"} <= set(words)
+    assert not {"register_buffer", "Linear"} & set(words)
+
+
+def test_what_is_compared_is_equal_in_a_copy():
+    made = {"a": [1, (2.0, "x")], "b": functools.partial(F.gelu, approximate="tanh"), "c": torch.ones(1)}
+    assert frozen(made) == frozen(copy.deepcopy(made))
+    assert frozen(made) != frozen({**made, "a": [1, (3.0, "x")]})
+    assert frozen(made) != frozen({**made, "b": functools.partial(F.gelu, approximate="none")})
+
+
+def test_reads_may_change():
+    proof = Proof(Candidate("norm", module := Norm()), reads=("eps",))
+    module.eps = 1.0
+    assert proof.changed(module) is None and proof.holds(module)
+    module.power = 3
+    assert proof.changed(module) == "its power changed"
+    with pytest.warns(UserWarning, match=r"norm \(Norm\) runs its own forward: its power changed"):
+        assert not proof.holds(module)
+    assert not proof.holds(module)
+
+
+def test_removal_after_a_change_leaves_the_change():
+    stock, ours = pair("gated_mlp")
+    for model in (stock, ours):
+        model[1].act.forward = torch.tanh
+    remove_unswag_surgery(ours)
+    x = batch()
+    assert same(outcome(ours, x), outcome(stock, x)) and type(ours[1]) is Gated
+
+
+def test_a_look_takes_microseconds():
+    """Twenty on a slow machine, where one or two are usual; a walk over all hooks and settings would take a hundred."""
+    module = Gated()
+    proof = Proof(Candidate("mlp", module), unseen=("act",))
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        for _ in range(20):
+            proof.holds(module)
+        times.append((time.perf_counter() - start) / 20)
+    assert min(times) < 20e-6
