@@ -53,14 +53,16 @@ class Wiring:
     held: str | None
     on_h: str | None  # the dropout on the product
     on_y: str | None  # the dropout on the result
+    up_first: bool = False  # the Linears are called in the module's order: they may draw (LoRA's dropout) and have hooks
 
     @property
     def linears(self) -> tuple[str, ...]:
         return self.gate, self.up, self.down
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        gate, up = getattr(module, self.gate), getattr(module, self.up)
-        return finish(module, self, gated(gate(x), up(x), self.act, codes_of(module)))
+        names = (self.up, self.gate) if self.up_first else (self.gate, self.up)
+        made = {name: getattr(module, name)(x) for name in names}
+        return finish(module, self, gated(made[self.gate], made[self.up], self.act, codes_of(module)))
 
 
 class GatedMlp:
@@ -80,8 +82,10 @@ class GatedMlp:
         if isinstance(others, str):
             return others
         wirings = (
-            Wiring(gate, up, down, act, others.held, on_h, on_y)
-            for (on_h, on_y), (gate, up, down), act in itertools.product(others.places(), orders, others.known)
+            Wiring(gate, up, down, act, others.held, on_h, on_y, up_first)
+            for up_first, (on_h, on_y), (gate, up, down), act in itertools.product(
+                (False, True), others.places(), orders, others.known
+            )
         )
         return choose(candidate, wirings, others, "down(act(gate(x)) * up(x))")
 
@@ -296,7 +300,9 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
             own = next((p.dtype for p in linear.parameters() if p.is_floating_point()), like.dtype)
             dtypes.append(narrow or own)
             children[name] = Drawn(linear, GRID if name == wiring.linears[0] else 1.0, dtypes[-1], like.device)
-        copy = twin(module, **children)
+        copy, called = twin(module, **children), list[str]()
+        for name in wiring.linears:
+            children[name].register_forward_pre_hook(lambda *_, name=name: called.append(name))  # noqa: B023
         copy.training = training
         leaves = list(copy.parameters())
         first = getattr(module, wiring.linears[0])
@@ -314,4 +320,7 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
         worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
         if worst > max(SAME, *(8 * torch.finfo(dtype).eps for dtype in dtypes)):
             return case, f"results differ by {worst:.1e} in {dtypes[0]}"
+        half = len(called) // 2
+        if called[:half] != called[half:]:
+            return case, "it calls its Linears in another order"
     return None

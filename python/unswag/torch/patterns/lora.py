@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from unswag.torch.draws import draw_seed
 from unswag.torch.lora import Adapter, add_lora
 from unswag.torch.patterns.gated_mlp import Drawn
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock, stock_class
-from unswag.torch.patterns.probing import distance, has_hooks, twin, ulps, value_and_gradients
+from unswag.torch.patterns.probing import Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
 from unswag.torch.patterns.proof import Proof, _global_hooks
 
 ROWS = 32  # of each probe
@@ -152,14 +152,14 @@ def _unlike(module: Any, name: str) -> str | None:
 
 
 class _Seen(nn.Module):
-    """Stands in for a dropout in a probe: lets through what it is given, and remembers it."""
+    """Stands in for a dropout in a probe: lets through what it is given, and says it."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.inputs: list[Tensor] = []
+        self.say = say
 
     def forward(self, x: Tensor) -> Tensor:
-        self.inputs.append(x.detach())
+        self.say(x.detach())
         return x
 
 
@@ -171,17 +171,20 @@ def _differs(module: Any, names: list[str], how: How) -> str | None:
     pairs = dict.fromkeys([F64, own])
     for dtypes, autocast, training in [*itertools.product(pairs, [False], [True, False]), (own, True, True), *LATER]:
         theirs, seen, x, leaves = _small(module, names, dtypes, training)
-        ours: Any = twin(theirs, lora_dropout=nn.ModuleDict({name: nn.Identity() for name in names}))
+        plain = nn.ModuleDict({name: nn.Identity() for name in names})
+        ours: Any = twin(theirs, **(theirs._modules | {"lora_dropout": plain}))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             try:
-                want = value_and_gradients(lambda: type(theirs).forward(theirs, x), leaves)  # noqa: B023
+                want = value_and_gradients(lambda: own_forward(theirs, x), leaves)  # noqa: B023
+            except Writes as error:
+                return str(error)
             except Exception as error:
                 return f"it raises {type(error).__name__}: {error}"
             have = value_and_gradients(lambda: _forward(ours, x, how), leaves)  # noqa: B023
         x_dtype, dtype = dtypes
         words = f"with {x_dtype} x and {dtype} adapters" + (" under autocast" if autocast else "")
         given = x.detach().to(dtype).double()
-        if any(len(s.inputs) != 1 or not torch.equal(s.inputs[0].double(), given) for s in seen):
+        if len(seen) != len(names) or not all(torch.equal(s.double(), given) for s in seen):
             return f"its dropout does not get x {words}"
         worst = max(distance(a, b) for a, b in zip(have, want, strict=True))
         narrow = max((x_dtype, dtype, want[0].dtype), key=lambda d: torch.finfo(d).eps)
@@ -198,8 +201,8 @@ def _casts_under_autocast(module: Any, names: list[str]) -> bool:
     """Whether the dropouts get x in the dtype of the adapters under autocast."""
     theirs, seen, x, _ = _small(module, names, (torch.bfloat16, torch.float32), True)
     with torch.autocast(x.device.type, torch.bfloat16):
-        type(theirs).forward(theirs, x)
-    return seen[0].inputs[0].dtype == torch.float32
+        own_forward(theirs, x)
+    return seen[0].dtype == torch.float32
 
 
 def _dtypes(module: Any, names: list[str]) -> tuple[torch.dtype, torch.dtype]:
@@ -210,25 +213,25 @@ def _dtypes(module: Any, names: list[str]) -> tuple[torch.dtype, torch.dtype]:
 
 def _small(
     module: Any, names: list[str], dtypes: tuple[torch.dtype, torch.dtype], training: bool
-) -> tuple[Any, list[_Seen], Tensor, list[Tensor]]:
-    """A twin with all the named adapters active and small weights, what stands in for its dropouts, an input, and all that has
-    a gradient."""
+) -> tuple[Any, list[Tensor], Tensor, list[Tensor]]:
+    """A twin with all the named adapters active and small weights, the list of what its dropouts get, an input, and all that
+    has a gradient."""
     x_dtype, dtype = dtypes
     device = next((p for p in module.base_layer.parameters() if p.is_floating_point()), module.lora_A[names[0]].weight).device
     base = Drawn(STAND_IN, 1.0, x_dtype, device)
     pairs = {name: _drawn(module.lora_B[name], dtype, device) for name in names}
-    seen = {name: _Seen() for name in names}
+    seen: list[Tensor] = []
     small = twin(
         module,
         base_layer=base,
         lora_A=nn.ModuleDict({name: a for name, (a, _) in pairs.items()}),
         lora_B=nn.ModuleDict({name: b for name, (_, b) in pairs.items()}),
-        lora_dropout=nn.ModuleDict(seen),
+        lora_dropout=nn.ModuleDict({name: _Seen(seen.append) for name in names}),
     )
     small.__dict__.update(_active_adapter=names, _disable_adapters=False, merged_adapters=[], training=training)
     x = torch.randn(ROWS, STAND_IN.in_features, device=device).to(x_dtype).requires_grad_()
     leaves = [x, *base.parameters(), *(p for pair in pairs.values() for part in pair for p in part.parameters())]
-    return small, list(seen.values()), x, leaves
+    return small, seen, x, leaves
 
 
 def _drawn(b: nn.Linear, dtype: torch.dtype, device: torch.device) -> tuple[nn.Linear, nn.Linear]:

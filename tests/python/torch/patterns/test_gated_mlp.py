@@ -331,3 +331,31 @@ def test_weights_are_never_read():
     assert distance(module(x), want) < 1e-6
     module(x).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+class UpFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(H, HIDDEN), nn.Linear(H, HIDDEN), nn.Linear(HIDDEN, H)
+
+    def forward(self, x):
+        return self.down(self.up(x) * F.silu(self.gate(x)))
+
+
+class GateFirst(UpFirst):
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("kind, first", [(UpFirst, "up"), (GateFirst, "gate")])
+def test_the_linears_are_called_in_the_modules_order(kind, first):
+    """They may draw (LoRA with dropout), and hooks of the user may count on it."""
+    module, called = kind(), []
+    (found,) = GatedMlp().find(module)
+    with sealed():
+        assert GatedMlp().probe(found) is None
+    GatedMlp().apply(found)
+    for name in ("gate", "up", "down"):
+        getattr(module, name).register_forward_hook(lambda *_, name=name: called.append(name))
+    module(torch.randn(3, H))
+    assert called[0] == first and called[2:] == ["down"]
