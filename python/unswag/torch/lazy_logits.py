@@ -117,6 +117,7 @@ class Deferral:
         self.fake = is_fake(hidden)
         self._tensors = [("the hidden states", hidden), *(("the output embedding's weights", p) for p in head.parameters)]
         self._then = self._now()
+        self._samples = [] if self.fake else [_sample(t) for _, t in self._tensors]
         self._state = {} if self.fake else head.state()
         ddp = DistributedDataParallel._active_ddp_module
         self.in_ddp_sink = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
@@ -125,9 +126,13 @@ class Deferral:
     def _now(self) -> list[tuple[int, int]]:
         return [] if self.fake else [(t._version, t.data_ptr()) for _, t in self._tensors]
 
-    def check(self) -> None:
-        """Raises RuntimeError if the head would not make now what it would have made."""
-        changed = [what for (what, _), then, now in zip(self._tensors, self._then, self._now(), strict=False) if then != now]
+    def check(self, look: bool = True) -> None:
+        """Raises RuntimeError if the head would not make now what it would have made.  look: at values, too, because edits
+        through `.data` leave no other trace; on a GPU that waits for it."""
+        names = [what for what, _ in self._tensors]
+        changed = [what for what, then, now in zip(names, self._then, self._now(), strict=False) if then != now]
+        if look and not changed:
+            changed = [what for (what, t), was in zip(self._tensors, self._samples, strict=False) if not _is_like(t, was)]
         if changed:
             raise RuntimeError(
                 f"unswag: these logits were not made during the forward, and {changed[0]} have been changed in place since (by "
@@ -184,6 +189,19 @@ class Deferral:
                 "Results are right; memory is saved when the model computes the loss itself from `labels`.",
                 stacklevel=4,
             )
+
+
+def _sample(t: Tensor) -> Any:
+    """Some of the values: their bytes, of which a tensor is kept only where copying them out would wait for a GPU."""
+    each = int(256 ** (1 / max(1, t.ndim)))  # of each dimension
+    few = t.detach()[tuple(slice(None, None, max(1, size // each)) for size in t.shape)]
+    few = few.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    return few.numpy().tobytes() if t.is_cpu else few
+
+
+def _is_like(t: Tensor, sample: Any) -> bool:
+    now = _sample(t)
+    return torch.equal(now, sample) if isinstance(now, Tensor) else bool(now == sample)
 
 
 class _Node:
@@ -347,7 +365,7 @@ class LazyLogits(Tensor):
         chosen = LossOptions(softcap=form[0], logit_scale=form[1], **options)
         if chosen.reduction == "none" and deferral.head.linear is None:
             return None
-        deferral.check()
+        deferral.check(look=False)
         if deferral.fake:  # surgery's dry run: no values to make a loss of, and what the chunks keep is not counted there
             deferral.consumed = True
             return hidden.sum()

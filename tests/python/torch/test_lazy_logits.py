@@ -445,7 +445,7 @@ def change(model, how):
             weight.mul_(2)
 
 
-@pytest.mark.parametrize("how", ["optimiser", "data", "no grad"])
+@pytest.mark.parametrize("how", ["optimiser", "data", "data edited", "no grad"])
 def test_another_weight_is_an_error(how):
     model, out = returned()
     out.loss.backward()

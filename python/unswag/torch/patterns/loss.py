@@ -45,6 +45,7 @@ from unswag.torch.patterns.pattern import (
     cannot_operate,
     foreign_forward,
     is_plain,
+    maker,
     no_kernel,
     replace,
     replace_forward,
@@ -264,7 +265,8 @@ _HARMLESS_MODES = (DeviceContext, FakeTensorMode, LiveStorages)
 
 def _real_because(head: nn.Module, state: _State) -> str | None:
     """Why a training forward with labels needs the head's real logits, or None.  What the surgery saw may have changed."""
-    if any(map(has_hooks, head.modules())) or any(getattr(global_hooks, hooks) for hooks in _GLOBAL_HOOKS):
+    listening = [hook for hooks in _GLOBAL_HOOKS for hook in getattr(global_hooks, hooks).values()]
+    if any(map(has_hooks, head.modules())) or not all(maker(hook).startswith("unswag.") for hook in listening):
         return "hooks on the output embedding"
     if torch.is_anomaly_enabled():
         return "anomaly mode"
