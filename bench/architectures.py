@@ -58,6 +58,7 @@ TASKS = {  # AutoModel classes of the heads, and what their batch looks like
     "seq2seq LM": ("AutoModelForSeq2SeqLM", "tokens"),
     "speech": ("AutoModelForSpeechSeq2Seq", "speech"),
     "CTC": ("AutoModelForCTC", "wave"),
+    "image-text LM": ("AutoModelForImageTextToText", "tokens"),
     "contrastive": ("AutoModelForZeroShotImageClassification", "pairs"),
 }
 _TEXT = ("masked LM", "sequence classification", "token classification")
@@ -66,6 +67,7 @@ FAMILIES = {
     "modernbert": _TEXT, "gpt2": _TEXT[1:], "llama": _TEXT[1:], "vit": ("image classification",),
     "resnet": ("image classification",), "convnext": ("image classification",), "t5": ("seq2seq LM", "sequence classification"),
     "bart": ("seq2seq LM",), "whisper": ("speech",), "wav2vec2": ("CTC",), "clip": ("contrastive",),
+    "chameleon": ("image-text LM",),  # which edits its logits in place
 }  # fmt: skip
 NOT_BUILT = {
     "gemma4_assistant": "it reads the keys and values of the model that it assists, and takes no labels",

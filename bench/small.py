@@ -70,6 +70,16 @@ _BOTH = ["linear_attention", "full_attention"]
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1], **_MAMBA_HEADS),
     "blt": dict(encoder_hash_byte_group_vocab=VOCAB),
+    "chameleon": dict(vocabulary_map={f"IMGIMG{a}Z": 100 + i for i, a in enumerate("ABCDEFGHIJ")} | {"<image>": 110}),
+    "chameleon_vqgan": dict(
+        embed_dim=8,
+        num_embeddings=10,
+        latent_channels=8,
+        resolution=8,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+    ),
     "cohere_compass_text": dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     "convnext": dict(patch_size=4, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1]),
     "dbrx": dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8.0)),

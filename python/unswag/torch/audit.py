@@ -249,9 +249,10 @@ def _loss(output: Any) -> torch.Tensor | None:
 
 
 def _tokens(batch: dict[str, Any]) -> int:
-    """Tokens in the batch: elements of `input_ids`, else rows of `inputs_embeds`, else of the first tensor."""
+    """Tokens in the batch: elements of `input_ids`, else rows of `inputs_embeds`, else of the first tensor. 0, which is shown
+    as unknown, for images: how many patches they become only the model knows."""
     tensors = [t for t in batch.values() if isinstance(t, torch.Tensor) and t.dim() > 0]
     first = batch.get("input_ids", batch.get("inputs_embeds", tensors[0] if tensors else None))
-    if not isinstance(first, torch.Tensor):
+    if not isinstance(first, torch.Tensor) or first.dim() > 3:
         return 0
     return first.numel() if first.dim() <= 2 and not first.is_floating_point() else first.shape[:-1].numel()

@@ -323,3 +323,10 @@ def test_what_is_audited_is_what_runs():
     ledger = audit(model, **data)
     assert ledger.total == pytest.approx(saved, rel=0.02)
     assert not [row for row in ledger.rows if row.bytes and "lora_A" in row.module]
+
+
+def test_images_are_not_tokens():
+    """How many patches they become only the model knows."""
+    model = nn.Conv2d(3, 4, 2, stride=2)
+    ledger = audit(model, input=torch.randn(2, 3, 8, 8, requires_grad=True))
+    assert ledger.tokens == 0 and "–" in str(ledger)

@@ -221,9 +221,8 @@ def _operated_class(stock: type[nn.Module]) -> type[nn.Module]:
     made = next((cls for cls in stock.__subclasses__() if vars(cls).get(STOCK) is stock), None)
     if made is None:
         about = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-        copying = {"__copy__": _copy, "__deepcopy__": _copy, "__reduce_ex__": _reduce}
         metaclass: Any = type(stock)
-        made = metaclass(stock.__name__, (stock,), {STOCK: stock} | about | copying)
+        made = metaclass(stock.__name__, (stock,), {STOCK: stock, "__reduce_ex__": _reduce} | about)
     return made
 
 
@@ -262,36 +261,56 @@ def _attribute(operated: type[nn.Module], name: str) -> property:
     return property(get, set_, delete)
 
 
-def _copy(self: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """copy.copy and copy.deepcopy of an operated module: operated, too."""
-    plain = stock_class(self)
-    if memo is None and hasattr(plain, "__copy__"):
-        return plain.__copy__(self)
-    if memo is not None and hasattr(plain, "__deepcopy__"):
-        return plain.__deepcopy__(self, memo)
-    made = plain.__new__(plain)
-    made.__class__ = type(self)
-    if memo is None:
-        made.__setstate__(plain.__getstate__(self))
-    else:
-        memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(plain.__getstate__(self), memo))
-    return made
+# A copy of an operated module is operated, a pickle is stock and can be loaded where UnSwag is not. Both ask __reduce_ex__.
+# (A __deepcopy__ would be found, through their __getattr__, by modules around ours that pass on what they lack, as PEFT's do.)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """A pickled module is stock: it can be loaded where UnSwag is not."""
     plain = stock_class(self)
-    if STOCK not in vars(type(self)):
+    if STOCK not in vars(type(self)):  # somebody has derived from it since
         return plain.__reduce_ex__(self, protocol)
-    as_stock = plain.__new__(plain)
-    vars(as_stock).update(vars(self))
-    restore(as_stock)
-    reduced: Any = as_stock.__reduce_ex__(protocol)
-    make, arguments, *rest = reduced
-    if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # which pickle allows for the object's own class alone
-        make, arguments = copyreg._reconstructor, (arguments[0], object, None)  # type: ignore[attr-defined]
-    return make, arguments, *rest
+    if plain.__reduce_ex__ is not object.__reduce_ex__ or plain.__reduce__ is not object.__reduce__:
+        return _as_stock(self).__reduce_ex__(protocol)
+    return _Make(type(self)), (plain, object, None), _State(self)
+
+
+def _as_stock(module: nn.Module) -> nn.Module:
+    """A shallow copy without what surgery put there."""
+    plain = stock_class(module)
+    made = plain.__new__(plain)
+    vars(made).update(vars(module))
+    restore(made)
+    return made
+
+
+class _Make:
+    """Makes an empty operated module for a copy; pickled, a stock one."""
+
+    def __init__(self, operated: type[nn.Module]) -> None:
+        self.operated = operated
+
+    def __call__(self, plain: type[nn.Module], *_: Any) -> nn.Module:
+        made = plain.__new__(plain)
+        made.__class__ = self.operated
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return functools.partial, (copyreg._reconstructor,)  # type: ignore[attr-defined]
+
+
+class _State(dict[str, Any]):
+    """What an operated module holds; pickled, what it would hold without surgery."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(stock_class(module).__getstate__(module))
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stock = _as_stock(self.module)
+        return dict, (), None, None, iter(type(stock).__getstate__(stock).items())
 
 
 def foreign_forward(module: nn.Module) -> str | None:

@@ -162,3 +162,23 @@ def test_plain_is_what_can_be_read_past_its_module():
         fake = torch.empty(2)
     assert all(is_plain(t) for t in (None, torch.empty(2), nn.Parameter(torch.empty(2)), fake))
     assert not is_plain(halved(torch.ones(2))) and not is_plain(nn.UninitializedParameter())
+
+
+def test_modules_that_pass_on_what_they_lack_are_copied_themselves():
+    """PEFT's models do so: a __deepcopy__ of the model inside would be taken for theirs."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Model()
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+    around = Around()
+    replace_forward(around.inner, ours)
+    for made in (copy.copy(around), copy.deepcopy(around)):
+        assert type(made) is Around and made.inner(3) == 6
