@@ -4,21 +4,22 @@ Inside a forward that was given labels the head's call is put off (`defer`): it 
 with shape, dtype and a place in the graph, and without data.  The model's own loss consumes it in chunks.  The rule is that
 *there is one value of the logits at any moment*:
 
-* Only scalings, tanh, casts, slices and rows stay lazy, and only until the forward ends.  The first other use makes the logits,
-  with their graph, and everything that was derived from them so far; the chunks are then closed.
-* Where no loss has been made of them in chunks, what was made takes the place of the lazy object itself, which is a plain tensor
-  from then on.  A forward that ends without such a loss makes them before it returns.
+* Only scalings, tanh, casts, slices and rows stay lazy, and only until the forward ends.  The first other use makes the
+  logits, with their graph, and everything that was derived from them so far; the chunks are then closed.
+* Where no loss has been made of them in chunks, what was made takes the place of the lazy object itself, which is a plain
+  tensor from then on.  A forward that ends without such a loss makes them before it returns.
 * Where the loss has been made, the object stays lazy in class alone: every use goes to what was made, edits included, but what
   would wait for the loss's gradient (hooks, `retain_grad`, `torch.autograd.grad`) is an error, as it would never come.
 * They are made by the head as it was: another weight, setting or value of it since is an error.
-* Who passes by `__torch_function__` (autograd.Function, DDP's reducer, C++) finds data in `__torch_dispatch__` and a node in the
-  graph whose backward runs the head again.
+* Who passes by `__torch_function__` (autograd.Function, DDP's reducer, C++) finds data in `__torch_dispatch__` and a node in
+  the graph whose backward runs the head again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import warnings
 import weakref
@@ -64,7 +65,7 @@ class Head:
         return self.call(hidden) if self.linear is None else F.linear(hidden, *self.linear)
 
 
-# ---- forwards that are running ------------------------------------------------------------------------------------------------
+# ---- forwards that are running --------------------------------------------------------------------------------------------
 
 
 class Frame:
@@ -82,7 +83,8 @@ def frames() -> list[Frame]:
     """Of this thread, the innermost last."""
     if not hasattr(_running, "frames"):
         _running.frames = []
-    return _running.frames  # type: ignore[no-any-return]
+    found: list[Frame] = _running.frames
+    return found
 
 
 @contextlib.contextmanager
@@ -95,13 +97,13 @@ def inside_forward(model: nn.Module, labels: bool) -> Iterator[None]:
         for ref in frame.deferrals:
             deferral = ref()
             if deferral is not None and not deferral.consumed:
-                deferral.make("the end of a forward whose loss did not use them")
+                deferral.make("a forward that made no loss of them")
     finally:
         frame.open = False
         frames().remove(frame)
 
 
-# ---- one call of the head that was put off --------------------------------------------------------------------------------------
+# ---- one call of the head that was put off --------------------------------------------------------------------------------
 
 
 class Deferral:
@@ -115,6 +117,7 @@ class Deferral:
         self.fake = is_fake(hidden)
         self._tensors = [("the hidden states", hidden), *(("the output embedding's weights", p) for p in head.parameters)]
         self._then = self._now()
+        self._samples = [] if self.fake else [_sample(t) for _, t in self._tensors]
         self._state = {} if self.fake else head.state()
         ddp = DistributedDataParallel._active_ddp_module
         self.in_ddp_sink = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
@@ -123,9 +126,13 @@ class Deferral:
     def _now(self) -> list[tuple[int, int]]:
         return [] if self.fake else [(t._version, t.data_ptr()) for _, t in self._tensors]
 
-    def check(self) -> None:
-        """Raises RuntimeError if the head would not make now what it would have made."""
-        changed = [what for (what, _), then, now in zip(self._tensors, self._then, self._now(), strict=False) if then != now]
+    def check(self, look: bool = True) -> None:
+        """Raises RuntimeError if the head would not make now what it would have made.  look: at values, too, because edits
+        through `.data` leave no other trace; on a GPU that waits for it."""
+        names = [what for what, _ in self._tensors]
+        changed = [what for what, then, now in zip(names, self._then, self._now(), strict=False) if then != now]
+        if look and not changed:
+            changed = [what for (what, t), was in zip(self._tensors, self._samples, strict=False) if not _is_like(t, was)]
         if changed:
             raise RuntimeError(
                 f"unswag: these logits were not made during the forward, and {changed[0]} have been changed in place since (by "
@@ -165,20 +172,36 @@ class Deferral:
                     _take_the_place_of(lazy, made)
                     made = lazy
                 node.made, node.version = made, made._version
-        for node in nodes:  # what no object is left of
-            while (node := node.parent) is not None:
-                if node not in nodes:
-                    node.made = None
+        for node in nodes:
+            parent = node.parent
+            while parent is not None:
+                if parent not in nodes:  # no object is left of it
+                    parent.made = None
+                parent = parent.parent
 
     def _note(self, use: str, logits: Tensor) -> None:
         self.head.notes[use] += 1
         if self.head.notes[use] == 1:
             size = logits.shape.numel() * logits.dtype.itemsize / 2**20
+            because = f"`{use}` was used on them" if use.isidentifier() else f"it was {use}"
             warnings.warn(
-                f"unswag: the logits of a training step were made in full ({size:,.1f} MiB): `{use}` was used on them. "
+                f"unswag: the logits of a training step were made in full ({size:,.1f} MiB): {because}. "
                 "Results are right; memory is saved when the model computes the loss itself from `labels`.",
                 stacklevel=4,
             )
+
+
+def _sample(t: Tensor) -> Any:
+    """Some of the values: their bytes, of which a tensor is kept only where copying them out would wait for a GPU."""
+    each = int(256 ** (1 / max(1, t.ndim)))  # of each dimension
+    few = t.detach()[tuple(slice(None, None, max(1, size // each)) for size in t.shape)]
+    few = few.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    return few.numpy().tobytes() if t.is_cpu else few
+
+
+def _is_like(t: Tensor, sample: Any) -> bool:
+    now = _sample(t)
+    return torch.equal(now, sample) if isinstance(now, Tensor) else bool(now == sample)
 
 
 class _Node:
@@ -239,13 +262,14 @@ class _Node:
 
 
 _EDITED = (
-    "unswag: logits that were put off have been edited in place, and something that does not see such edits (an autograd.Function "
-    f"or C++ code) uses them; give it logits.clone(), or {REMEDY}"
+    "unswag: logits that were put off have been edited in place, and something that does not see such edits (an "
+    f"autograd.Function or C++ code) uses them; give it logits.clone(), or {REMEDY}"
 )
 
 
 def _stepped(made: Tensor, step: tuple[str, tuple[Any, ...]]) -> Tensor:
-    return getattr(made, step[0])(*step[1])  # type: ignore[no-any-return]
+    out: Tensor = getattr(made, step[0])(*step[1])
+    return out
 
 
 _use_count: Callable[[Tensor], int] = torch._C.TensorBase._use_count  # type: ignore[attr-defined]  # references held by C++
@@ -306,21 +330,21 @@ def defer(head: Head, hidden: Tensor, frame: Frame) -> Tensor:
     return _add(_Node(Deferral(head, hidden, frame), shape, _contiguous(shape), head.dtype))
 
 
-# ---- the tensor -----------------------------------------------------------------------------------------------------------------
+# ---- the tensor -----------------------------------------------------------------------------------------------------------
 
 
 class LazyLogits(Tensor):
     """See the head of this file.  [..., classes].
 
-    Any use but the chain's makes the real logits (once, with the head and autocast state of the forward), says so in one warning
-    and counts it in `head.notes`.  Raises RuntimeError when that is no longer possible, or would be wrong.
+    Any use but the chain's makes the real logits (once, with the head and autocast state of the forward), says so in one
+    warning and counts it in `head.notes`.  Raises RuntimeError when that is no longer possible, or would be wrong.
     """
 
     _node: _Node
 
     @classmethod
     def _of(cls, node: _Node) -> LazyLogits:
-        lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        lazy: LazyLogits = Tensor._make_wrapper_subclass(
             cls, node.shape, strides=node.stride, dtype=node.dtype, device=node.deferral.hidden.device
         )
         lazy._node = node
@@ -341,7 +365,7 @@ class LazyLogits(Tensor):
         chosen = LossOptions(softcap=form[0], logit_scale=form[1], **options)
         if chosen.reduction == "none" and deferral.head.linear is None:
             return None
-        deferral.check()
+        deferral.check(look=False)
         if deferral.fake:  # surgery's dry run: no values to make a loss of, and what the chunks keep is not counted there
             deferral.consumed = True
             return hidden.sum()
@@ -371,7 +395,7 @@ class LazyLogits(Tensor):
         return first if isinstance(first, LazyLogits) and out is first._node.made else out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
@@ -426,8 +450,8 @@ def _refuse_to_wait(func: Any, name: str, first: Any, args: tuple[Any, ...], kwa
     for logits in tree_leaves(waits):
         if isinstance(logits, LazyLogits) and (logits._node.deferral.consumed or logits._node.made is not None):
             raise RuntimeError(
-                f"unswag: `{name}` on logits that were put off: the model's loss was made without them, from the hidden states, so "
-                f"its gradient never reaches them; {REMEDY}"
+                f"unswag: `{name}` on logits that were put off: the model's loss was made without them, from the hidden "
+                f"states, so its gradient never reaches them; {REMEDY}"
             )
 
 
@@ -443,19 +467,19 @@ def _name(func: Any) -> str:
 
 
 _PROPERTIES = (
-    "shape dtype device ndim requires_grad is_leaf layout grad_fn output_nr retains_grad itemsize nbytes is_cpu is_cuda is_meta "
-    "is_mps is_xpu is_nested is_mkldnn is_quantized is_sparse is_sparse_csr"
+    "shape dtype device ndim requires_grad is_leaf layout grad_fn output_nr retains_grad itemsize nbytes is_cpu is_cuda "
+    "is_meta is_mps is_xpu is_nested is_mkldnn is_quantized is_sparse is_sparse_csr"
 )
 _METHODS = (
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size __len__ get_device"
 )
-_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
+_METADATA: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
 _METADATA |= {getattr(Tensor, name) for name in _METHODS.split()}
 _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, Tensor.is_inference}
-_WAITS = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__}  # type: ignore[attr-defined]
+_WAITS: set[Any] = {Tensor.register_hook, Tensor.retain_grad, getattr(Tensor.grad, "__get__")}  # noqa: B009
 
 
-# ---- the chain --------------------------------------------------------------------------------------------------------------------
+# ---- the chain ------------------------------------------------------------------------------------------------------------
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -512,7 +536,7 @@ def _as_rows(how: str, logits: LazyLogits, *shape: Any) -> LazyLogits | None:
         return None
     sizes = (torch.Size(rows).numel(), node.shape[-1])
     steps = [(size, stride) for size, stride in zip(rows, node.stride[:-1], strict=True) if size != 1]
-    if all(outer == size * stride for (_, outer), (size, stride) in zip(steps, steps[1:], strict=False)):  # a view
+    if all(outer == size * stride for (_, outer), (size, stride) in itertools.pairwise(steps)):  # a view
         stride = (steps[-1][1] if steps else node.shape[-1], node.stride[-1])
         return _add(_then(node, how, *sizes, shape=sizes, stride=stride))
     return None if how == "view" else _add(_then(node, how, *sizes, shape=sizes))
@@ -565,7 +589,7 @@ _CHAIN: dict[str, Callable[..., LazyLogits | None]] = {
 }
 
 
-# ---- the loss, in chunks ------------------------------------------------------------------------------------------------------------
+# ---- the loss, in chunks --------------------------------------------------------------------------------------------------
 
 
 def _rows(node: _Node) -> tuple[Tensor, int, list[tuple[str, Any]]]:

@@ -87,8 +87,8 @@ def linear_cross_entropy(
     each only if its gradient is asked for; for "none": hidden, weight and labels by reference, and the backward makes the
     logits again.  dweight of 16-bit products is summed in float32.
 
-    Under transforms of torch.func and in forward mode the logits are made, by PyTorch's own functions, and any derivative works.
-    Elsewhere a second derivative is a NotImplementedError.
+    Under transforms of torch.func and in forward mode the logits are made, by PyTorch's own functions, and any derivative
+    works.  Elsewhere a second derivative is a NotImplementedError.
 
     Raises ValueError for shapes that do not fit, a label out of range (with its position; not under torch.func), an unknown
     reduction, a `class_weight` or `num_items` that requires grad; TypeError for dtypes; NotImplementedError for tensor
@@ -192,7 +192,7 @@ def _check_labels(hidden: Tensor, labels: Tensor, classes: int, options: LossOpt
     for name, constant in (("class_weight", options.class_weight), ("num_items", options.num_items)):
         if isinstance(constant, Tensor) and (_has_tangent(constant) or (torch.is_grad_enabled() and constant.requires_grad)):
             raise ValueError(
-                f"{name} requires grad, and the loss has no gradient for it; pass {name}.detach(), or use F.cross_entropy on logits"
+                f"{name} requires grad, and the loss has no gradient for it; pass {name}.detach(), or use F.cross_entropy"
             )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels have dtype {labels.dtype}; integers are needed")
@@ -371,16 +371,17 @@ def _formula(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.logit_scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
-    shared = options.num_items is not None
     loss = F.cross_entropy(
         z.reshape(-1, z.shape[-1]),
         labels.reshape(-1).long(),
         None if options.class_weight is None else options.class_weight.to(z.dtype),
         ignore_index=options.ignore_index,
-        reduction="sum" if shared else options.reduction,
+        reduction=options.reduction if options.num_items is None else "sum",
         label_smoothing=options.label_smoothing,
     )
-    return loss / options.num_items if shared else loss.view(labels.shape) if options.reduction == "none" else loss
+    if options.num_items is not None:
+        return loss / options.num_items
+    return loss.view(labels.shape) if options.reduction == "none" else loss
 
 
 def _denominator(labels: Tensor, options: LossOptions) -> float:

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from near import SEED, assert_as_near
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from unswag.torch import loss as loss_module
-from unswag.torch.loss import check_labels, head_cross_entropy, linear_cross_entropy
+from unswag.torch.loss import LossOptions, check_labels, head_cross_entropy, linear_cross_entropy
 
 ROWS, HIDDEN, CLASSES = 37, 24, 101
 
@@ -520,3 +521,89 @@ def test_tensor_subclass_is_refused():
     hidden, weight, _, labels = sample()
     with pytest.raises(NotImplementedError, match="weight is a Sharded"):
         linear_cross_entropy(hidden, weight.detach().as_subclass(Sharded), labels)
+
+
+# ---- transforms of torch.func, forward mode, constants -----------------------------------------------------------------------
+
+
+def by_head(hidden, weight, labels, bias, **options):
+    return head_cross_entropy(
+        lambda x: F.linear(x, weight, bias), (weight, bias), CLASSES, hidden, labels, options=LossOptions(**options)
+    )
+
+
+def by_weight(hidden, weight, labels, bias, **options):
+    return linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
+
+
+TRANSFORMED = [{}, {"softcap": 4.0, "logit_scale": 0.5}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"num_items": 7.0}]
+
+
+@pytest.mark.parametrize("ours", [by_weight, by_head])
+@pytest.mark.parametrize("options", TRANSFORMED, ids=str)
+def test_transforms(options, ours):
+    """Gradient, tangent, batch and second derivative are the formula's, and so is forward mode outside torch.func."""
+    hidden, weight, bias, labels = (t.detach() for t in sample(torch.float64))
+    tangents = tuple(torch.randn_like(t) for t in (hidden, weight, bias))
+    shared = options.get("num_items")
+    plain = {k: v for k, v in options.items() if k != "num_items"} | ({"reduction": "sum"} if shared else {})
+
+    def mine(*leaves):
+        return ours(*leaves[:2], labels, leaves[2], **options)
+
+    def truth(*leaves):
+        return stock(*leaves[:2], labels, leaves[2], **plain) / (shared or 1)
+
+    def forward_mode(f):
+        with forward_ad.dual_level():
+            made = f(*map(forward_ad.make_dual, (hidden, weight, bias), tangents))
+            return forward_ad.unpack_dual(made).tangent
+
+    transforms = {
+        "grad": lambda f: torch.func.grad(f, (0, 1, 2))(hidden, weight, bias),
+        "jvp": lambda f: torch.func.jvp(f, (hidden, weight, bias), tangents),
+        "vmap": lambda f: torch.func.vmap(lambda w: f(hidden, w, bias))(torch.stack([weight, 2 * weight])),
+        "hvp": lambda f: torch.func.jvp(torch.func.grad(f, 1), (hidden, weight, bias), tangents),
+        "forward mode": forward_mode,
+    }
+    for transform in transforms.values():
+        torch.testing.assert_close(transform(mine), transform(truth))
+
+
+def test_gradients_of_each_sample():
+    hidden, weight, _, labels = (t.detach() for t in sample())
+    labels[:5] = 3
+    each = torch.func.vmap(torch.func.grad(lambda w, x, y: linear_cross_entropy(x[None], w, y[None])), (None, 0, 0))
+    want = torch.func.vmap(torch.func.grad(lambda w, x, y: F.cross_entropy(F.linear(x[None], w), y[None])), (None, 0, 0))
+    torch.testing.assert_close(each(weight, hidden, labels), want(weight, hidden, labels))
+
+
+@pytest.mark.parametrize("tangent", ["hidden", "weight", "bias"])
+def test_the_tangent_of_each_argument_counts(tangent):
+    given = dict(zip(("hidden", "weight", "bias"), (t.detach().double() for t in sample()[:3]), strict=True))
+    labels = sample()[3]
+    with forward_ad.dual_level():
+        given[tangent] = forward_ad.make_dual(given[tangent], torch.ones_like(given[tangent]))
+        got = forward_ad.unpack_dual(by_weight(labels=labels, **given)).tangent
+        want = forward_ad.unpack_dual(stock(labels=labels, **given)).tangent
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["class_weight", "num_items"])
+def test_a_constant_that_requires_grad_is_refused(name):
+    hidden, weight, _, labels = sample()
+    constant = (torch.rand(CLASSES) + 1 if name == "class_weight" else torch.tensor(5.0)).requires_grad_()
+    for loss in (
+        lambda: linear_cross_entropy(hidden, weight, labels, **{name: constant}),
+        lambda: head_cross_entropy(
+            lambda x: F.linear(x, weight), (weight,), CLASSES, hidden, labels, options=LossOptions(**{name: constant})
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} requires grad.*{name}\.detach\(\)"):
+            loss()
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, **{name: constant})
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(constant.detach(), torch.ones_like(constant))
+        with pytest.raises(ValueError, match="requires grad"):
+            linear_cross_entropy(hidden, weight, labels, **{name: dual})

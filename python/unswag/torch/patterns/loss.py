@@ -7,9 +7,10 @@ anything else makes the real logits.  Without labels, in evaluation, generation,
 torch.compile and torch.func the head works as before, and so it does where somebody would notice: hooks on it, global hooks,
 anomaly mode, modes of __torch_function__ and __torch_dispatch__, random draws in it.
 
-Left alone, with a reason: models with a loss of their own, sharded heads (the chunks would run after the weight was given back),
-heads whose trained weight is no plain tensor, and heads that are not the same on a chunk of rows as on all: that draw, change
-their buffers, or mix rows. A head with a packed, frozen weight is called on chunks as a module would be; nobody reads its weight.
+Left alone, with a reason: models with a loss of their own, sharded heads (the chunks would run after the weight was given
+back), heads whose trained weight is no plain tensor, and heads that are not the same on a chunk of rows as on all: that draw,
+change their buffers, or mix rows. A head with a packed, frozen weight is called on chunks as a module would be; nobody reads
+its weight.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from unswag.torch.patterns.pattern import (
     cannot_operate,
     foreign_forward,
     is_plain,
+    maker,
     no_kernel,
     replace,
     replace_forward,
@@ -79,7 +81,7 @@ class Loss:
             if not (hasattr(type(module), "get_output_embeddings") and hasattr(type(module), "loss_function")):
                 continue
             try:
-                head = type(module).get_output_embeddings(module)
+                head = _head_of(module)
             except NotImplementedError:
                 continue
             if isinstance(head, nn.Module):
@@ -171,8 +173,8 @@ def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
 
 
 def _probe_head(head: Any, linear: bool) -> str | None:
-    """The head makes [2, classes] of two random rows, of each row by itself what it makes of both, of the rows' dtype, without a
-    draw and without a trace; and, if the chunks are to use its weight, just what F.linear makes."""
+    """The head makes [2, classes] of two random rows, of each row by itself what it makes of both, without a draw and without a
+    trace; and, if the chunks are to use its weight, just what F.linear makes."""
     floating = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
     classes, width = _sizes(head)
     x = torch.randn(2, width or 0, device=floating.device).to(floating.dtype)
@@ -189,9 +191,7 @@ def _probe_head(head: Any, linear: bool) -> str | None:
         if not torch.equal(torch.get_rng_state(), drawn):
             return "its forward draws random numbers, and chunks would draw in another order"
         apart = torch.cat([twin(x[:1]), twin(x[1:])])
-        if (
-            apart - logits
-        ).float().norm() > 0.01 * logits.float().norm():  # roundings are far below, another function far above
+        if (apart - logits).float().norm() > 0.01 * logits.float().norm():  # roundings are far below
             return "what it makes of a row depends on the other rows"
     return None
 
@@ -215,19 +215,29 @@ def _place_of_labels(model: nn.Module) -> int | None:
 def _framed(place: int | None, inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's forward, which says whether it was given labels."""
     given = kwargs.get("labels") is not None or (place is not None and len(args) > place and args[place] is not None)
+    if torch.compiler.is_compiling():
+        return inner(self, *args, **kwargs)
     with inside_forward(self, given):
         return inner(self, *args, **kwargs)
+
+
+def _head_of(model: Any) -> Any:
+    """The output embedding."""
+    return type(model).get_output_embeddings(model)
 
 
 def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The output embedding's forward: lazy logits in a training forward with labels, else what it was."""
     state: _State = vars(self)[STATE]
-    running = [frame for frame in frames() if type(frame.model).get_output_embeddings(frame.model) is self]  # type: ignore[operator]
-    if len(args) != 1 or kwargs or not running or not _trains(self, args[0]):
+    if len(args) != 1 or kwargs or not _trains(self, args[0]):
         return stock(self, *args, **kwargs)
-    hidden, frame = args[0], next((frame for frame in reversed(running) if frame.labels), None)
-    if frame is None or (reason := _real_because(self, state)) is not None:
-        state.notes["a forward without labels" if frame is None else reason] += 1
+    hidden, running = args[0], [frame for frame in frames() if _head_of(frame.model) is self]
+    if not running:
+        return stock(self, hidden)
+    frame = next((frame for frame in reversed(running) if frame.labels), None)
+    reason = "a forward without labels" if frame is None else _real_because(self, state)
+    if frame is None or reason is not None:
+        state.notes[str(reason)] += 1
         return stock(self, hidden)
     linear = (self.weight, self.bias) if state.linear else None
     depends = dict if state.linear else functools.partial(_depends_on, self)
@@ -242,6 +252,7 @@ def _trains(head: nn.Module, hidden: Any) -> bool:
         and torch.is_grad_enabled()
         and not logits_are_kept()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and (type(hidden) in (Tensor, nn.Parameter) or is_fake(hidden))
         and (hidden.requires_grad or any(p.requires_grad for p in head.parameters()))
@@ -254,7 +265,8 @@ _HARMLESS_MODES = (DeviceContext, FakeTensorMode, LiveStorages)
 
 def _real_because(head: nn.Module, state: _State) -> str | None:
     """Why a training forward with labels needs the head's real logits, or None.  What the surgery saw may have changed."""
-    if any(map(has_hooks, head.modules())) or any(getattr(global_hooks, hooks) for hooks in _GLOBAL_HOOKS):
+    listening = [hook for hooks in _GLOBAL_HOOKS for hook in getattr(global_hooks, hooks).values()]
+    if any(map(has_hooks, head.modules())) or not all(maker(hook).startswith("unswag.") for hook in listening):
         return "hooks on the output embedding"
     if torch.is_anomaly_enabled():
         return "anomaly mode"
