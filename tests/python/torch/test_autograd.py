@@ -70,3 +70,9 @@ def test_through_the_incoming_gradient(x):
 def test_create_graph_is_an_error_where_the_sources_are_not_saved(x):
     with pytest.raises(NotImplementedError, match="differentiated once"):
         torch.autograd.grad(SquareMadeInForward.apply(x).sum(), x, create_graph=True)
+
+
+def test_gradients_of_create_graph_may_be_changed_in_place(x):
+    (dx,) = torch.autograd.grad(Square.apply(x).sum(), x, create_graph=True)
+    dx.mul_(3)
+    assert torch.equal(dx, 6 * x)
