@@ -54,7 +54,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.detach() for grad in tensors[:count])  # views could not be edited in place
+        return tuple(grad.clone() for grad in tensors[:count])  # a view could not be changed in place, as gradients may be
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -87,8 +87,9 @@ def _debugs(settings: dict[str, Any]) -> bool:
 
 
 class StashedCheckpoint:
-    """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash. Knows nothing
-    of the module. Pickled and deep-copied it is `plain`, so that a saved model opens where UnSwag is absent."""
+    """Stands in for the checkpoint function `plain` of a module; calls it so that the recompute runs under a stash.
+
+    Knows nothing of the module. Pickled and deep-copied it is `plain`, so that a saved model opens where UnSwag is absent."""
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain

@@ -60,8 +60,9 @@ def remember(output: torch.Tensor, remake: Callable[..., torch.Tensor], *inputs:
 
     Call it on what `Function.apply` returned (inside `forward` autograd is off and this does nothing). `remake` is an op
     or a module-level function, independent of autocast and of random state; it must not write to its inputs. Inputs may
-    be parameters, activations, outputs remembered before, or None. An activation that nobody saves may be changed by the program
-    in place; then, or where keeping `output` costs no more, `output` is kept. Costs nothing unless `output` is saved for backward.
+    be parameters, activations, outputs remembered before, or None. What nobody saves, a program may change in place; so where
+    the op itself does not save such an input, and nobody else does, a copy of it is kept if that is smaller than `output`, or
+    else `output` is. Costs nothing unless `output` is saved for backward.
     Does nothing when no stash is active on this thread, so that ops can always call it.
     """
     if torch.compiler.is_compiling():
@@ -176,11 +177,11 @@ class _Hold:
 
     def __init__(self) -> None:
         self.handles: list[weakref.ref[_Kept]] | None = None
-        self.writers: list[type] = []
+        self.writers: tuple[type, ...] = ()
 
     def stays(self, node: Any) -> bool:
-        """Whether what is kept stays as it is, in all that PyTorch accepts, until the Function of `node` (if any) has read it."""
-        return all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
+        """Whether what is kept stays as it is, in all that PyTorch accepts; the Function of `node` is trusted."""
+        return not self.writers or all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
 
 
 _Holds = dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]]  # by storage
@@ -227,7 +228,10 @@ class _Cell:
             self.made = None
 
     def _make(self) -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad():  # what is made has a version, whatever mode its reader is in
+        if torch.is_inference_mode_enabled():  # what is made has a version, whatever mode its reader is in
+            with torch.inference_mode(False):
+                return self._make()
+        with torch.no_grad():
             made = self.remake(*[None if x is None else x.open() for x in self.inputs], **self.constants)
             if (made.size(), made.dtype, made.device) != (self.layout.size, self.layout.dtype, self.layout.device):
                 name = getattr(self.remake, "__name__", str(self.remake))
@@ -318,7 +322,7 @@ class _Output:
         return None if cell is None else _view(cell, t, int(t.storage_offset() - self.offset))
 
     def cast(self, t: torch.Tensor, offset: int) -> _Again | None:
-        """A handle for `t`, a view that starts `offset` elements into a dtype cast of the output; one cell for all of a dtype."""
+        """A handle for `t`, a view that starts `offset` elements into a dtype cast of the output; a dtype has one cell."""
         cell, key = self.settled(), t.dtype
         if cell is None:
             return None
@@ -378,8 +382,8 @@ class _Loose:
 
 
 class _Pending(_Output):
-    """The entry of an output with loose inputs. It has no cell before all of them are firm; what is kept of the output until then
-    gives way. `inputs` are handles, None or loose; a loose one that was copied is in `copied`, by its place."""
+    """The entry of an output with loose inputs. It has no cell before all are firm or copied; what is kept of the output
+    until then gives way. `inputs` are handles, None or loose; what a loose one was copied to is in `copied`, by its place."""
 
     __slots__ = ("constants", "copied", "door", "inputs", "kept", "remake")
 
@@ -411,7 +415,7 @@ class _Pending(_Output):
         for i, x in enumerate(self.inputs):
             if not isinstance(x, _Loose) or x.key != key or (again := x.found(t)) is None:
                 continue
-            handle = self.door._firm(again)
+            handle = self.door._firm(again, key)
             if handle is None:
                 continue
             self.inputs[i] = handle
@@ -425,11 +429,13 @@ class _Pending(_Output):
                 for kept in (hold and hold.handles) or ():
                     self._replace(kept(), cast)
             self.kept.clear()
+            self.door._awaited.discard(self)
 
     def wait(self, hold: _Hold, cast: int | None) -> None:
         """What `hold` keeps, the output or a cast of it, is to give way."""
         hold.handles = []
         self.kept.append((weakref.ref(hold), cast))
+        self.door._awaited.add(self)
 
     def _settle(self, handles: list[Any]) -> None:
         self.cell = _Cell(self.remake, tuple(handles), self.constants, self.layout, self.door._recent)
@@ -545,6 +551,7 @@ class Stash:
         self._outputs: dict[int, _Output] = {}  # by storage
         self._marks: dict[int, list[_Mark]] = {}  # by storage
         self._pending: dict[int, list[weakref.ref[_Pending]]] = {}  # by the storage of their loose inputs
+        self._awaited: set[_Pending] = set()  # those for which something is kept
         self._draws: Draws | None = None
         self._holds: _Holds = {}
         self._recent = _Recent()
@@ -597,6 +604,7 @@ class Stash:
         self._outputs.clear()
         self._marks.clear()
         self._pending.clear()
+        self._awaited.clear()
         self._holds = {}
 
     passive = False  # True: a stash entered inside this one takes over
@@ -612,32 +620,36 @@ class Stash:
         saver = sys._getframe(depth)
         hold = self._held(key)
         if hold is not None:
-            hold.writers += _writers(saver)
+            if saver.f_code is _APPLY:
+                hold.writers += _writers(saver)
             return self._keep(t, hold, "shared")
         handle = self._from_recipe(t, key)
         if handle is not None:
             if _thread.recorder is not None and isinstance(handle, _Again):
                 _thread.recorder.note(t, handle, "recipe")
-            return self._guarded(t, handle, saver)
+            if saver.f_globals is _CHECKPOINT:
+                self._guard(t, handle)
+            return handle
         handle = self._coded(t, key)
         if handle is None:
             hold = self._hold(t, key)
-            hold.writers += _writers(saver)
+            if saver.f_code is _APPLY:
+                hold.writers += _writers(saver)
             if self._pending:
                 self._wait(t, key, hold)
             handle = self._keep(t, hold, "device")
-        else:
-            self._guarded(t, handle, saver)
-        for ref in self._pending.pop(key, ()):
-            if (pending := ref()) is not None:
-                pending.firm(t, key)
+        elif saver.f_globals is _CHECKPOINT:
+            self._guard(t, handle)
+        if self._pending:
+            for ref in self._pending.pop(key, ()):
+                if (pending := ref()) is not None:
+                    pending.firm(t, key)
         return handle
 
-    def _guarded(self, t: torch.Tensor, handle: _Kept | _Again, saver: types.FrameType) -> _Kept | _Again:
+    def _guard(self, t: torch.Tensor, handle: _Kept | _Again) -> None:
         """What a checkpoint recomputes from must be as it was, as in PyTorch: what it saves inside is checked by nobody."""
-        if saver.f_globals is vars(torch_checkpoint) and isinstance(handle, _Again):
+        if isinstance(handle, _Again):
             handle.guard = _Guard(t, _About("checkpoint", self._model))
-        return handle
 
     def _keep(self, t: torch.Tensor, hold: _Hold, tier: str) -> _Kept:
         if _thread.recorder is not None:
@@ -679,8 +691,8 @@ class Stash:
         return output.handle(t) if cast is None else output.cast(t, int(t.storage_offset()) - cast)
 
     def _source(self, t: torch.Tensor, key: int) -> tuple[_Output | None, int | None]:
-        """The entry of the output that shares the storage of `t`, and None; or of that of which `t` is a part of a dtype cast, and
-        where the cast starts in its storage."""
+        """The entry of the output that shares the storage of `t`, and None; or of that of which `t` is a part of a dtype cast,
+        and where the cast starts in its storage."""
         output = self._outputs.get(key)
         if output is not None:
             return output, None
@@ -719,33 +731,36 @@ class Stash:
         if key is None or not _fills(layout):
             return
         handles = [None if x is None else self._input(x, output.grad_fn) for x in inputs]
-        loose = [(x, t) for x, t in zip(handles, inputs, strict=True) if isinstance(x, _Loose)]
         entry: _Output
-        if loose:
-            entry = _Pending(output, layout, self, remake, handles, constants)
-            small = sum(x.nbytes() for x, _ in loose) < layout.size.numel() * layout.dtype.itemsize
-            for x, t in loose:
-                x.alias = t.detach() if small else None
-                self._pending.setdefault(x.key, []).append(weakref.ref(entry))
+        if any(type(x) is _Loose for x in handles):
+            entry = self._later(_Pending(output, layout, self, remake, handles, constants), inputs)
         else:
             entry = _Output(output, layout, _Cell(remake, tuple(handles), constants, layout, self._recent))
         self._outputs[key] = entry
         if output.grad_fn is not None:
             output.grad_fn.metadata[_MARK] = weakref.ref(entry)  # type: ignore[index]
 
+    def _later(self, entry: _Pending, inputs: tuple[torch.Tensor, ...]) -> _Pending:
+        small = sum(x.nbytes() for x in entry.loose()) < entry.layout.size.numel() * entry.layout.dtype.itemsize
+        for x, t in zip(entry.inputs, inputs, strict=True):
+            if isinstance(x, _Loose):
+                x.alias = t.detach() if small else None
+                self._pending.setdefault(x.key, []).append(weakref.ref(entry))
+        return entry
+
     def _input(self, x: torch.Tensor, node: Any) -> _Kept | _Again | _Loose:
         """What a recipe relies on for its input `x`. A parameter, and any leaf that a gradient is taken for, is held by its
         version, as by the ops that save it."""
-        if _storage_key(x) is None or (x.is_leaf and x.requires_grad) or _is_parameter(x) or _is_cast_of_parameter(x):
-            return self.door(x)
-        return self._firm(x, node) or _Loose(x)
-
-    def _firm(self, x: torch.Tensor, node: Any = None) -> _Kept | _Again | None:
-        """A handle for `x`, an input of the op of `node`, that no program which PyTorch accepts can spoil, or None: somebody saves
-        it, it can be made again without its storage, or it is kept in fewer bits."""
+        if _is_parameter(x) or _is_cast_of_parameter(x):
+            return self._keep(x, _Hold(), "parameter")
         key = _storage_key(x)
-        if key is None:
-            return None
+        if key is None or (x.is_leaf and x.requires_grad):
+            return self.door(x)
+        return self._firm(x, key, node) or _Loose(x)
+
+    def _firm(self, x: torch.Tensor, key: int, node: Any = None) -> _Kept | _Again | None:
+        """A handle for `x`, an input of the op of `node`, that no program which PyTorch accepts can spoil, or None: somebody
+        saves it, it can be made again without its storage, or it is kept in fewer bits."""
         hold = self._held(key)
         if hold is not None:
             return self._keep(x, hold, "shared") if hold.stays(node) else None
@@ -797,8 +812,9 @@ class Stash:
             del self._outputs[key]
         for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
             del self._marks[key]
-        for key in [key for key, refs in self._pending.items() if all(ref() is None for ref in refs)]:
-            del self._pending[key]
+        if self._pending:
+            for key in [key for key, refs in self._pending.items() if all(ref() is None for ref in refs)]:
+                del self._pending[key]
 
 
 def leave() -> None:
@@ -881,13 +897,12 @@ def is_inside_loss() -> bool:
     return _thread.loss_depth > 0
 
 
+_CHECKPOINT = vars(torch_checkpoint)  # the globals of who saves what a checkpoint recomputes from
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
 def _writers(saver: types.FrameType) -> tuple[type, ...]:
     """The Function that saves, from whose `apply` the hook was called, if it is none of ours."""
-    if saver.f_code is not _APPLY:
-        return ()
     cls: type = saver.f_locals["cls"]
     return () if cls.__module__.startswith("unswag.") else (cls,)
 

@@ -4,6 +4,9 @@ import contextlib
 import copy
 import functools
 import gc
+import pickle
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from small_models import assert_same, batch, gradients, made, step, tiny_llama, with_recipes, with_stash
+from torch import nn
 
 from unswag.torch import checkpoint, stash
 from unswag.torch.audit import LiveStorages
@@ -173,6 +177,41 @@ def test_prepared_again_each_forward_and_only_once():
     checkpoint.release(model)
     assert model.model.layers[0]._gradient_checkpointing_func is not plain
     assert not any(isinstance(vars(m).get(checkpoint._NAME), checkpoint.StashedCheckpoint) for m in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_pickled_model_checkpoints_as_plain_torch_where_unswag_is_absent(reentrant, tmp_path):
+    layer = nn.Linear(4, 4)
+    layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+    checkpoint.prepare(layer)
+    for saved in (pickle.dumps(layer), pickle.dumps(layer._gradient_checkpointing_func)):
+        assert b"unswag" not in saved
+    torch.save(layer, tmp_path / "layer.pt")
+    code = (
+        "import sys; sys.modules['unswag'] = None\nimport torch\n"
+        f"layer = torch.load({str(tmp_path / 'layer.pt')!r}, weights_only=False)\n"
+        "x = torch.ones(2, 4, requires_grad=True)\n"
+        "layer._gradient_checkpointing_func(layer.forward, x).sum().backward()\n"
+        "assert x.grad is not None and layer.weight.grad is not None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_checkpoints_its_own_layers(copied):
+    model = checkpointed(tiny_llama())
+    assert checkpoint.prepare(model) == []
+    layer = model.model.layers[0]
+    other = copied(layer)
+    plain = layer._gradient_checkpointing_func.plain
+    for _ in range(2):
+        assert checkpoint.prepare(other) == []
+        again = other._gradient_checkpointing_func
+        assert isinstance(again, checkpoint.StashedCheckpoint)
+        assert (again.plain.func, again.plain.keywords) == (plain.func, plain.keywords)
+    checkpoint.release(other)
+    assert isinstance(layer._gradient_checkpointing_func, checkpoint.StashedCheckpoint)
+    assert not isinstance(other._gradient_checkpointing_func, checkpoint.StashedCheckpoint)
 
 
 def user_contexts():

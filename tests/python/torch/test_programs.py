@@ -4,12 +4,12 @@ A program is a list of steps on a growing list of values: norms, MLPs, Linears, 
 place, checkpoints, Functions that write into what they saved; then backward passes. Each runs three times:
 
 stock    PyTorch's own modules: steps that it refuses in the forward are left out of the program
-truth    our ops, with hooks that clone what is saved and no checkpoint: the gradient of what was computed, whatever is edited later
+truth    our ops, with hooks that clone what is saved and no checkpoint: the gradient of what was computed, edited later or not
 ours     our ops under a Stash, or a model after apply_unswag_surgery
 
-Ours may never differ from the truth ("wrong"). It may raise only where PyTorch does, or would if all that the program made were
-differentiated, or is itself wrong without a word, as checkpoints are ("refused" if not). UNSWAG_PROGRAMS says how many, UNSWAG_SEED
-which.
+Ours may never differ from the truth ("wrong"). It may raise only where PyTorch does, or would if all that the program made
+were differentiated, or is itself wrong without a word, as checkpoints are ("refused" if not). UNSWAG_PROGRAMS says how many,
+UNSWAG_SEED which.
 """
 
 import contextlib
@@ -339,7 +339,10 @@ def run(program, zoo, kit, around, how, *, tolerant=False, everything=False):
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         return Outcome(f"forward: {type(error).__name__}: {error}", {})
     made = [v for v in values[2:] if v.requires_grad] or [leaf * 1]
-    losses = [loss_of(made[-1:]), loss_of(made[-1:] + made[:1]), loss_of(made)]
+    try:
+        losses = [loss_of(made[-1:]), loss_of(made[-1:] + made[:1]), loss_of(made)]
+    except RuntimeError as error:  # a view that cannot be used any more
+        return Outcome(f"loss: {error}", {}, tuple(left_out))
     # the values themselves are gone, unless there is something left to do with them
     if not any(step.name == "edit" for step in program.after):
         values.clear()
@@ -455,8 +458,8 @@ def verdict(program):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stash says once that it steps aside for the hooks of the truth
-        door = contextlib.nullcontext if kit is zoo else Stash
-        ours = run(program, zoo, kit, within(door), functools.partial(checkpointed, ours=True))
+        stash, door = (contextlib.nullcontext, checked) if kit is zoo else (Stash, contextlib.nullcontext)
+        ours = run(program, zoo, kit, within(stash), functools.partial(checkpointed, ours=True))
         if ours.error is None:
             low = program.autocast or "cast" in names(program.steps)
             tolerance = 0.05 if low else 1e-9 if program.dtype == torch.float64 else 1e-4
@@ -464,18 +467,19 @@ def verdict(program):
             assert truth.error is None, truth.error
             if same(ours.found, truth.found, tolerance):
                 return None, program
-            itself_wrong = names(program.steps) & {*CHECKPOINTS} and stock_says(program, stock) == "wrong"
-            return None if itself_wrong else "wrong", program
+            unchecked = names(program.steps) & {*CHECKPOINTS} - {"stashed"}
+            if unchecked and (stock_says(program, stock) == "wrong" or run(program, zoo, kit, within(door), plainly).error):
+                return None, program  # inside its own checkpoints PyTorch checks nothing of what it or our ops save
+            return "wrong", program
         if any(stock_says(program, stock, everything) for everything in (False, True)):
             return None, program
-        door = checked if kit is zoo else contextlib.nullcontext
         if any(run(program, zoo, kit, within(door), checkpointed, everything=e).error for e in (False, True)):
             return None, program  # our ops refuse it without a stash: they save x where stock saves a cast of it
     return f"refused: {ours.error}", program
 
 
 def stock_says(program, stock, everything=False):
-    """None where PyTorch is right, "wrong" where it is so without a word (it checks nothing inside checkpoints), or its error."""
+    """None where PyTorch is right; "wrong" where it is so without a word, checking nothing in checkpoints; or its error."""
     plain = run(program, stock, stock, lambda f: f(stock), checkpointed, everything=everything)
 
     def under_snapshots(f):

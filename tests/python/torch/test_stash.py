@@ -29,8 +29,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unswag.torch import stash
+from unswag.torch import functional, stash
 from unswag.torch.audit import LiveStorages
+from unswag.torch.rectified import rectified, squared
 from unswag.torch.stash import Stash, remember
 
 NO_STASH = contextlib.nullcontext
@@ -630,6 +631,203 @@ def test_an_alias_with_a_version_counter_of_its_own_is_not_trusted():
 
     assert_equal_with_and_without(function, X, HEADS[0])
     assert not made
+
+
+class Doubling(torch.autograd.Function):
+    """x², of which the backward writes into what it saved: PyTorch accepts that where nobody reads it afterwards."""
+
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.save_for_backward(*[x] * times)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *others = ctx.saved_tensors
+        x.mul_(2)
+        return (others[-1] if others else x) * dy, None
+
+
+def small_norm(x, w):
+    return functional.rms_norm(x, w)
+
+
+READERS = {
+    "itself": lambda y: y,
+    "view": lambda y: y[1:],
+    "transposed": lambda y: y.t(),
+    "cast": lambda y: y.to(torch.float64),
+    "copy": lambda y: y.to(y.dtype, copy=True),
+    "recipe of it": lambda y: functional.silu(y),
+    "relu of it": lambda y: rectified(F.relu, y),
+    "square of a relu": lambda y: squared(y),
+    "dropout": lambda y: functional.dropout(y, 0.5),
+}
+
+
+@pytest.mark.parametrize("through", READERS)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("times", [1, 2])
+def test_who_writes_into_a_made_tensor_spoils_it_for_nobody_else(through, first, times):
+    """One that others were to be handed too: they get a fresh one. A Function that saves one tensor twice sees one, as ever."""
+
+    def function(x, w, head, door):
+        torch.manual_seed(3)
+        y = small_norm(x, w)
+        z = READERS[through](y)
+        writes = [lambda: Doubling.apply(z if door is Stash else z.clone(), times).sum()]
+        reads = [
+            lambda: (y @ head).sum(),
+            lambda: (z @ head.to(z.dtype)).sum() if z.shape[-1] == 16 else (z.t() @ head).sum(),
+        ]
+        terms = writes + reads if first else reads + writes
+        return sum(term() for term in terms)
+
+    for backwards in (1, 2):
+        ours = grads(Stash, lambda x, w, head: function(x, w, head, Stash), X, W, HEADS[0], backwards=backwards)
+        if backwards == 1:
+            right = grads(NO_STASH, lambda x, w, head: function(x, w, head, None), X, W, HEADS[0])
+        for a, b in zip(ours, right, strict=True):
+            torch.testing.assert_close(a, backwards * b)
+
+
+def test_who_writes_into_a_decoded_tensor_spoils_it_for_nobody_else():
+    x, head = leaf(64, 64), leaf(64, 64, seed=1)
+
+    def run(writes):
+        with Stash("int8"):
+            y = x * 1
+            stash.plays("mlp", y)
+            loss = (y @ head).sum() + (Doubling.apply(y, 1).sum() if writes else (y * y).sum())
+        return torch.autograd.grad(loss, (x, head))
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_made_tensor_has_a_version_in_inference_mode_too():
+    with Stash():
+        loss = block(X, W, *HEADS)
+    with torch.inference_mode():
+        loss.backward()
+    ours = [t.grad.clone() for t in (X, W, *HEADS)]
+    for t in (X, W, *HEADS):
+        t.grad = None
+    for a, b in zip(ours, grads(NO_STASH, block, X, W, *HEADS), strict=True):
+        assert torch.equal(a, b)
+
+
+# An input that nobody saves may be changed
+
+
+def dropped(x):
+    return functional.dropout(x, 0.5)
+
+
+def rows_of(x):
+    y = x[[0, 0, 1, 1, 2, 2, 3, 3]]
+    remember(y, rows_again, x)
+    return y
+
+
+def rows_again(x):
+    return x[[0, 0, 1, 1, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize("op", [dropped, lambda x: doubled(x, saves=False), lambda x: rows_of(x[:4])])
+@pytest.mark.parametrize("when", ["before it is saved", "after it is saved", "after the forward"])
+@pytest.mark.parametrize("cast", [False, True])
+def test_changing_what_no_op_saves_is_allowed_as_in_pytorch(op, when, cast):
+    def function(x, head):
+        torch.manual_seed(3)
+        x = x * 1
+        y = op(x)
+        if when == "before it is saved":
+            x += 1
+        z = F.linear(y.bfloat16() if cast else y, head.bfloat16() if cast else head)
+        loss = z.sin().sum()
+        if when == "after it is saved":
+            x += z[: len(x)]
+        loss = loss + (0.1 * x).sum()
+        if when == "after the forward":
+            with torch.no_grad():
+                x.mul_(2)
+        return loss
+
+    assert_equal_with_and_without(function, X, HEADS[0])
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_was_kept_gives_way_once_the_input_is_saved(cast):
+    def function(x, head):
+        torch.manual_seed(3)
+        x = x * 1
+        y = dropped(x)
+        w = head.bfloat16() if cast else head
+        z = y.bfloat16() if cast else y
+        loss = (z @ w).sum() + (z[:, ::2] @ w[::2]).sum()
+        del y, z
+        return loss + x.sin().sum()
+
+    assert kept(Stash, function, X, HEADS[0]) == X.nbytes
+    assert_equal_with_and_without(function, X, HEADS[0])
+
+
+def test_what_was_kept_stays_where_the_input_was_changed_before_it_is_saved():
+    def function(x, head):
+        torch.manual_seed(3)
+        x = x * 1
+        y = dropped(x)
+        loss = (y @ head).sum()
+        x += 1
+        return loss + x.sin().sum()
+
+    assert_equal_with_and_without(function, X, HEADS[0])
+
+
+def test_an_input_smaller_than_the_output_is_copied_until_somebody_saves_it():
+    def function(x, head, saves):
+        x = x * 1
+        y = rows_of(x)
+        loss = (y @ head).sum()
+        return loss + x.sin().sum() if saves else loss
+
+    x = leaf(4, 16)
+    for saves in (False, True):
+        assert kept(Stash, lambda x, head: function(x, head, saves), x, HEADS[0]) == x.nbytes  # noqa: B023
+        assert_equal_with_and_without(lambda x, head: function(x, head, saves), x, HEADS[0])  # noqa: B023
+
+
+@pytest.mark.parametrize("op", [dropped, lambda x: rectified(F.relu, x)])
+@pytest.mark.parametrize("writer_first", [True, False])
+def test_no_recipe_relies_on_what_a_function_may_write_into(op, writer_first):
+    """Its backward runs before or after that of the recipe's reader; PyTorch does not mind, because the op saves no input."""
+
+    def function(x, head):
+        torch.manual_seed(3)
+        x = x * 1
+        if writer_first:
+            loss = Doubling.apply(x, 1).sum()
+        y = (op(x) @ head).sum()
+        return y + (loss if writer_first else Doubling.apply(x, 1).sum())
+
+    assert_equal_with_and_without(function, X, HEADS[0])
+
+
+@pytest.mark.parametrize("make", [lambda x: functional.silu(x), lambda x: functional.silu(x).to(torch.float64)])
+def test_what_a_checkpoint_recomputes_from_may_not_be_changed(make):
+    """PyTorch says so when it recomputes; what it saves then, nobody checks."""
+
+    def layer(x):
+        y = x.sin()
+        x.mul_(2)
+        return y
+
+    for door in (NO_STASH, Stash):
+        with door():
+            loss = checkpoint(layer, make(X), use_reentrant=False).sum()
+        with pytest.raises(RuntimeError, match=r"8, 16\].*is at version 1; expected version 0"):
+            loss.backward()
 
 
 def test_inplace_activations_work():
