@@ -61,14 +61,16 @@ class Attention:
             return f"{now} is linear in memory already"
         if now not in ("sdpa", "eager"):
             return f"its attention is {now!r}, which UnSwag does not know"
-        softcap = next((m.attn_logit_softcapping for m in module.modules() if getattr(m, "attn_logit_softcapping", None)), None)
+        models = [m for m in candidate.parts["holders"] if hasattr(m, "set_attn_implementation")]
+        parts = (part for m in models for part in m.modules())
+        softcap = next((p.attn_logit_softcapping for p in parts if getattr(p, "attn_logit_softcapping", None)), None)
         # of a nested config a larger model may build the masks, under the name that it reads there; flash-attn wants its own
         wanted = "flash_attention_2" if _flash_attention_runs(module) and not candidate.parts["nested"] else NAME
         if softcap and wanted == NAME:
             return f"its scores have a soft cap ({softcap:g}), which scaled_dot_product_attention cannot compute"
-        if not module._can_set_attn_implementation() or not module._supports_sdpa:
+        if not all(m._can_set_attn_implementation() and m._supports_sdpa for m in models):
             return "its code does not take another attention function"
-        if wanted == NAME and (where := next(filter(None, map(asks_for_sdpa, homes(module))), None)):
+        if wanted == NAME and (where := next((w for m in models for w in map(asks_for_sdpa, homes(m)) if w), None)):
             return f'its code ({where}) asks whether the attention is called "sdpa", and does something else under another name'
         if now == "eager":  # which somebody asked for: transformers takes "sdpa" wherever a model has it
             return (

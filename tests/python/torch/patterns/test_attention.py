@@ -390,6 +390,41 @@ def test_two_models_of_one_config_in_one():
     assert_close((ours[0], {name: ours[1][name] for name in large}), (loss, large), 1e-5)
 
 
+def test_a_model_for_images_and_text():
+    """Each part by its own config, which the whole one holds; packed rows reach the part that has a cache."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**families.SIZES), image_token_index=5,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = families.redraw(LlavaForConditionalGeneration(config))
+    prompt = ids(2, 40).masked_fill(ids(2, 40) == 5, 6)
+    prompt[:, 8:12] = 5
+    images = {"input_ids": prompt, "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+    batch = images | {"labels": prompt, "attention_mask": padded()["attention_mask"]}
+    rows = images | {"position_ids": packs()["position_ids"]}
+    stock = step(model, batch)
+    with torch.no_grad():
+        apart = model.eval()(**rows, use_cache=False).logits
+    unswag.apply_unswag_surgery(model.train())
+    assert model.config is config and config.text_config is model.model.language_model.config
+    assert {c._attn_implementation for c in (config, config.text_config, config.vision_config)} == {"sdpa"}
+    assert ours_runs(model, batch)
+    ours = step(model, batch)
+    small = [name for name, g in stock[1].items() if g.norm() < 1e-5]  # zero but for rounding
+    for _, gradients in (stock, ours):
+        for name in small:
+            del gradients[name]
+    assert_close(ours, stock, 1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**rows).logits, apart, atol=2e-5, rtol=1e-4)
+
+
 def test_an_attention_chosen_later_wins_and_can_be_taken_back():
     model, stock = (families.build("llama") for _ in range(2))
     unswag.apply_unswag_surgery(model)
@@ -548,6 +583,25 @@ def test_sequences_of_packed_rows_do_not_see_each_other_in_any_mode(kind):
         names = list(inspect.signature(model.base_model.forward).parameters)
         by_place = [positions.get(name) for name in names[: names.index("position_ids") + 1]]
         torch.testing.assert_close(model.base_model(*by_place).last_hidden_state, hidden, **tolerance)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_packed_rows_of_a_checkpointed_model_without_labels(reentrant):
+    """A loss of one's own; the model's cache would be taken away only after its mask is made."""
+    model = families.build("llama")
+
+    def grown(**given):
+        model.zero_grad(set_to_none=True)
+        loss = model.base_model(**packs(), **given).last_hidden_state.pow(2).mean()
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = grown(use_cache=False)
+    unswag.apply_unswag_surgery(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert_close(grown(), stock, 1e-5)
 
 
 def test_packed_rows_of_a_peft_model():
