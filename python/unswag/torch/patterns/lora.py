@@ -73,7 +73,7 @@ class Lora:
                 return stock(self, x, *args, **kwargs)
             return _forward(self, x, how)
 
-        replace_forward(candidate.module, forward, proof)
+        replace_forward(candidate.module, forward)
 
 
 class How(NamedTuple):
@@ -110,7 +110,9 @@ def _ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
     """Whether this call is one that `_forward` computes: adapters neither disabled nor merged, the active ones plain. Else
     PEFT's own forward runs, as it does under torch.compile, and with dropout in a CUDA graph, where every replay would draw
     what the capture drew. `proof` says once what of an adapter is not plain."""
-    if torch.compiler.is_compiling() or module.disable_adapters or module.merged or not is_plain(x):
+    if torch.compiler.is_compiling() or not proof.holds(module):  # torch.compile cannot look into a proof
+        return False
+    if module.disable_adapters or module.merged or not is_plain(x):
         return False
     names = [name for name in module.active_adapters if name in module.lora_A]
     if x.is_cuda and any(_drops(module.lora_dropout[name]) for name in names) and torch.cuda.is_current_stream_capturing():
