@@ -35,7 +35,10 @@ FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}  #
 class Lora:
     name = "lora"
     role = None
-    saves = "x in its own dtype, once for all that read it, and r numbers per row; PEFT keeps a float32 cast of x per Linear"
+    saves = (
+        "x in its own dtype, once for all that read it, and r numbers per row; with dropout the random state, or a seed; PEFT "
+        "keeps a float32 cast of x per Linear"
+    )
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         for name, module in model.named_modules():
@@ -73,7 +76,7 @@ class Lora:
                 return stock(self, x, *args, **kwargs)
             return _forward(self, x, how)
 
-        replace_forward(candidate.module, forward)
+        replace_forward(candidate.module, forward, proof)
 
 
 class How(NamedTuple):
@@ -110,9 +113,7 @@ def _ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
     """Whether this call is one that `_forward` computes: adapters neither disabled nor merged, the active ones plain. Else
     PEFT's own forward runs, as it does under torch.compile, and with dropout in a CUDA graph, where every replay would draw
     what the capture drew. `proof` says once what of an adapter is not plain."""
-    if torch.compiler.is_compiling() or not proof.holds(module):  # torch.compile cannot look into a proof
-        return False
-    if module.disable_adapters or module.merged or not is_plain(x):
+    if torch.compiler.is_compiling() or module.disable_adapters or module.merged or not is_plain(x):
         return False
     names = [name for name in module.active_adapters if name in module.lora_A]
     if x.is_cuda and any(_drops(module.lora_dropout[name]) for name in names) and torch.cuda.is_current_stream_capturing():

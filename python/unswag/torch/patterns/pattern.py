@@ -7,6 +7,7 @@ import copyreg
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -98,8 +99,8 @@ def replace(module: nn.Module, name: str, value: Any) -> None:
 
 def replace_method(module: nn.Module, name: str, function: Callable[..., Any], proof: Proof | None = None) -> None:
     """Replaces the method `name` by `function(self, …)` on this instance; `self` is the module that is called, be it a copy.
-    What stood on the instance until now is recorded; `stock` calls it. So does a call for which `proof` no longer holds, and one
-    that is not ordinary."""
+    What stood on the instance until now is recorded; `stock` calls it. So does a call for which `proof` no longer holds, and
+    one that is not ordinary."""
     if proof is not None:
         function = _while_it_holds(name, function, proof)
     record = module.__dict__.setdefault(RECORD, {})
@@ -121,12 +122,26 @@ def ordinary_call() -> bool:
 
 
 def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Callable[..., Any]:
-    def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if proof.holds(self):
+    PROOFS[id(proof)] = proof
+    key = id(proof)
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._unswag_holds(key) if torch.compiler.is_compiling() else proof.holds(self):
             return function(self, *args, **kwargs)
         return stock_method(name, self, *args, **kwargs)
 
     return checked
+
+
+PROOFS: weakref.WeakValueDictionary[int, Proof] = weakref.WeakValueDictionary()  # of the methods in use, by id
+
+
+def _unswag_holds(self: nn.Module, key: int) -> bool:
+    """torch.compile looks once, when it traces a method; it knows this one by its name."""
+    return PROOFS[key].holds(self)
+
+
+_unswag_holds._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without its import
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -247,7 +262,8 @@ def _operated_class(stock: type[nn.Module]) -> type[nn.Module]:
     if made is None:
         about = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
         metaclass: Any = type(stock)
-        made = metaclass(stock.__name__, (stock,), {STOCK: stock, "__reduce_ex__": _reduce} | about)
+        ours = {STOCK: stock, "__reduce_ex__": _reduce, "_unswag_holds": _unswag_holds}
+        made = metaclass(stock.__name__, (stock,), ours | about)
     return made
 
 
