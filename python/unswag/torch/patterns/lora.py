@@ -35,7 +35,10 @@ FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}  #
 class Lora:
     name = "lora"
     role = None
-    saves = "x in its own dtype, once for all that read it, and r numbers per row; PEFT keeps a float32 cast of x per Linear"
+    saves = (
+        "x in its own dtype, once for all that read it, and r numbers per row; with dropout the random state, or a seed; PEFT "
+        "keeps a float32 cast of x per Linear"
+    )
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         for name, module in model.named_modules():

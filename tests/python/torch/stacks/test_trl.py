@@ -56,7 +56,7 @@ def train(folder, when=None, lora=False, packed_weights=False, **options):
         SFTConfig(**settings, **options),
         train_dataset=Dataset.from_list(rows()),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if lora else None,
     )
     if when == "after":
         report = operate(trainer.model)
