@@ -15,3 +15,14 @@ def x64():
     """float64 is there while the test runs."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Held to instruction sets before F16C, XLA calls a conversion of float16 that jaxlib lacks; jax.nn fails there too."""
+    try:
+        return (yield)
+    except jax.errors.JaxRuntimeError as error:
+        if "xla_cpu_max_isa=SSE" in os.environ["XLA_FLAGS"] and "Failed to materialize symbols" in str(error):
+            pytest.skip("XLA has no float16 for this instruction set")
+        raise

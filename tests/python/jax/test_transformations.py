@@ -105,7 +105,7 @@ SECOND = {  # of the arguments x, *rest
 
 
 BOTH = ["reverse over reverse", "forward over reverse"]
-TRIED = [(name, how) for name in CASES for how in (SECOND if name in ("relu", "silu", "gated_mlp") else BOTH)]
+TRIED = [(name, how) for name in CASES for how in (SECOND if name in ("relu", "silu") else BOTH)]
 
 
 @pytest.mark.parametrize(("name", "how"), TRIED)
@@ -150,9 +150,9 @@ def test_a_gradient_from_a_code_may_be_differentiated_by_anything_else(name):
     np.testing.assert_allclose(scale, levels.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*CASES, *CODES])
+@pytest.mark.parametrize("name", ["relu", "swiglu", "rms_norm", "dropout", "gated_mlp", "gelu"])
 def test_forward_mode_of_the_function_itself_is_an_error_of_jax(name):
-    function, shapes = (CASES[name][0], CASES[name][2]) if name in CASES else (CODES[name], [X])
+    function, _, shapes = CASES[name]
     args = tuple(normal(shape, jnp.float32, i) for i, shape in enumerate(shapes))
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(function, args, args)
@@ -174,10 +174,11 @@ EXPORTED = {  # of x [..., 64]
 }
 
 
-@pytest.mark.parametrize(
-    ("symbolic", "platforms"), [("4, 64", ("cpu",)), ("2, b, 64", ("cpu", "tpu", "cuda"))], ids=["cpu", "symbolic, all"]
-)
-@pytest.mark.parametrize("name", EXPORTED)
+ONE = [(name, "4, 64", ("cpu",)) for name in ("relu", "silu")]
+ALL = [(name, "2, b, 64", ("cpu", "tpu", "cuda")) for name in EXPORTED]
+
+
+@pytest.mark.parametrize(("name", "symbolic", "platforms"), [*ONE, *ALL])
 @pytest.mark.filterwarnings("ignore:.*they are not cut into chunks")
 def test_export(name, symbolic, platforms):
     """Plain XLA, which runs where UnSwag is not."""
@@ -191,7 +192,8 @@ def test_export(name, symbolic, platforms):
 
 def test_export_of_what_was_asked_for_by_name_is_that_or_an_error():
     program = jax.jit(jax.grad(loss(partial(uj.relu, implementation="ffi"))))
-    assert "custom_call @unswag" in export.export(program)(jnp.ones((4, 64))).mlir_module()
+    calls = [export.DisabledSafetyCheck.custom_call(f"unswag_mask_{way}_v1") for way in ("forward", "backward")]
+    assert "custom_call @unswag" in export.export(program, disabled_checks=calls)(jnp.ones((4, 64))).mlir_module()
     with pytest.raises(NotImplementedError, match="'ffi' is for the CPU"):
         export.export(program, platforms=("cpu", "tpu"))(jnp.ones((4, 64)))
 
