@@ -72,8 +72,25 @@ class Frame:
     """A forward of `model` that is running in this thread, and whether it was given labels."""
 
     def __init__(self, model: nn.Module, labels: bool) -> None:
-        self.model, self.labels, self.open = model, labels, True
+        self.model, self.labels, self.open, self.hooks = model, labels, True, _saved_tensors_hooks()
         self.deferrals: list[weakref.ref[Deferral]] = []
+
+    def is_here(self) -> bool:
+        """Not inside a checkpoint that began since: its second forward would have no frame, and make the logits."""
+        return self.open and _saved_tensors_hooks() == self.hooks
+
+    def its_hooks(self) -> Any:
+        """What the head saves belongs where its forward is, and not to a checkpoint in which the logits happen to be made."""
+        here = _saved_tensors_hooks()
+        if here is None or here == self.hooks:
+            return contextlib.nullcontext()
+        pack, unpack = self.hooks if self.open and self.hooks is not None else (Tensor.detach, lambda t: t)
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _saved_tensors_hooks() -> Any:
+    """The innermost hooks of saved tensors, such as a checkpoint's."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 _running = threading.local()
@@ -161,7 +178,7 @@ class Deferral:
         self.check()
         self._note(use, alive[0])
         nodes = [lazy._node for lazy in alive]
-        with torch.enable_grad(), self.its_autocast():
+        with torch.inference_mode(False), torch.enable_grad(), self.its_autocast(), self.frame.its_hooks():
             for lazy, node in zip(alive, nodes, strict=True):
                 made = node.value()
                 if node.foreign:
@@ -249,7 +266,7 @@ class _Node:
             return self.made.detach()
         if self.data is None:
             self.deferral.check()
-            with torch.no_grad(), self.deferral.its_autocast():
+            with torch.inference_mode(False), torch.no_grad(), self.deferral.its_autocast():
                 self.data = self.run(self.deferral.hidden)
         return self.data
 
@@ -408,7 +425,7 @@ class LazyLogits(Tensor):
 
 def _is_open(node: _Node) -> bool:
     """Whether its forward is running, and nobody has made it."""
-    return node.made is None and node.data is None and not node.foreign and node.deferral.frame.open
+    return node.made is None and node.data is None and not node.foreign and node.deferral.frame.is_here()
 
 
 def _lazily(logits: LazyLogits, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -467,11 +484,12 @@ def _name(func: Any) -> str:
 
 
 _PROPERTIES = (
-    "shape dtype device ndim requires_grad is_leaf layout grad_fn output_nr retains_grad itemsize nbytes is_cpu is_cuda "
-    "is_meta is_mps is_xpu is_nested is_mkldnn is_quantized is_sparse is_sparse_csr"
+    "shape dtype device ndim requires_grad is_leaf layout grad_fn _base output_nr retains_grad itemsize nbytes is_cpu "
+    "is_cuda is_meta is_mps is_xpu is_nested is_mkldnn is_quantized is_sparse is_sparse_csr"
 )
 _METHODS = (
-    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size __len__ get_device"
+    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size __len__ get_device "
+    "_is_view"
 )
 _METADATA: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
 _METADATA |= {getattr(Tensor, name) for name in _METHODS.split()}

@@ -18,7 +18,9 @@ import torch
 from tests.python.torch.patterns.test_loss import assert_close, batch, lazy, make, patch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 from unswag.torch.lazy_logits import LazyLogits, frames
 from unswag.torch.patterns.loss import materialised
@@ -545,6 +547,14 @@ def test_a_head_that_is_another_on_chunks_is_left(how):
 # ---- where the logits are real --------------------------------------------------------------------------------------------
 
 
+class Doubling(TorchFunctionMode):
+    """Another product for every head."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is F.linear and out.shape[-1] == V else out
+
+
 def hooks(model, listen):
     head = model.lm_head
     return {
@@ -554,11 +564,11 @@ def hooks(model, listen):
         "backward pre-hook": lambda: head.register_full_backward_pre_hook(lambda *a: None),
         "global hook": lambda: nn.modules.module.register_module_forward_hook(lambda *a: None),
         "anomaly mode": lambda: torch.autograd.detect_anomaly(check_nan=False),
-        "flop counter": lambda: torch.utils.flop_counter.FlopCounterMode(display=False),
+        "function mode": lambda: Doubling(),
     }[listen]()
 
 
-LISTENERS = ["forward hook", "pre-hook", "backward hook", "backward pre-hook", "global hook", "anomaly mode", "flop counter"]
+LISTENERS = ["forward hook", "pre-hook", "backward hook", "backward pre-hook", "global hook", "anomaly mode", "function mode"]
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly", "ignore:unswag")
@@ -568,8 +578,9 @@ def test_where_somebody_listens(listen):
     with contextlib.ExitStack() as stack:
         listener = hooks(model, listen)
         stack.callback(listener.remove) if hasattr(listener, "remove") else stack.enter_context(listener)
-        assert type(model(input_ids=IDS, labels=LABELS).logits) is torch.Tensor
-    assert materialised(model).total() == 1
+        out = model(input_ids=IDS, labels=LABELS)
+    assert type(out.logits) is torch.Tensor and materialised(model).total() == 1
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten()))
     assert isinstance(model(input_ids=IDS, labels=LABELS).logits, LazyLogits)
 
 
@@ -750,3 +761,82 @@ def test_surgery_does_not_read_a_parametrized_head(name):
     left = patch(model)
     assert len(left) == 1 and "parametrized" in left[0]
     assert all(torch.equal(b, before[k]) for k, b in model.named_buffers())
+
+
+# ---- models with a forward of their own -----------------------------------------------------------------------------------
+
+
+def own(use):
+    """A Llama whose forward makes its loss of logits by `use(head, hidden, labels)`."""
+
+    class Own(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            hidden = self.model(input_ids).last_hidden_state
+            return types.SimpleNamespace(loss=use(self.lm_head, hidden, labels))
+
+    model = make()
+    model.__class__ = Own
+    return model
+
+
+def rows_loss(logits, labels):
+    return F.cross_entropy(logits.view(-1, V), labels.reshape(-1))
+
+
+OWN = {
+    "checkpointed head": lambda head, x, y: rows_loss(checkpoint(head, x, use_reentrant=False), y),
+    "checkpointed loss": lambda head, x, y: checkpoint(rows_loss, head(x), y, use_reentrant=False),
+    "checkpointed both": lambda head, x, y: checkpoint(lambda x: rows_loss(head(x), y), x, use_reentrant=False),
+    "reentrant both": lambda head, x, y: checkpoint(lambda x: rows_loss(head(x), y), x, use_reentrant=True),
+    "reentrant loss": lambda head, x, y: checkpoint(rows_loss, head(x), y, use_reentrant=True),
+    "offloaded": lambda head, x, y: offloaded(lambda: rows_loss(head(x), y)),
+    "row by row": lambda head, x, y: sum(F.cross_entropy(z.float(), row) for z, row in zip(head(x), y, strict=True)),
+    "twice": lambda head, x, y: rows_loss(head(x), y) + head(x / 2).logsumexp(-1).mean(),
+    "masked": lambda head, x, y: rows_loss(head(x).float().masked_fill(torch.arange(V) > 60, -1e4), y),
+    "penalised": lambda head, x, y: (lambda z: rows_loss(z, y) + z.logsumexp(-1).square().mean())(head(x)),
+    "transposed": lambda head, x, y: rows_loss(head(x.transpose(0, 1))[1:].reshape(-1, V), y.t()[1:]),
+    "transposed logits": lambda head, x, y: F.cross_entropy(head(x).transpose(1, 2), y),
+    "without gradients": lambda head, x, y: rows_loss(head(x), head(x).argmax(-1)),
+}
+
+
+def offloaded(run):
+    with torch.autograd.graph.save_on_cpu():
+        return run()
+
+
+@pytest.mark.filterwarnings("ignore:unswag")
+@pytest.mark.parametrize("name", OWN)
+def test_a_forward_of_its_own(name):
+    model = own(OWN[name])
+    labels = LABELS.clamp_min(0)
+    results = []
+    for surgery in (lambda model: None, patch):
+        surgery(model)
+        model.zero_grad()
+        loss = model(input_ids=IDS, labels=labels).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (theirs, want), (mine, got) = results
+    torch.testing.assert_close(mine, theirs)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:unswag")
+def test_metrics_under_inference_mode():
+    _, out = returned()
+    with torch.inference_mode():
+        best = out.logits.argmax(-1)
+    (out.loss + out.logits.logsumexp(-1).mean()).backward()
+    assert best.shape == (2, 17)
+
+
+@pytest.mark.filterwarnings("ignore:unswag")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_over_what_was_returned(reentrant):
+    model, out = returned()
+    (out.loss + checkpoint(ce, out.logits, use_reentrant=reentrant)).backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    (2 * ce(model(input_ids=IDS).logits)).backward()
+    assert_close(got, {n: p.grad.clone() for n, p in model.named_parameters()}, 1e-5)

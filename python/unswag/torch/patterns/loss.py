@@ -5,7 +5,7 @@ On the instance, and only inside a training forward that was given labels: the o
 encoder-decoder models).  What the model does in between (a soft-cap, scale, cast or slice) is noted and done in the chunks;
 anything else makes the real logits.  Without labels, in evaluation, generation, without gradients, under `keep_logits()`,
 torch.compile and torch.func the head works as before, and so it does where somebody would notice: hooks on it, global hooks,
-anomaly mode, modes of __torch_function__ and __torch_dispatch__, random draws in it.
+anomaly mode, a TorchFunctionMode.
 
 Left alone, with a reason: models with a loss of their own, sharded heads (the chunks would run after the weight was given
 back), heads whose trained weight is no plain tensor, and heads that are not the same on a chunk of rows as on all: that draw,
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -33,10 +33,8 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from unswag.torch.audit import LiveStorages
-from unswag.torch.lazy_logits import Head, LazyLogits, defer, frames, inside_forward
+from unswag.torch.lazy_logits import Frame, Head, LazyLogits, defer, frames, inside_forward
 from unswag.torch.loss import check_labels, logits_are_kept
 from unswag.torch.patterns.pattern import (
     METHODS,
@@ -235,7 +233,7 @@ def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not running:
         return stock(self, hidden)
     frame = next((frame for frame in reversed(running) if frame.labels), None)
-    reason = "a forward without labels" if frame is None else _real_because(self, state)
+    reason = "a forward without labels" if frame is None else _real_because(self, state, frame)
     if frame is None or reason is not None:
         state.notes[str(reason)] += 1
         return stock(self, hidden)
@@ -260,19 +258,20 @@ def _trains(head: nn.Module, hidden: Any) -> bool:
 
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_HARMLESS_MODES = (DeviceContext, FakeTensorMode, LiveStorages)
 
 
-def _real_because(head: nn.Module, state: _State) -> str | None:
+def _real_because(head: nn.Module, state: _State, frame: Frame) -> str | None:
     """Why a training forward with labels needs the head's real logits, or None.  What the surgery saw may have changed."""
+    if not frame.is_here():
+        return "a checkpoint, or other hooks of saved tensors, around the output embedding"
     listening = [hook for hooks in _GLOBAL_HOOKS for hook in getattr(global_hooks, hooks).values()]
     if any(map(has_hooks, head.modules())) or not all(maker(hook).startswith("unswag.") for hook in listening):
         return "hooks on the output embedding"
     if torch.is_anomaly_enabled():
         return "anomaly mode"
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    if foreign := [mode for mode in modes if not isinstance(mode, _HARMLESS_MODES)]:
-        return f"the mode {type(foreign[0]).__name__}"
+    # A TorchDispatchMode sees the ops of the chunks; one of __torch_function__ would not see F.linear.
+    if modes := [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]:
+        return f"the mode {type(modes[0]).__name__}"
     if _code(head) != state.code:
         return "another output embedding than at the surgery"
     if (reason := _cannot_be_lazy(head, state.linear)) is not None:
