@@ -7,7 +7,7 @@ import itertools
 import logging
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,8 +133,8 @@ def apply_unswag_surgery(
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward, and transformers sees packed sequences only without one.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy
-    of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
+    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
     anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
@@ -145,6 +145,12 @@ def apply_unswag_surgery(
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
     chosen = Policy.named(policy)
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    if (where := next((name for name, tensor in named if tensor.is_meta), None)) is not None:
+        raise ValueError(
+            f"apply_unswag_surgery: {where} is on the meta device, where nothing can be compared; materialise the model first "
+            "(model.to_empty(device=...), then load its weights), or load it without device_map and low-memory options"
+        )
     stock = {name for name, option in options.items() if option == "stock"}
     before = _take_back(model)
     try:
@@ -216,7 +222,7 @@ def _plan(
     covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
     for pattern in chosen:
         probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
-        for candidate in pattern.find(model):
+        for candidate in _found(pattern, model, skipped):
             if id(candidate.module) in covered:
                 continue
             candidate.options, candidate.said = options, said
@@ -233,6 +239,13 @@ def _plan(
             else:
                 skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped
+
+
+def _found(pattern: Pattern, model: nn.Module, skipped: list[tuple[str, str]]) -> Iterator[Candidate]:
+    try:
+        yield from pattern.find(model)
+    except Exception as error:  # of a stranger's code: a property that raises
+        skipped.append(("", f"{pattern.name}: the search for it raises {type(error).__name__}: {error}"))
 
 
 def _probe(pattern: Pattern, candidate: Candidate) -> str | None:
