@@ -134,8 +134,8 @@ def apply_unswag_surgery(
     after the forward, and transformers sees packed sequences only without one.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
-    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
-    anything else goes wrong the model is as it was before the call.
+    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if somebody has wrapped one of
+    our forwards since an earlier call. If anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")

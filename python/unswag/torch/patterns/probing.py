@@ -114,7 +114,7 @@ class Writes(Exception):
 
 
 def own_forward(module: nn.Module, *args: Any, method: str = "forward") -> Any:
-    """What the own forward of a twin's class makes of `args`. Writes if it changes the twin, or its class, which is put back."""
+    """What the own forward of a twin's class makes of `args`. Writes if it changes the twin or its class, which is put back."""
     before, classes = _state(module), [(cls, dict(vars(cls))) for cls in _own_classes(module)]
     try:
         return getattr(stock_class(module), method)(module, *args)
