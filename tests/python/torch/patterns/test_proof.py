@@ -1,5 +1,5 @@
 """Whatever happens to a module after its surgery, it computes what stock computes: copies, other weights, pickles, patches
-of its class, its children or its settings, hooks, casts, transforms of torch.func and forward mode. One matrix for all patterns."""
+of its class, its children or settings, hooks, casts, transforms of torch.func and forward mode. One matrix for all patterns."""
 
 from __future__ import annotations
 
