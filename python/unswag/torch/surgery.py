@@ -6,7 +6,7 @@ import itertools
 import logging
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,9 +136,9 @@ def apply_unswag_surgery(
     after the forward. Packed rows are computed without one in every mode, because transformers tells their sequences apart only
     then: with `use_cache=True` a warning says so, and `past_key_values` is None.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, or a lossy policy
-    of whose roles nothing was found, RuntimeError if somebody has wrapped one of our forwards since an earlier call. If
-    anything else goes wrong the model is as it was before the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
+    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if somebody has wrapped one of
+    our forwards since an earlier call. If anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -148,6 +148,12 @@ def apply_unswag_surgery(
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
     chosen = Policy.named(policy)
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    if (where := next((name for name, tensor in named if tensor.is_meta), None)) is not None:
+        raise ValueError(
+            f"apply_unswag_surgery: {where} is on the meta device, where nothing can be compared; materialise the model first "
+            "(model.to_empty(device=...), then load its weights), or load it without device_map and low-memory options"
+        )
     stock = {name for name, option in options.items() if option == "stock"}
     before = _take_back(model)
     try:
@@ -220,7 +226,7 @@ def _plan(
     covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
     for pattern in chosen:
         probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
-        for candidate in pattern.find(model):
+        for candidate in _found(pattern, model, skipped):
             if id(candidate.module) in covered:
                 continue
             candidate.options, candidate.said = options, said
@@ -237,6 +243,13 @@ def _plan(
             else:
                 skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped
+
+
+def _found(pattern: Pattern, model: nn.Module, skipped: list[tuple[str, str]]) -> Iterator[Candidate]:
+    try:
+        yield from pattern.find(model)
+    except Exception as error:  # of a stranger's code: a property that raises
+        skipped.append(("", f"{pattern.name}: the search for it raises {type(error).__name__}: {error}"))
 
 
 def _probe(pattern: Pattern, candidate: Candidate) -> str | None:

@@ -460,7 +460,7 @@ def test_torch_func_is_refused_by_the_fused(name):
 
 
 def test_torch_func_is_refused_by_coded_derivatives():
-    with pytest.raises(NotImplementedError, match="silu: there are no rules .* use torch.nn.functional.silu"):
+    with pytest.raises(NotImplementedError, match=r"silu: there are no rules .* use torch.nn.functional.silu"):
         torch.func.vmap(lambda x: F.silu(x, bits=2))(torch.randn(3, 4))
 
 

@@ -431,12 +431,39 @@ def test_a_model_without_known_patterns_is_untouched(capsys):
     assert "no known pattern in Sequential; the model is untouched" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_model_on_an_unsupported_device_is_left_with_the_reason():
-    with torch.device("meta"):
-        model = families.build("llama")
-    report = operate(model, attention="stock")
-    assert report.patched == [] and "forward" not in vars(model)
-    assert all("meta, where this build has no kernels" in why for _, why in report.skipped) and len(report.skipped) == 9
+@pytest.mark.parametrize("part", ["", "model.norm", "lm_head"])
+def test_a_model_on_meta_is_refused_as_a_whole(part):
+    model = families.build("llama")
+    model.get_submodule(part).to("meta")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"weight is on the meta device.*materialise the model first"):
+        operate(model)
+    assert_untouched(model, before)
+
+
+class Raises(nn.Module):
+    """Nothing of it can be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x):
+        raise KeyError("no forward")
+
+    @property
+    def in_features(self):
+        raise RuntimeError("no features")
+
+
+def test_what_a_find_or_a_probe_raises_is_a_reason():
+    model = nn.Sequential(nn.Linear(8, 64), Raises(), nn.LayerNorm(64), nn.GELU())
+    report = operate(model)
+    assert ("1", "norm: not an RMSNorm: its forward raises KeyError: 'no forward'") in report.skipped
+    model.append(nn.Sequential(Raises()))
+    report = operate(model)
+    assert ("", "gated_mlp: the search for it raises RuntimeError: no features") in report.skipped
+    assert {"layer_norm", "activation"} <= set(counts(report))
 
 
 def test_a_model_on_a_cuda_device_that_has_no_kernels_is_left_with_the_core_s_reason():

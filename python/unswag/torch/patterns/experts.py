@@ -46,7 +46,9 @@ class Experts:
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         for name, module in model.named_modules():
-            if callable(getattr(module, GATE, None)) and all(getattr(module, k, torch.empty(0)).dim() == 3 for k in WEIGHTS):
+            if callable(getattr(module, GATE, None)) and all(
+                getattr(module._parameters.get(k), "ndim", 0) == 3 for k in WEIGHTS
+            ):
                 yield Candidate(name, module)
 
     def probe(self, candidate: Candidate) -> str | None:

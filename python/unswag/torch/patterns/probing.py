@@ -49,10 +49,9 @@ def twin(module: nn.Module, **replaced: Any) -> nn.Module:
     cls = stock_class(module)
     made = cls.__new__(cls)
     seen: dict[int, Any] = {id(module): made}
-    for base in reversed(cls.__mro__):  # what the class holds for all its instances, too
-        if base not in nn.Module.__mro__ and not base.__module__.startswith(("torch.", "builtins")):
-            shared = {k: v for k, v in vars(base).items() if type(v) in (list, dict, set) and not k.startswith("__")}
-            made.__dict__.update({k: _unshared(v, seen) for k, v in shared.items()})
+    for base in reversed(_own_classes(module)):  # what the class holds for all its instances, too
+        shared = {k: v for k, v in vars(base).items() if type(v) in (list, dict, set) and not k.startswith("__")}
+        made.__dict__.update({k: _unshared(v, seen) for k, v in shared.items()})
     left_out = (RECORD, METHODS, "forward", "_parameters", "_buffers", "_modules", *HOOKS)
     made.__dict__.update({k: _unshared(v, seen) for k, v in module.__dict__.items() if k not in left_out})
     made.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
@@ -107,19 +106,32 @@ def _is_plain_object(value: Any) -> bool:
     )
 
 
+OTHER = object()
+
+
 class Writes(Exception):
     """A forward writes to its module, which a replacement would not."""
 
 
 def own_forward(module: nn.Module, *args: Any, method: str = "forward") -> Any:
-    """What the own forward of a twin's class makes of `args`. Writes if it changes the twin."""
-    before = _state(module)
-    result = getattr(stock_class(module), method)(module, *args)
-    after = _state(module)
-    if before != after:
-        changed = sorted({name for name, value in set(before.items()) ^ set(after.items())})
-        raise Writes(f"its {method} writes to {', '.join(f'its {name}' for name in changed)}, which the replacement would not")
-    return result
+    """What the own forward of a twin's class makes of `args`. Writes if it changes the twin or its class, which is put back."""
+    before, classes = _state(module), [(cls, dict(vars(cls))) for cls in _own_classes(module)]
+    try:
+        return getattr(stock_class(module), method)(module, *args)
+    finally:
+        changed = {name for name, _ in before.items() ^ _state(module).items()}
+        for cls, had in classes:
+            for name in {k for k, v in vars(cls).items() if had.get(k, OTHER) is not v} | (had.keys() - vars(cls).keys()):
+                changed.add(name)
+                setattr(cls, name, had[name]) if name in had else delattr(cls, name)
+        if changed:
+            raise Writes(f"its {method} writes to its {', '.join(sorted(changed))}, which the replacement would not")
+
+
+def _own_classes(module: nn.Module) -> list[type]:
+    """Those whose attributes a forward might take for its module's: torch's hold none."""
+    mro = stock_class(module).__mro__
+    return [cls for cls in mro if cls not in nn.Module.__mro__ and not cls.__module__.startswith(("torch.", "builtins"))]
 
 
 def _state(module: nn.Module, prefix: str = "") -> dict[str, Hashable]:
@@ -190,7 +202,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def takes_one_argument(module: nn.Module) -> bool:
     """Whether `module.forward` takes one tensor and nothing else."""
-    parameters = inspect.signature(stock_class(module).forward).parameters.values()
+    try:
+        parameters = inspect.signature(stock_class(module).forward).parameters.values()
+    except (TypeError, ValueError):  # no Python
+        return False
     return len(parameters) == 2 and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 

@@ -330,8 +330,8 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def frozen(value: Any, words: frozenset[str] = frozenset(), depth: int = 3) -> Any:
-    """What of `value` can be compared between copies, OTHER if nothing: of a container what it holds, of an object its class and
-    those of its attributes that `words` mention."""
+    """What of `value` can be compared between copies, OTHER if nothing: of a container what it holds, of an object its class
+    and those of its attributes that `words` mention."""
     if isinstance(value, (*SCALARS, *FUNCTIONS)):
         return value
     if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):

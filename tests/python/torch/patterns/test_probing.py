@@ -1,7 +1,9 @@
-"""Modules of one kind run the same code with the same settings; anything else is another kind."""
+"""Modules of one kind run the same code with the same settings; anything else is another kind. Probes leave no trace."""
 
 from __future__ import annotations
 
+import collections
+import copy
 import types
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
-from unswag.torch.patterns.probing import kind, sealed
+from unswag.torch import apply_unswag_surgery
+from unswag.torch.patterns.probing import kind, sealed, twin
 
 
 class Part(nn.Module):
@@ -73,3 +77,141 @@ def test_a_probe_leaves_the_seed_of_cuda_alone(started, monkeypatch):
             draws.append(torch.rand(3))
     assert torch.equal(*draws) and torch.equal(torch.get_rng_state(), before)
     assert seeds == [0, 0] * started
+
+
+# ---- twins -------------------------------------------------------------------------------------------------------------------
+
+
+class Stats:
+    def __init__(self):
+        self.count, self.shapes = 0, []
+
+
+class Log(nn.Module):
+    """An RMSNorm that keeps a log, in one of many ways."""
+
+    calls = 0
+    seen_by_all: list[int] = []  # noqa: RUF012
+
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.weight, self.eps = WRITES[write], nn.Parameter(torch.ones(32)), 1e-6
+        self.n, self.log, self.table, self.names, self.nested = 0, [], {}, set(), {"a": [[]]}
+        self.recent, self.stats, self.tensor = collections.deque(maxlen=3), Stats(), torch.zeros(3)
+
+    def forward(self, x):
+        self.write(self, x)
+        return self.weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+WRITES = {
+    "n": lambda m, x: setattr(m, "n", m.n + 1),
+    "last": lambda m, x: setattr(m, "last", x.detach()),
+    "log": lambda m, x: m.log.append(x.shape),
+    "table": lambda m, x: m.table.__setitem__(x.dtype, 1),
+    "names": lambda m, x: m.names.add(str(x.dtype)),
+    "nested": lambda m, x: m.nested["a"][0].append(1),
+    "recent": lambda m, x: m.recent.append(x.shape),
+    "stats": lambda m, x: (setattr(m.stats, "count", m.stats.count + 1), m.stats.shapes.append(x.shape)),
+    "tensor": lambda m, x: m.tensor.add_(1),
+    "weight": lambda m, x: m.weight.data is None or m.get_parameter("weight").detach().mul_(1),
+    "calls": lambda m, x: setattr(type(m), "calls", type(m).calls + 1),
+    "seen_by_all": lambda m, x: m.seen_by_all.append(1),
+}
+
+
+def snapshot(module):
+    held = {k: repr(v) for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "stats", "write")}
+    tensors = {k: (id(t), t._version, repr(t)) for k, t in (*module.named_parameters(), *module.named_buffers())}
+    return (
+        held,
+        tensors,
+        vars(module.stats).copy(),
+        list(module.stats.shapes),
+        module.tensor._version,
+        Log.calls,
+        list(Log.seen_by_all),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_forward_that_writes_leaves_no_trace_of_probes_and_stays(write, training):
+    model = nn.Sequential(nn.Linear(8, 32), Log(write)).train(training)
+    before = snapshot(model[1])
+    report = apply_unswag_surgery(model)
+    assert snapshot(model[1]) == before
+    assert report.skipped == [("1", f"norm: its forward writes to its {write}, which the replacement would not")]
+    model(torch.randn(3, 8))
+    assert snapshot(model[1]) != before
+    Log.calls = 0
+    Log.seen_by_all.clear()
+
+
+@pytest.mark.parametrize("write", ["log", "calls"])
+def test_so_do_activations_and_mlps(write):
+    class Act(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.log = []
+
+        def forward(self, x):
+            WRITES[write](self, x)
+            return F.silu(x)
+
+    class Mlp(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.gate, self.up, self.down, self.act = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8), act
+            self.log, self.calls = [], 0
+
+        def forward(self, x):
+            if not isinstance(self.act, Act):
+                self.log.append(1)
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    model = nn.Sequential(Act(), Mlp(Act()), Mlp(nn.SiLU()))
+    report = apply_unswag_surgery(model)
+    assert report.patched == [("2.act", "activation"), ("", "stash")]
+    assert all(m.log == [] and type(m).__dict__.get("calls", 0) == 0 for m in model.modules() if hasattr(m, "log"))
+    assert any(name == "2" and "its forward writes to its log" in why for name, why in report.skipped)
+
+
+def test_a_twin_shares_nothing_that_can_be_written_to():
+    module = Log("n")
+    made = twin(module)
+    before = snapshot(module)
+    for write in set(WRITES) - {"calls"}:
+        WRITES[write](made, torch.ones(2, 32))
+    with torch.no_grad():
+        made.weight.add_(1)
+    assert snapshot(module) == before and made.n == 1 and made.stats.count == 1
+    assert made.weight.requires_grad and not made.tensor.requires_grad
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrized_parts_are_not_advanced(norm):
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down, self.act = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8), nn.SiLU()
+
+        def forward(self, x):
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    model = nn.Sequential(Mlp(), nn.LayerNorm(8), nn.Linear(8, 8)).train()
+    for part in (model[0].gate, model[0].down, model[2]):
+        norm(part)
+    stock = copy.deepcopy(model)
+    before = {k: (t._version, t.clone()) for k, t in (*model.named_buffers(), *model.named_parameters())}
+    report = apply_unswag_surgery(model)
+    assert ("0", "gated_mlp") in report.patched
+    for k, t in (*model.named_buffers(), *model.named_parameters()):
+        assert t._version == before[k][0] and torch.equal(t, before[k][1])
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), stock(x))
+    with pytest.raises(ValueError, match="computed from others at each reading"):
+        twin(model[2])

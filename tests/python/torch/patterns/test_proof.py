@@ -1,5 +1,5 @@
-"""Whatever happens to a module after its surgery, it computes what stock computes: copies, other weights, pickles, patches of its
-class, its children or its settings, hooks, casts, transforms of torch.func and forward mode. One matrix for all patterns."""
+"""Whatever happens to a module after its surgery, it computes what stock computes: copies, other weights, pickles, patches
+of its class, its children or settings, hooks, casts, transforms of torch.func and forward mode. One matrix for all patterns."""
 
 from __future__ import annotations
 
@@ -311,8 +311,10 @@ CHANGES = {  # name: (examples, change)
     ),
 }
 CASES = [(change, n) for change, (names, _) in CHANGES.items() for n in (EXAMPLES if names == "all" else names)]
-SILENT = ("forward on the instance", "class", "hook", "evaluation", "eps", "another weight", "a weight of one", "relu's function",
-          "a Linear that is none", "hook on a Linear", "momentum")  # fmt: skip
+SILENT = (  # ours goes on, or theirs is found first
+    "forward on the instance", "class", "hook", "evaluation", "eps", "another weight", "a weight of one", "relu's function",
+    "a Linear that is none", "hook on a Linear", "momentum",
+)  # fmt: skip
 
 
 class Back(nn.Module):
@@ -407,7 +409,7 @@ def test_a_mixed_t5_mlp_is_its_own_affair_and_says_so():
         assert torch.equal(ours(x), stock(x))
 
 
-# ---- torch.func, forward mode -------------------------------------------------------------------------------------------------
+# ---- torch.func, forward mode ----------------------------------------------------------------------------------------------
 
 
 TRANSFORMS = {
@@ -451,7 +453,7 @@ def test_forward_mode_works_as_stock(name):
     torch.testing.assert_close(*tangents)
 
 
-# ---- the proof itself -----------------------------------------------------------------------------------------------------------
+# ---- the proof itself -------------------------------------------------------------------------------------------------------
 
 
 def test_names_in_the_code():
