@@ -439,6 +439,7 @@ def rms_norm(
     out_dtype = out_dtype or x.dtype
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-6")
+    x = stash.own(x)
     stash.plays("residual", x)
     y, rstd = _RmsNorm.apply(x, weight, float(eps), float(weight_offset), bool(cast_before_weight), out_dtype)
     stash.remember(
@@ -506,6 +507,7 @@ def layer_norm(
     out_dtype = out_dtype or x.dtype
     if not eps >= 0:
         raise ValueError(f"layer_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-5")
+    x = stash.own(x)
     stash.plays("residual", x)
     y, mean, rstd = _LayerNorm.apply(x, weight, bias, float(eps), out_dtype)
     stash.remember(y, ops.layer_norm_apply, x, mean, rstd, weight, bias, out_dtype=out_dtype)

@@ -830,6 +830,25 @@ def test_what_a_checkpoint_recomputes_from_may_not_be_changed(make):
             loss.backward()
 
 
+@pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
+@pytest.mark.parametrize("door", [Stash, NO_STASH])
+def test_a_16_bit_input_of_a_norm_may_be_changed_inside_a_checkpoint(norm, door):
+    """Stock norms written in Python save a float32 copy of it; in a checkpoint nobody would notice that ours saves x itself."""
+    w = weight(16).bfloat16().detach().requires_grad_()
+
+    def layer(x, change=True):
+        x = x.bfloat16() * 1
+        y = norm(x, w)
+        x = x.mul_(2) if change else x * 2
+        return x + y
+
+    with door():
+        changed = checkpoint(layer, X, use_reentrant=False).sin().sum()
+    right = layer(X, change=False).sin().sum()
+    for a, b in zip(torch.autograd.grad(changed, (X, w)), torch.autograd.grad(right, (X, w)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_inplace_activations_work():
     def function(x, head):
         return F.linear(F.relu(F.linear(x, head), inplace=True), head).sum()
