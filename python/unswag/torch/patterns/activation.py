@@ -33,6 +33,7 @@ from unswag.torch.patterns.probing import Writes, distance, kind, own_forward, t
 from unswag.torch.patterns.proof import Proof, frozen
 
 OURS = tuple(act for act in ACTIVATIONS if act not in ("relu", "relu2"))  # which need less than their input: `patterns.relu`
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a module is compared with ours
 NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
 HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
 
@@ -63,7 +64,7 @@ class Activation:
         if reason := no_kernel(like):
             return reason
         if "held" in candidate.parts:
-            reasons = [_differs(getattr(module, k), act, like) for k, act in candidate.parts["held"].items()]
+            reasons = [_differs(getattr(module, k), act, like, like.dtype) for k, act in candidate.parts["held"].items()]
             return next((reason for reason in reasons if reason), None)
         if other := foreign_forward(module):
             return f"its forward was already replaced by {other}"
@@ -71,7 +72,10 @@ class Activation:
             return f"it is none of {', '.join(OURS)}"
         if getattr(module, "inplace", False):
             return "it works in place"
-        return _differs(functools.partial(own_forward, twin(module)), candidate.parts["act"], like)
+        theirs, act = functools.partial(own_forward, twin(module)), candidate.parts["act"]
+        differs = {dtype: _differs(theirs, act, like, dtype) for dtype in (like.dtype, *FLOATS)}
+        candidate.parts["dtypes"] = frozenset(dtype for dtype, reason in differs.items() if reason is None)
+        return differs[like.dtype] or differs[torch.float32]
 
     def apply(self, candidate: Candidate) -> None:
         for k, act in candidate.parts.get("held", {}).items():
@@ -79,14 +83,17 @@ class Activation:
             replace_view(candidate.module, k, seen_as(vars(candidate.module)[k], functools.partial(_held, k, act)))
         if "held" in candidate.parts:
             return
-        act = candidate.parts["act"]
+        act, dtypes, proof = candidate.parts["act"], candidate.parts["dtypes"], Proof(candidate)
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())
-            result: Tensor = activation(x, act, codes_of(self)) if ordinary(x) else stock(self, x)
-            return result
+            if not ordinary(x):
+                return stock(self, x)
+            if x.dtype not in dtypes:
+                proof.say(self, f"x is {x.dtype}, in which its results differ")
+                return stock(self, x)
+            return activation(x, act, codes_of(self))
 
-        proof = Proof(candidate)
         replace(candidate.module, CODES, Codes())
         replace_forward(candidate.module, forward, proof)
 
@@ -140,17 +147,14 @@ def _nearest(act: Any) -> tuple[float, str]:
     return min((max(activation_distance(a, f) for a in acts), name) for name, f in ACTIVATIONS.items())
 
 
-def _differs(theirs: Callable[[Tensor], Tensor], act: str, like: Tensor) -> str | None:
-    """How ours differs from theirs in the dtype of `like` and in float32, beyond roundings; or None."""
-    for dtype in dict.fromkeys((like.dtype, torch.float32)):
-        x = (3 * torch.randn(64, 24, device=like.device)).to(dtype).requires_grad_()
-        try:
-            want = value_and_gradients(lambda: theirs(x), [x])  # noqa: B023
-        except Writes as error:
-            return str(error)
-        except Exception as error:
-            return f"it raises {type(error).__name__}: {error}"
-        worst = max(distance(a, b) for a, b in zip(value_and_gradients(lambda: activation(x, act), [x]), want, strict=True))  # noqa: B023
-        if worst > max(8 * torch.finfo(dtype).eps, SAME):
-            return f"results differ by {worst:.1e} in {dtype}"
-    return None
+def _differs(theirs: Callable[[Tensor], Tensor], act: str, like: Tensor, dtype: torch.dtype) -> str | None:
+    """How ours differs from theirs in `dtype`, on the device of `like`, beyond roundings; or None."""
+    x = (3 * torch.randn(64, 24, device=like.device)).to(dtype).requires_grad_()
+    try:
+        want = value_and_gradients(lambda: theirs(x), [x])
+    except Writes as error:
+        return str(error)
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {error}"
+    worst = max(distance(a, b) for a, b in zip(value_and_gradients(lambda: activation(x, act), [x]), want, strict=True))
+    return f"results differ by {worst:.1e} in {dtype}" if worst > max(8 * torch.finfo(dtype).eps, SAME) else None

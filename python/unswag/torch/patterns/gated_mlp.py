@@ -192,14 +192,19 @@ def install(candidate: Candidate) -> None:
     replace_forward(candidate.module, forward, proof)
 
 
-def _may_cast(module: nn.Module) -> bool:
-    words = mentioned(module)
-    return any(word in words for word in CASTS)
+def _dtype(linear: nn.Module) -> torch.dtype | None:
+    """Of its weight, which nobody reads: that of an adapter comes behind it."""
+    return next((p.dtype for p in linear.parameters() if p.is_floating_point()), None)
+
+
+def _may_cast(*modules: nn.Module) -> bool:
+    words = [mentioned(module) for module in modules]
+    return any(word in said for said in words for word in CASTS)
 
 
 def _mixed(module: nn.Module, wiring: AnyWiring, x: Tensor) -> str | None:
     """Where the dtypes are not all one, a forward that may cast between its Linears is its own affair."""
-    dtypes = {p.dtype for name in wiring.linears for p in getattr(module, name).parameters() if p.is_floating_point()}
+    dtypes = {dtype for name in wiring.linears if (dtype := _dtype(getattr(module, name))) is not None}
     if not torch.is_autocast_enabled(x.device.type):
         dtypes.add(x.dtype)
     return f"it may cast, and its dtypes are {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
@@ -288,7 +293,8 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
     """In which case and how `wiring` differs from the module's own forward, or None: with drawn Linears and pre-activations
     all over the grid, training and not; in fp64, in the module's own dtypes, and in all that a forward may ask for."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    for case, (narrow, training) in enumerate(CASES if _may_cast(module) else CASES[:4]):
+    others = [m for name, m in module.named_children() if name not in wiring.linears]
+    for case, (narrow, training) in enumerate(CASES if _may_cast(module, *others) else CASES[:4]):
         children: dict[str, nn.Module] = {
             k: Bent(1 / (i + 3)) if type(m) is nn.Dropout else twin(m)
             for i, (k, m) in enumerate(module.named_children())
@@ -297,8 +303,7 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
         dtypes = []
         for name in wiring.linears:
             linear = getattr(module, name)
-            own = next((p.dtype for p in linear.parameters() if p.is_floating_point()), like.dtype)
-            dtypes.append(narrow or own)
+            dtypes.append(narrow or _dtype(linear) or like.dtype)
             children[name] = Drawn(linear, GRID if name == wiring.linears[0] else 1.0, dtypes[-1], like.device)
         copy, called = twin(module, **children), list[str]()
         for name in wiring.linears:

@@ -112,7 +112,7 @@ class _Facts:
         self._settings = _Names(itemgetter, own, plain)
         others = [(k, frozen(own[k], seen.words)) for k in settings if k not in plain]
         self._words, self._others = seen.words, [(k, v) for k, v in others if v is not OTHER]
-        self._shadows = tuple(k for k in helpers if k not in own)
+        self._shadows = tuple(k for k in seen.members if k not in own and k != "forward")  # theirs runs, and may call ours
         self._nones = [(table, k) for table in TABLES for k, v in own[table].items() if v is None]
         known = {*own, *seen.members, *itertools.chain.from_iterable(own[table] for table in TABLES)}
         self._absent = tuple(k for k in seen.constants if k not in known and not hasattr(cls, k))

@@ -233,3 +233,17 @@ def test_architectures_train_as_stock_with_dropout_on(name):
     assert not any("activation" in reason for _, reason in report.skipped)
     # T5 and Bloom: its norm and its constants are not those of float64
     architectures.assert_equal(architectures.step(model, batch), stock, 1e-6 if name == "t5" else 1e-8)
+
+
+def test_a_dtype_in_which_it_computes_something_else_is_its_own_affair():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return F.silu(x) if x.dtype != torch.float16 else torch.tanh(x)
+
+    model = nn.Sequential(nn.Linear(8, 8), Odd())
+    report = apply_unswag_surgery(model)
+    assert ("1", "activation") in report.patched
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model[1](x), F.silu(x))
+    with pytest.warns(UserWarning, match=r"1 \(Odd\) runs its own forward: x is torch.float16, in which its results differ"):
+        assert torch.equal(model[1](x.half()), torch.tanh(x.half()))

@@ -8,6 +8,8 @@ import architectures
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
@@ -122,3 +124,25 @@ def test_architectures_train(name):
     ours = architectures.step(model, batch)
     remove_unswag_surgery(model)
     architectures.assert_equal(ours, architectures.step(model, batch), 1e-6)
+
+
+@pytest.mark.parametrize("change", ["forward of the class", "inplace", "function of torch"])
+def test_what_changed_after_the_surgery_is_what_runs(change, monkeypatch):
+    drop = patched(nn.Dropout(0.5))
+    if change == "inplace":
+        drop.inplace = True
+    elif change == "forward of the class":
+        monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: 3 * x)
+    else:
+        monkeypatch.setattr(F, "dropout", lambda x, *_: 3 * x)
+    x = torch.ones(4, 8)
+    with pytest.warns(UserWarning, match="runs its own forward"):
+        y = drop(x)
+    assert y is x if change == "inplace" else torch.equal(y, 3 * x)
+
+
+def test_in_forward_mode_the_stock_dropout_draws():
+    drop, x = patched(nn.Dropout(0.5)), torch.ones(4, 8)
+    with forward_ad.dual_level():
+        y, dy = forward_ad.unpack_dual(drop(forward_ad.make_dual(x, x)))
+        assert torch.equal(y, dy)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+import warnings
 
 import architectures
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.patterns import experts
 from unswag.torch.patterns.experts import Experts
+from unswag.torch.patterns.pattern import stock_class
 from unswag.torch.patterns.probing import sealed
 
 H, WIDTH, EXPERTS = 32, 24, 5
@@ -21,8 +24,6 @@ H, WIDTH, EXPERTS = 32, 24, 5
 
 def build(base=object, implementation="grouped_mm", dtype=torch.float32, act=None, **settings):
     """Experts as transformers' decorator makes them; `base` may bring an `_apply_gate`."""
-    import types
-
     from transformers.integrations import use_experts_implementation
 
     class Packed(base if base is not object else nn.Module):
@@ -225,3 +226,55 @@ def test_architectures_train_as_stock(name, implementation):
     architectures.assert_equal(architectures.step(model, batch), stock, 5e-6)
     remove_unswag_surgery(model)
     architectures.assert_equal(architectures.step(model, batch), stock, 1e-12)
+
+
+def halves(self, gate_up):
+    return gate_up.chunk(2, dim=-1)[0]
+
+
+def product(self, x, index, weights):
+    return x * weights.sum() * self.gate_up_proj.sum() * self.down_proj.sum()
+
+
+CHANGES = {
+    "activation's forward": lambda m, _: setattr(m.act_fn, "forward", torch.tanh),
+    "activation": lambda m, _: setattr(m, "act_fn", nn.Tanh()),
+    "activation's hook": lambda m, _: m.act_fn.register_forward_hook(lambda module, args, y: 2 * y),
+    "gate on the instance": lambda m, _: setattr(m, "_apply_gate", types.MethodType(halves, m)),
+    "gate of the class": lambda m, patch: patch.setattr(stock_class(m), "_apply_gate", halves),
+    "forward of the class": lambda m, patch: patch.setattr(stock_class(m), "forward", product),
+    "implementation": lambda m, _: setattr(m.config, "_experts_implementation", "eager"),
+    "weights": lambda m, _: m.down_proj.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_after_the_surgery_is_what_runs(change, monkeypatch):
+    found = candidate(build())
+    stock = copy.deepcopy(found.module)
+    assert probe(found) is None and found.parts["whole"]
+    Experts().apply(found)
+    for module in (stock, found.module):
+        CHANGES[change](module, monkeypatch)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ours = step(found.module, *inputs())
+        step(found.module, *inputs())
+    assert len(said) == (change not in ("implementation", "weights")), [str(w.message) for w in said]
+    for a, b in zip(ours, step(stock, *inputs()), strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def test_a_copy_has_its_own_weights_and_torch_func_works_as_stock():
+    found = candidate(build())
+    stock = copy.deepcopy(found.module)
+    assert probe(found) is None
+    Experts().apply(found)
+    hidden, index, weights = (t.detach() for t in inputs())
+    for module in (stock, found.module):
+        made = copy.copy(module)
+        made._parameters = {k: 2 * p for k, p in module._parameters.items()}
+        module.twice = made
+    assert distance(found.module.twice(hidden, index, weights), stock.twice(hidden, index, weights)) < 1e-6
+    grads = [torch.func.grad(lambda x, m=m: m(x, index, weights).sin().sum())(hidden) for m in (stock, found.module)]
+    assert distance(*grads) < 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from families import distance
@@ -276,3 +278,18 @@ def test_modules_of_one_kind_are_probed_at_length_once_and_each_for_itself(monke
         reasons.append(probe(found))
     assert lengths == [norm.ELEMENTS, norm.FEW, norm.FEW, norm.ELEMENTS, norm.ELEMENTS]
     assert [reason is None for reason in reasons] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("order", [(torch.bfloat16,), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("kind", [Llama, Gemma, Olmo, Bare])
+def test_the_saving_stays_after_a_cast_in_any_order(kind, order):
+    found = candidate(kind())
+    assert probe(found) is None
+    Norm().apply(found)
+    for dtype in order:
+        found.module.to(dtype)
+        for enabled in (False, True):
+            with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                warnings.simplefilter("error")
+                y = found.module(torch.randn(3, COLS, dtype=dtype, requires_grad=True))
+            assert "RmsNorm" in str(y.grad_fn)
