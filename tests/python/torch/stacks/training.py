@@ -87,7 +87,7 @@ def operate(model: torch.nn.Module, **options: Any) -> unswag.SurgeryReport:
     """Surgery that found everything there is to find in a tiny Llama."""
     report = unswag.apply_unswag_surgery(model, **options)
     counts = Counter(pattern for _, pattern in report.patched)
-    assert not report.skipped and not report.notes
+    assert not report.skipped and not report.notes, (report.skipped, report.notes)
     assert (counts["norm"], counts["gated_mlp"], counts["attention"], counts["loss"]) == (5, 2, 1, 1)
     return report
 
@@ -112,8 +112,8 @@ class Doors:
         self.kept = self.again = 0
         door = stash.Stash.door
 
-        def counting(this: stash.Stash, t: torch.Tensor) -> Any:
-            handle = door(this, t)
+        def counting(this: stash.Stash, t: torch.Tensor, depth: int = 1) -> Any:
+            handle = door(this, t, depth + 1)
             again = isinstance(handle, stash._Again)
             self.again += again
             self.kept += not again
