@@ -229,7 +229,9 @@ def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = vars(self)[STATE]
     if len(args) != 1 or kwargs or not _trains(self, args[0]):
         return stock(self, *args, **kwargs)
-    hidden, running = args[0], [frame for frame in frames() if _head_of(frame.model) is self]
+    hidden = args[0]
+    # In a dry run the copy of a model may call the model itself: TRL's forward does.
+    running = [frame for frame in frames() if _head_of(frame.model) is self or is_fake(hidden)]
     if not running:
         return stock(self, hidden)
     frame = next((frame for frame in reversed(running) if frame.labels), None)
