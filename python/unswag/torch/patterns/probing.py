@@ -44,11 +44,18 @@ def twin(module: nn.Module, **replaced: Any) -> nn.Module:
     """A copy of `module` in which the named children and parameters are others. It shares nothing that a forward could write
     to: tensors, containers, plain objects and the other children are copies too. It has no hooks, and its forward is that of
     the class. Of a parametrized module nothing is read: each reading may advance it."""
+    return _twin(module, replaced, {})
+
+
+LARGE = 1 << 22  # elements: what has more is no part that a probe runs, but something that a module knows of
+
+
+def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> nn.Module:
     if nn.utils.parametrize.is_parametrized(module):
         raise ValueError(f"a {type(module).__name__} is computed from others at each reading, which may change its state")
     cls = stock_class(module)
     made = cls.__new__(cls)
-    seen: dict[int, Any] = {id(module): made}
+    seen[id(module)] = made
     for base in reversed(_own_classes(module)):  # what the class holds for all its instances, too
         shared = {k: v for k, v in vars(base).items() if type(v) in (list, dict, set) and not k.startswith("__")}
         made.__dict__.update({k: _unshared(v, seen) for k, v in shared.items()})
@@ -67,7 +74,8 @@ def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
         return seen[id(value)]
     made = value
     if isinstance(value, nn.Module):
-        made = twin(value)
+        if sum(p.numel() for p in value.parameters()) <= LARGE:
+            made = _twin(value, {}, seen)
     elif type(value) is nn.Parameter:
         made = nn.Parameter(value.detach().clone(), value.requires_grad)
     elif type(value) is Tensor:

@@ -215,3 +215,10 @@ def test_parametrized_parts_are_not_advanced(norm):
         torch.testing.assert_close(model(x), stock(x))
     with pytest.raises(ValueError, match="computed from others at each reading"):
         twin(model[2])
+
+
+def test_a_module_that_knows_its_model_has_a_twin():
+    model = nn.Sequential(nn.Linear(3, 3), Log("n"))
+    model[1].__dict__["parents"] = [model]
+    made = twin(model[1])
+    assert made.parents[0] is not model and made.parents[0][1] is made and made.parents[0][0].weight is not model[0].weight
