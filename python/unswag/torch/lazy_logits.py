@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.loss import LossOptions, head_cross_entropy, linear_cross_entropy
+from unswag.torch.stash import is_plain
 
 REMEDY = "run the forward under unswag.torch.loss.keep_logits()"
 
@@ -141,7 +142,7 @@ class Deferral:
         frame.deferrals.append(weakref.ref(self))
 
     def _now(self) -> list[tuple[int, int]]:
-        return [] if self.fake else [(t._version, t.data_ptr()) for _, t in self._tensors]
+        return [] if self.fake else [(t._version, t.data_ptr() if is_plain(t) else 0) for _, t in self._tensors]
 
     def check(self, look: bool = True) -> None:
         """Raises RuntimeError if the head would not make now what it would have made.  look: at values, too, because edits
@@ -209,7 +210,10 @@ class Deferral:
 
 
 def _sample(t: Tensor) -> Any:
-    """Some of the values: their bytes, of which a tensor is kept only where copying them out would wait for a GPU."""
+    """Some of the values: their bytes, of which a tensor is kept only where copying them out would wait for a GPU. None of a
+    subclass, whose values are its own affair."""
+    if not is_plain(t):
+        return None
     each = int(256 ** (1 / max(1, t.ndim)))  # of each dimension
     few = t.detach()[tuple(slice(None, None, max(1, size // each)) for size in t.shape)]
     few = few.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
