@@ -1166,7 +1166,6 @@ def test_the_error_about_no_usable_line_says_where_and_why(tmp_path):
         ({"path": iter(())}, ValueError, "no files given"),
         ({"path": "data/*.jsonl"}, ValueError, r"a pattern\? Pass sorted\(glob.glob"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_errors_name_the_argument_its_value_and_the_remedy(arguments, error, message, tmp_path):
     path = arguments.pop("path", None) if "path" in arguments else write(tmp_path / "a.jsonl", ROW)

@@ -832,7 +832,7 @@ def test_an_adapter_that_is_no_longer_plain_runs_as_pefts_own_and_says_so(change
     lambda m: m.to(torch.bfloat16), lambda m: m.to(torch.float64), lambda m: m.base_layer.to(torch.bfloat16),
     lambda m: m.lora_dropout.update({"a0": nn.Identity()}), lambda m: m.scaling.update(a0=-2.5),
     lambda m: m.lora_A["a0"].weight.data.mul_(2), lambda m: m.lora_dropout["a0"].register_module("extra", nn.Identity()),
-], ids=str)  # fmt: skip
+], ids=["base", "hook on the base", "bf16", "f64", "base in bf16", "dropout", "scaling", "A", "part of a dropout"])  # fmt: skip
 def test_what_changes_later_is_seen(change):
     layer = with_dropouts(ps=(0.3, 0.5))
     ours = operated(layer)
