@@ -181,17 +181,19 @@ class _Hold:
     handles  those that may give way later, where somebody waits for that (`_Pending`)
     writers  the Functions of others among those who save it: their backward may write into it, and PyTorch accepts that if
              nobody reads it after them
+    firm     False while checkpoints alone save it: PyTorch accepts a change if they are never recomputed
     """
 
-    __slots__ = ("__weakref__", "handles", "writers")
+    __slots__ = ("__weakref__", "firm", "handles", "writers")
 
-    def __init__(self) -> None:
+    def __init__(self, firm: bool = True) -> None:
         self.handles: list[weakref.ref[_Kept]] | None = None
         self.writers: tuple[type, ...] = ()
+        self.firm = firm
 
     def stays(self, node: Any) -> bool:
         """Whether what is kept stays as it is, in all that PyTorch accepts; the Function of `node` is trusted."""
-        return not self.writers or all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
+        return self.firm and all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
 
 
 _Holds = dict[int, tuple[StorageWeakRef, weakref.ref[_Hold]]]  # by storage
@@ -628,33 +630,43 @@ class Stash:
         if key is None:
             return self._keep(t, _Hold(), "device")
         saver = sys._getframe(depth)
+        checkpoint = saver.f_globals is _CHECKPOINT
         hold = self._held(key)
         if hold is not None:
             if saver.f_code is _APPLY:
                 hold.writers += _writers(saver)
+            if not (hold.firm or checkpoint):
+                hold.firm = True
+                self._firmed(t, key)
             return self._keep(t, hold, "shared")
         handle = self._from_recipe(t, key)
         if handle is not None:
             if _thread.recorder is not None and isinstance(handle, _Again):
                 _thread.recorder.note(t, handle, "recipe")
-            if saver.f_globals is _CHECKPOINT:
+            if checkpoint:
                 self._guard(t, handle)
             return handle
         handle = self._coded(t, key)
         if handle is None:
-            hold = self._hold(t, key)
+            hold = self._hold(t, key, firm=not checkpoint)
             if saver.f_code is _APPLY:
                 hold.writers += _writers(saver)
             if self._pending:
                 self._wait(t, key, hold)
             handle = self._keep(t, hold, "device")
-        elif saver.f_globals is _CHECKPOINT:
+            if checkpoint:
+                return handle
+        elif checkpoint:
             self._guard(t, handle)
+        self._firmed(t, key)
+        return handle
+
+    def _firmed(self, t: torch.Tensor, key: int) -> None:
+        """Recipes that wait for somebody to save `t` can rely on it now."""
         if self._pending:
             for ref in self._pending.pop(key, ()):
                 if (pending := ref()) is not None:
                     pending.firm(t, key)
-        return handle
 
     def _guard(self, t: torch.Tensor, handle: _Kept | _Again) -> None:
         """What a checkpoint recomputes from must be as it was, as in PyTorch: what it saves inside is checked by nobody."""
@@ -683,9 +695,9 @@ class Stash:
         output = self._outputs.get(key)
         return self._from_recipe(t, key) if output is None or output.recipe else None
 
-    def _hold(self, t: torch.Tensor, key: int) -> _Hold:
+    def _hold(self, t: torch.Tensor, key: int, firm: bool = True) -> _Hold:
         """Held from now on, until the last handle that shares the result dies."""
-        hold = _Hold()
+        hold = _Hold(firm)
         self._holds[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(hold))
         return hold
 

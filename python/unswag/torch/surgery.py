@@ -116,8 +116,9 @@ def apply_unswag_surgery(
 
     Every pattern of `unswag.torch.patterns` is looked for by structure. A place where the replacement computes what the
     module computes (a probe of values and gradients says so) gets it, on the instance; any other is left, with the
-    reason. The forward of `model` then runs inside a `Stash`. Parameters, buffers, hooks, training mode, random state,
-    classes and state_dict stay as they are; `remove_unswag_surgery` takes everything back. Call it on the outermost
+    reason. The forward of `model` then runs inside a `Stash`. Parameters, buffers, hooks, training mode, random state and
+    state_dict stay as they are; a module that is operated on gets a subclass of its class (`isinstance` holds, `type(m) is
+    nn.Linear` does not); `remove_unswag_surgery` takes everything back. Call it on the outermost
     model (a PeftModel as it is), before or after `gradient_checkpointing_enable()`, before DDP, FSDP and torch.compile.
     Calling it again starts afresh, with the new arguments. A whole model that is pickled after the surgery comes back with its
     own forwards; operate on it again.
@@ -129,8 +130,9 @@ def apply_unswag_surgery(
                attention weights. "stock": as the model has it
     loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
     verify     False probes one module of each kind (same class, shapes, dtypes and settings) and trusts the others
-    dropout    "stock": draws and masks of PyTorch; "redrawn": from a seed of our own, so that no mask is kept, and losses are
-               those of another seed
+    dropout    "stock": draws of PyTorch. LoRA keeps the generator's state (5 KB per Linear on the CPU) and draws again, other
+               dropouts keep PyTorch's masks. "redrawn": draws from seeds of our own, no mask is kept, and losses are those of
+               another seed
 
     In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
     after the forward. Packed rows are computed without one in every mode, because transformers tells their sequences apart only

@@ -308,19 +308,20 @@ class Outcome(NamedTuple):
 
 def run(program, zoo, kit, around, how, *, tolerant=False, everything=False):
     """Gradients after each backward pass, or the error. `tolerant` leaves out what the forward refuses; `everything` forgets
-    nothing and differentiates all that was made, at the end."""
+    nothing for good and differentiates all that was made, at the end."""
     torch.manual_seed(7)
     leaf = torch.randn(ROWS, WIDTH, dtype=program.dtype).requires_grad_()
     data = torch.randn(ROWS, WIDTH, dtype=program.dtype)
     zoo.zero_grad(set_to_none=True)
-    values, left_out, found = [data, leaf], [], {}
+    values, forgotten, left_out, found = [data, leaf], [], [], {}
 
     def forward(parts):
         with torch.autocast("cpu", torch.bfloat16, enabled=program.autocast):
             for i, step in enumerate(program.steps):
                 if step.name == "forget":
-                    if len(values) > 3 and not everything:
-                        del values[-2]
+                    if len(values) > 3:
+                        one = values.pop(-2)
+                        forgotten.extend([one] * everything)
                     continue
                 try:
                     values.append(step_on(parts, values, step, how))
@@ -343,7 +344,7 @@ def run(program, zoo, kit, around, how, *, tolerant=False, everything=False):
         return Outcome(f"forward: {type(error).__name__}: {error}", {})
     made = [v for v in values[2:] if v.requires_grad] or [leaf * 1]
     try:
-        losses = [loss_of(made[-1:]), loss_of(made[-1:] + made[:1]), loss_of(made)]
+        losses = [loss_of(made[-1:]), loss_of(made[-1:] + made[:1]), loss_of(made + forgotten)]
     except RuntimeError as error:  # a view that cannot be used any more
         return Outcome(f"loss: {error}", {}, tuple(left_out))
     # the values themselves are gone, unless there is something left to do with them
