@@ -99,7 +99,8 @@ def test_in_bfloat16_no_gradient_is_further_from_the_truth_than_stock():
     assert probe(found) is None
     Experts().apply(found)
     for ours, theirs, true in zip(step(module, *data), stock, truth, strict=True):
-        assert ours.dtype == theirs.dtype and distance(ours, true) <= 1.25 * distance(theirs, true)
+        limit = 1.25 * distance(theirs, true) + 2.0**-8 / 4  # a rounding to bfloat16, whatever sums the products
+        assert ours.dtype == theirs.dtype and distance(ours, true) <= limit
 
 
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (13, 1), (7, 2)])
