@@ -1,4 +1,4 @@
-"""The guard of our `autograd.Function`s against a second derivative, which none of them has."""
+"""What the backwards of our `autograd.Function`s have in common: none has a second derivative, and none makes up a gradient."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ def once_differentiable(
 
     sources_are_saved=False: the gradients were made in the forward, and what they depend on is not among the saved tensors.
     Then there is nothing to hang them on, and create_graph=True itself is the error.
+
+    Where no gradient comes (of a checkpoint that gives none, say), none goes on, as in PyTorch's own functions: a parameter's
+    .grad stays None, and is not 0. For that the forward calls `ctx.set_materialize_grads(False)`.
     """
     if backward is None:
         return functools.partial(once_differentiable, sources_are_saved=sources_are_saved)
 
     @functools.wraps(backward)
     def once(ctx: Any, *dy: Any) -> tuple[Any, ...]:
+        if all(gradient is None for gradient in dy):
+            return (None,) * len(ctx.needs_input_grad)
         again = torch.is_grad_enabled()  # create_graph
         if again and not sources_are_saved:
             raise NotImplementedError(REFUSAL)

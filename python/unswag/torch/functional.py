@@ -120,9 +120,9 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
-        return None if dy is None else ops.mask_backward(dy, packed, ctx.act, ctx.slope), None, None
+        return ops.mask_backward(dy, packed, ctx.act, ctx.slope), None, None
 
 
 def relu(x: Tensor) -> Tensor:
@@ -164,6 +164,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
         x, ctx.act = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
 
     @staticmethod
@@ -188,9 +189,9 @@ class _Coded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
-        return None if dy is None else ctx.code.backward(dy, packed, ctx.act), None, None
+        return ctx.code.backward(dy, packed, ctx.act), None, None
 
 
 def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
@@ -268,6 +269,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.act = act
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gate, up)
         return ops.gated_forward(gate, up, act)
 
@@ -295,9 +297,7 @@ class _GatedCoded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, _: None) -> tuple[Any, ...]:
-        if dh is None:
-            return None, None, None, None
+    def backward(ctx: Any, dh: Tensor, _: None) -> tuple[Any, ...]:
         packed, value, up = ctx.saved_tensors
         need_gate, need_up = ctx.needs_input_grad[:2]
         dgate = ctx.code.backward(dh * up, packed, ctx.act) if need_gate else None
@@ -337,6 +337,7 @@ class _GatedHalves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
         ctx.act, ctx.gate_first = act, gate_first
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gate_up)
         return gated_of_halves(gate_up, act, gate_first)
 
@@ -405,9 +406,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
-        if dy is None:
-            return None, None, None, None, None, None
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
         x, rstd, weight = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dx, dw = ops.rms_norm_backward(x, rstd, weight, dy, ctx.weight_offset, ctx.cast_before_weight, need_dx, need_dw)
@@ -468,9 +467,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
-        if dy is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Any, ...]:
         x, mean, rstd, weight = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         dx, dw, db = ops.layer_norm_backward(x, mean, rstd, weight, dy, need_dx, need_dw, need_db)
@@ -527,6 +524,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
         _, ctx.p, ctx.seed = inputs
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable

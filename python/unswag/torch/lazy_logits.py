@@ -309,6 +309,7 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, node: _Node, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.node, ctx.parameters = node, parameters
+        ctx.set_materialize_grads(False)
         return LazyLogits._of(node)
 
     @staticmethod
@@ -330,6 +331,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lazy: Tensor, data: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return data.clone()
 
     @staticmethod

@@ -144,6 +144,7 @@ class _AddLora(torch.autograd.Function):
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in weights[2::3]]
         saved = [xa if need_b else None for xa, need_b in zip(products, needs[1::3], strict=True)]
         drops = ctx.needs_input_grad[1] or any(needs[::3])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(state if drops else None, x if any(needs[::3]) else None, *saved, *weights[::3], *weights[1::3])
         return y
 

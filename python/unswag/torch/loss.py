@@ -444,6 +444,7 @@ class _ReducedLoss(torch.autograd.Function):
             if buffer is not None:
                 stash.mark_loss_buffer(buffer)
         ctx.save_for_backward(*buffers)
+        ctx.set_materialize_grads(False)
         ctx.late = late
         return _reduced(losses, denominator)
 
@@ -489,6 +490,7 @@ class _RowLosses(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         ctx.make, ctx.options = make, options
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, hidden, *parameters)
         with stash.inside_loss():
             return _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)

@@ -771,12 +771,11 @@ class Stash:
         return entry
 
     def _input(self, x: torch.Tensor, node: Any) -> _Kept | _Again | _Loose:
-        """What a recipe relies on for its input `x`. A parameter, and any leaf that a gradient is taken for, is held by its
-        version, as by the ops that save it."""
+        """What a recipe relies on for its input `x`. A parameter is held by its version, as by the ops that save it."""
         if _is_parameter(x) or _is_cast_of_parameter(x):
             return self._keep(x, _Hold(), "parameter")
         key = _storage_key(x)
-        if key is None or (x.is_leaf and x.requires_grad):
+        if key is None:
             return self.door(x)
         return self._firm(x, key, node) or _Loose(x)
 

@@ -134,9 +134,11 @@ def apply_unswag_surgery(
                dropouts keep PyTorch's masks. "redrawn": draws from seeds of our own, no mask is kept, and losses are those of
                another seed
 
-    In training with labels, `use_cache=False` unless the call says otherwise: a cache would keep all keys and values alive
-    after the forward. Packed rows are computed without one in every mode, because transformers tells their sequences apart only
-    then: with `use_cache=True` a warning says so, and `past_key_values` is None.
+    Packed rows (position_ids that start again at 0, and no attention_mask) are computed without a cache in every mode, because
+    transformers tells their sequences apart only then: `past_key_values` is None, and with `use_cache=True` a warning says so.
+    All else has the cache that stock makes; in training pass `use_cache=False` or set it in the config, as the HF Trainer does,
+    or the output keeps all keys and values alive. Under torch.compile with `fullgraph=True` say `use_cache` where position_ids
+    are given: their values cannot be looked at there.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
     on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if somebody has wrapped one of

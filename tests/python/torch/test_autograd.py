@@ -1,11 +1,16 @@
-"""once_differentiable: a second derivative is an error, never zero in silence."""
+"""once_differentiable: a second derivative is an error, never zero in silence; where no gradient comes, none is made up."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
 
+from unswag.torch import functional
 from unswag.torch.autograd import REFUSAL, once_differentiable
+from unswag.torch.lora import Adapter, add_lora
+from unswag.torch.loss import linear_cross_entropy
 
 
 class Square(torch.autograd.Function):
@@ -79,3 +84,47 @@ def test_a_gradient_of_create_graph_can_be_edited_in_place():
     assert torch.equal(dx.detach(), 6 * x.detach())
     with pytest.raises(NotImplementedError, match=REFUSAL[:20]):
         dx.sum().backward()
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, whose backward gives none."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+LABELS = torch.tensor([0, 2])
+FUNCTIONS = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "silu, 2 bits": lambda x: functional.silu(x, bits=2),
+    "swiglu": lambda x: functional.swiglu(x, x),
+    "gated_halves": lambda x: functional.gated_halves(x, "silu"),
+    "rms_norm": lambda x: functional.rms_norm(x, torch.ones(4)),
+    "layer_norm": lambda x: functional.layer_norm(x, torch.ones(4), torch.zeros(4)),
+    "dropout": functional.dropout,
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, torch.ones(3, 4), LABELS),
+    "linear_cross_entropy, rows": lambda x: linear_cross_entropy(x, torch.ones(3, 4), LABELS, reduction="none"),
+    "add_lora": lambda x: add_lora(x, x, [Adapter(torch.ones(2, 4), torch.ones(4, 2), None, 1.0)]),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_where_no_gradient_comes_none_is_made_up(function):
+    """A weight's .grad stays None, as behind PyTorch's own functions; of 0, optimizers take a step (weight decay, momentum)."""
+    weight = torch.randn(4, 4, requires_grad=True)
+    x = torch.randn(2, 4, requires_grad=True)
+    (NoGradient.apply(function(x @ weight)).sum() + x.sum()).backward()
+    assert weight.grad is None and torch.equal(x.grad, torch.ones(2, 4))
+
+
+def test_every_function_of_ours_takes_a_gradient_that_is_none():
+    ours = [f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("unswag.torch")]
+    assert len(ours) > 12
+    without = [f.__name__ for f in ours if "ctx.set_materialize_grads(False)" not in inspect.getsource(f)]
+    assert without == ["_NoSecondDerivative"]  # which stands behind gradients that were made

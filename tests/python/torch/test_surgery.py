@@ -532,14 +532,31 @@ def test_signature_and_columns_are_those_of_the_model():
     assert model.forward.__doc__ == type(model).forward.__doc__ and not hasattr(model.forward, "__wrapped__")
 
 
-def test_without_a_cache_in_training_only():
-    model = families.build("llama")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_cache_is_stocks(training, labels):
+    """A second segment that goes on from the cache of the first; positions that skip and never start again."""
+    model = families.build("llama").train(training)
+    first, second = ids().chunk(2, -1)
+    skipping = torch.cat([torch.arange(7), torch.arange(20, 20 + ids().shape[1] - 7)])[None].expand_as(ids())
+
+    def run():
+        def call(tokens, **more):
+            return model(input_ids=tokens, **({"labels": tokens.contiguous()} if labels else {}), **more)
+
+        out = call(first)
+        out = [
+            *out.values(),
+            *call(second, past_key_values=out.past_key_values).values(),
+            *call(ids(), position_ids=skipping).values(),
+        ]
+        return [x.detach() * 1 for x in out if isinstance(x, torch.Tensor)], len(out)
+
+    stock = run()
     operate(model)
-    assert model(**plain()).past_key_values is None
-    assert model(**plain(), use_cache=True).past_key_values is not None
-    assert model(input_ids=ids()).past_key_values is not None
-    model.eval()
-    assert model(**plain()).past_key_values is not None
+    ours = run()
+    assert ours[1] == stock[1]
+    torch.testing.assert_close(ours[0], stock[0], atol=2e-5, rtol=1e-4)
 
 
 def test_a_pack_is_seen_without_saying_use_cache():

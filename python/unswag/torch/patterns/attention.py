@@ -98,10 +98,10 @@ class Attention:
 
 class View:
     """What `module.config` is on an operated model, for `replace_view`: where the attention is chosen, the same config with the
-    attention called `wanted`; anywhere else, and once somebody has chosen another attention, the config itself."""
+    attention called `wanted`; anywhere else, and once somebody has chosen or registered another one, the config itself."""
 
     def __init__(self, config: Any, wanted: str) -> None:
-        self.config, self.wanted = config, wanted
+        self.config, self.wanted, self.means = config, wanted, _meaning(config)
         self.named = config._attn_implementation
         self.places: dict[type, frozenset[types.CodeType]] = {}
         self.seen = _renamed(config, wanted)
@@ -113,7 +113,7 @@ class View:
 
     def __call__(self, module: nn.Module, config: Any) -> Any:
         chooses = torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places.get(stock_class(module), ())
-        if chooses and config is self.config and config._attn_implementation == self.named:
+        if chooses and config is self.config and config._attn_implementation == self.named and _meaning(config) == self.means:
             return self.seen
         return config
 
@@ -122,6 +122,15 @@ class View:
         made.config = copy.deepcopy(self.config, memo)
         made.seen = _renamed(made.config, self.wanted)
         return made
+
+
+def _meaning(config: Any) -> tuple[Any, ...]:
+    """The functions that transformers has under the name of the config's attention, which anybody may register anew."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+
+    named = config._attn_implementation
+    return tuple(functions.get(named) for functions in (FUNCTIONS, MASKS))
 
 
 def _renamed(config: Any, wanted: str) -> Any:
@@ -221,9 +230,8 @@ def _flash_attention_runs(module: nn.Module) -> bool:
 
 # ---- caches -----------------------------------------------------------------------------------------------------------------
 def leave_caches_out(model: nn.Module) -> None:
-    """Makes the models of transformers in `model` compute without a cache where one does harm, and none was asked for: in
-    training with labels it keeps all keys and values alive after the forward; and transformers tells the sequences of packed
-    rows apart only without one, while it makes one by default."""
+    """Makes the models of transformers in `model` compute packed rows without a cache: transformers tells their sequences apart
+    only then, while it makes one by default."""
     for module in model.modules():
         if hasattr(type(module), "set_attn_implementation") and cannot_operate(module) is None:
             parameters = inspect.signature(module.forward).parameters
@@ -235,11 +243,8 @@ def leave_caches_out(model: nn.Module) -> None:
 def _without_cache(names: list[str], inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     use_cache, positions = given.get("use_cache"), given.get("position_ids")
-    if use_cache is False or given.get("past_key_values") is not None:
-        return inner(self, *args, **kwargs)
-    trains = use_cache is None and self.training and given.get("labels") is not None
-    packed = not trains and positions is not None and given.get("attention_mask") is None and _start_again(positions, use_cache)
-    if not (trains or packed):
+    alone = given.get("past_key_values") is None and given.get("attention_mask") is None
+    if use_cache is False or positions is None or not alone or not _start_again(positions):
         return inner(self, *args, **kwargs)
     if use_cache:
         warnings.warn(
@@ -250,16 +255,13 @@ def _without_cache(names: list[str], inner: Callable[..., Any], self: nn.Module,
     return inner(self, **given | {"use_cache": False})
 
 
-def _start_again(positions: Tensor, use_cache: bool | None) -> bool:
-    """Whether positions [batch, length] are those of packed rows. A compiled forward, which cannot look, takes them for packed
-    unless the cache is asked for: transformers then makes the mask from the positions, whatever they are."""
+def _start_again(positions: Tensor) -> bool:
+    """Whether positions [batch, length] are those of packed rows."""
     if positions.ndim == 3 and len(positions) == 4:  # those of text, then time, height and width of images
         positions = positions[0]
-    if positions.ndim > 2:
+    if positions.ndim > 2 or is_fake(positions):
         return False
-    if torch.compiler.is_compiling() and not use_cache:
-        return True
-    return not is_fake(positions) and not positions.is_meta and bool((positions[..., 1:] == 0).any())
+    return bool((positions[..., 1:] == 0).any())
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------
@@ -515,6 +517,7 @@ class AttentionAgain(torch.autograd.Function):
         attend: Callable[..., Any],
     ) -> Tensor:
         ctx.attend = attend
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, mask, random)
         y: Tensor = attend(query, key, value, mask)
         return y.detach()  # it may be a view, which nobody could edit in place

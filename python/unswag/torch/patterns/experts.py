@@ -146,6 +146,7 @@ class _Combine(torch.autograd.Function):
         y = F.grouped_mm(h, down.mT, offs=ends) * weight.unsqueeze(-1)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, down, weight, ends, token)
         return y[place].view(-1, k, y.shape[-1]).sum(1)
 

@@ -47,6 +47,7 @@ from unswag.torch.patterns.pattern import (
     no_kernel,
     replace,
     replace_forward,
+    replace_view,
     stock,
     stock_class,
     wrap_method,
@@ -115,7 +116,7 @@ class Loss:
         for model in candidate.parts["models"]:
             wrap_method(model, "forward", functools.partial(_framed, _place_of_labels(model)))
         for model in candidate.parts["causal"]:
-            replace(model, "_loss_function", _chunked_loss)
+            replace_view(model, "loss_function", _LossFunction())
 
 
 def logits_counters(model: nn.Module) -> list[Counter[str]]:
@@ -147,8 +148,8 @@ def _is_linear(head: Any) -> bool:
 
 
 def _code(head: nn.Module) -> tuple[Any, ...]:
-    """What runs when `head` is called: classes and forwards, which somebody may change after the surgery."""
-    return tuple((type(m), stock_class(m).forward, vars(m).get("forward")) for m in head.modules())
+    """What runs when `head` is called: classes and functions, which somebody may change after the surgery."""
+    return F.linear, *((type(m), stock_class(m).forward, vars(m).get("forward")) for m in head.modules())
 
 
 def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
@@ -307,6 +308,23 @@ def _depends_on(head: nn.Module) -> dict[str, Any]:
     return found
 
 
+class _LossFunction:
+    """What `model.loss_function` is: ours in the place of transformers' ForCausalLMLoss, as long as that is the model's and
+    calls what it called at the surgery."""
+
+    def __init__(self) -> None:
+        self.calls = self._calls()
+
+    @staticmethod
+    def _calls() -> tuple[Any, ...]:
+        from transformers.loss import loss_utils
+
+        return loss_utils.ForCausalLMLoss, loss_utils.fixed_cross_entropy, F.cross_entropy
+
+    def __call__(self, model: nn.Module, stocks: Any) -> Any:
+        return _chunked_loss if stocks is self.calls[0] and self._calls() == self.calls else stocks
+
+
 def _chunked_loss(
     logits: Any,
     labels: Tensor | None,
@@ -323,14 +341,16 @@ def _chunked_loss(
             assert labels is not None
             shifted, targets = 1, F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = targets.to(logits.device)
-        if targets.numel() == logits.shape[:-1].numel():
+        several = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1
+        known = targets.dtype in (torch.int64, torch.uint8)  # what stock takes
+        if targets.numel() == logits.shape[:-1].numel() and known and not several:
             if not is_fake(targets):
                 check_labels(targets, vocab_size, ignore_index, shifted=shifted)
             loss = logits.cross_entropy(
                 targets.reshape(logits.shape[:-1]), ignore_index=ignore_index, num_items=num_items_in_batch
             )
             if loss is not None:
-                return loss
+                return loss.view(num_items_in_batch.shape) if isinstance(num_items_in_batch, Tensor) else loss
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as fx_trace
 
 from unswag import _core
 from unswag.torch import stash
@@ -115,10 +116,20 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], proof: Proof
     replace_method(module, "forward", forward, proof)
 
 
-def ordinary_call() -> bool:
-    """Whether this is a call of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …), nor in forward mode:
+def ordinary_call(*args: Any, **kwargs: Any) -> bool:
+    """Whether a call with these arguments is one of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …),
+    in forward mode, while torch.export, torch.jit, torch.fx or make_fx take down what a model does, or on the meta device:
     modules run their own forward there."""
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting():
+        return False
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(first, torch.Tensor) and first.is_meta:
+        return False
+    return torch.compiler.is_compiling() or not (
+        torch._C._is_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or fx_trace.is_fx_symbolic_tracing()
+    )
 
 
 def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Callable[..., Any]:
@@ -151,7 +162,8 @@ def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Non
 
 
 def replace_view(module: nn.Module, name: str, seen: Callable[[nn.Module, Any], Any]) -> None:
-    """Reading the attribute `name` of this instance gives `seen(self, value)`; the value itself stays where and what it is."""
+    """Reading the attribute or property `name` of this instance gives `seen(self, value)`; the value itself stays where and
+    what it is."""
     module.__dict__.setdefault(RECORD, {})
     module.__dict__.setdefault(METHODS, {})[name] = seen
     _become(module, name, _attribute)
@@ -272,10 +284,15 @@ def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
     plain = getattr(operated, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if type(args) is not tuple:
+            raise TypeError(
+                "unswag: torch.fx.symbolic_trace reads the names of a forward's arguments from its code, where an operated "
+                "module's are not; trace the model before the surgery, or after remove_unswag_surgery(model)"
+            )
         ours = self.__dict__.get(METHODS)
         if ours is None or name not in ours:
             return plain(self, *args, **kwargs)
-        if not ordinary_call():
+        if not ordinary_call(*args, **kwargs):
             return stock_method(name, self, *args, **kwargs)
         return ours[name](self, *args, **kwargs)
 
@@ -287,13 +304,12 @@ def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _attribute(operated: type[nn.Module], name: str) -> property:
-    """An attribute that is seen as the instance says."""
+    """An attribute, or a property, that is seen as the instance says."""
 
-    def get(self: nn.Module) -> Any:
+    def value(self: nn.Module) -> Any:
         if name not in self.__dict__:
             raise AttributeError(name)
-        seen = self.__dict__.get(METHODS, {}).get(name)
-        return self.__dict__[name] if seen is None else seen(self, self.__dict__[name])
+        return self.__dict__[name]
 
     def set_(self: nn.Module, value: Any) -> None:
         self.__dict__[name] = value
@@ -301,7 +317,15 @@ def _attribute(operated: type[nn.Module], name: str) -> property:
     def delete(self: nn.Module) -> None:
         del self.__dict__[name]
 
-    return property(get, set_, delete)
+    found = inspect.getattr_static(operated, name, None)
+    plain = found if isinstance(found, property) else property(value, set_, delete)
+    read: Any = plain.fget
+
+    def get(self: nn.Module) -> Any:
+        seen = self.__dict__.get(METHODS, {}).get(name)
+        return read(self) if seen is None else seen(self, read(self))
+
+    return property(get, plain.fset, plain.fdel)
 
 
 # A copy of an operated module is operated, a pickle is stock and can be loaded where UnSwag is not. Both ask __reduce_ex__.

@@ -17,6 +17,8 @@ import torch
 from families import assert_close, ids, packed, padded, plain, step
 from in_place import assert_trains_as
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import unswag
 from unswag.torch.patterns import attention, restore
@@ -442,6 +444,29 @@ def test_an_attention_chosen_later_wins_and_can_be_taken_back():
     assert model.config._attn_implementation == "eager" and len(model(**padded(), output_attentions=True).attentions) == 2
 
 
+def test_an_attention_registered_later_wins():
+    """Under the name that the model reads, as a function and as its mask."""
+    model, stock = (families.build("llama") for _ in range(2))
+    unswag.apply_unswag_surgery(model)
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        called = []
+
+        def other(*args, function=registry["sdpa"], called=called, **kwargs):
+            called.append(function)
+            return function(*args, **kwargs)
+
+        was = registry["sdpa"]
+        registry["sdpa"] = other
+        try:
+            model(**padded())
+            ours, called[:] = len(called), []
+            stock(**padded())
+            assert ours == len(called) > 0
+        finally:
+            registry["sdpa"] = was
+    assert ours_runs(model)
+
+
 def test_copies_choose_for_themselves():
     model = families.build("llama")
     unswag.apply_unswag_surgery(model)
@@ -472,16 +497,20 @@ def test_a_layer_is_recomputed_as_it_was_computed_in_any_thread(reentrant):
 
 
 def test_a_compiled_model_runs_without_a_word():
-    """Padded, and packed without looking at the positions."""
+    """In one graph padded, and packed if use_cache says so; in more where the positions have to be looked at: packed rows see
+    that they are, others keep their cache."""
     model = families.build("llama").eval()
-    batches = [{k: padded()[k] for k in ("input_ids", "attention_mask")}, packs()]
+    mask = {k: padded()[k] for k in ("input_ids", "attention_mask")}
+    plain = {"input_ids": ids(2, 40), "position_ids": torch.arange(40)[None]}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        stock = [model(**batch, use_cache=False).logits for batch in batches]
+        stock = [model(**batch, use_cache=False).logits for batch in (mask, packs(), packs(), plain)]
         leave_caches_out(patched(model))
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        for batch, logits in zip(batches, stock, strict=True):
-            torch.testing.assert_close(compiled(**batch).logits, logits, atol=1e-5, rtol=1e-4)
+        whole, compiled = (torch.compile(model, backend="eager", fullgraph=f) for f in (True, False))
+        ours = [whole(**mask), whole(**packs(), use_cache=False), compiled(**packs()), compiled(**plain)]
+        for output, logits in zip(ours, stock, strict=True):
+            torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-4)
+        assert ours[2].past_key_values is None and ours[3].past_key_values is not None
 
 
 OTHER = """

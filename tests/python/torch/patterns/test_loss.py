@@ -19,6 +19,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.loss import loss_utils
 
 from unswag.torch.lazy_logits import LazyLogits, inside_forward
 from unswag.torch.loss import keep_logits
@@ -237,6 +238,56 @@ def test_gradient_accumulation_over_an_uneven_window():
     for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
         model(**{k: v[rows] for k, v in inputs.items()}, num_items_in_batch=items).loss.backward()
     assert_close({n: p.grad for n, p in model.named_parameters()}, want, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "place", ["mapping", "fixed_cross_entropy", "F.cross_entropy", "F.linear", "loss_type", "loss_function"]
+)
+def test_a_loss_that_somebody_replaces_later_is_theirs(place, monkeypatch):
+    """Where transformers or PyTorch look it up. What is replaced triples what it gives, so that it cannot be overlooked."""
+    model = make()
+    stock = copy.deepcopy(model)
+    assert patch(model) == []
+
+    def tripled(function):
+        return lambda *args, **kwargs: 3 * function(*args, **kwargs)
+
+    before, _ = step(stock, **batch())
+    if place == "mapping":
+        monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", tripled(loss_utils.ForCausalLMLoss))
+    elif place == "fixed_cross_entropy":
+        monkeypatch.setattr(loss_utils, "fixed_cross_entropy", tripled(loss_utils.fixed_cross_entropy))
+    elif place.startswith("F."):
+        monkeypatch.setattr(F, place[2:], tripled(getattr(F, place[2:])))
+    for m in (stock, model):
+        if place == "loss_type":
+            m.loss_type = "ForMaskedLM"
+        elif place == "loss_function":
+            m.loss_function = tripled(loss_utils.ForCausalLMLoss)
+    (want, theirs), (got, ours) = step(stock, **batch()), step(model, **batch())
+    assert abs(want.loss - before.loss) > 1e-3 and abs(got.loss - want.loss) < 1e-5
+    assert_close(ours, theirs, 1e-5)
+    monkeypatch.undo()
+    if place not in ("loss_type", "loss_function"):
+        with no_warnings():
+            assert abs(step(model, **batch())[0].loss - before.loss) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "items", [7, torch.tensor(7), torch.tensor([7]), torch.tensor([3, 4])], ids=["int", "0-d", "one", "two"]
+)
+def test_num_items_in_batch_of_any_shape(items):
+    model = make()
+    want = model(**batch(), num_items_in_batch=items).loss
+    assert patch(model) == []
+    torch.testing.assert_close(model(**batch(), num_items_in_batch=items).loss, want, atol=2e-6, rtol=1e-6)
+
+
+def test_labels_of_a_dtype_that_stock_refuses_are_refused():
+    model, narrow = make(), batch()["labels"].int()
+    assert patch(model) == []
+    with pytest.raises(RuntimeError, match="expected target dtype|expected scalar type Long"):
+        model(input_ids=batch()["input_ids"], labels=narrow)
 
 
 def test_label_out_of_range_names_batch_and_position():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import types
 
+import families
+import pytest
 import torch
 from odd_weights import halved
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import unswag
 from unswag.torch.patterns.pattern import (
     bring_back,
     cannot_operate,
@@ -182,3 +187,92 @@ def test_modules_that_pass_on_what_they_lack_are_copied_themselves():
     replace_forward(around.inner, ours)
     for made in (copy.copy(around), copy.deepcopy(around)):
         assert type(made) is Around and made.inner(3) == 6
+
+
+# ---- whoever takes down what a model does gets stock's own forward -----------------------------------------------------------
+
+
+def pair():
+    torch.manual_seed(0)
+    parts = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.5)
+    stock = nn.Sequential(*parts).eval()
+    ours = copy.deepcopy(stock)
+    unswag.apply_unswag_surgery(ours)
+    return stock, ours
+
+
+def saved_and_loaded(traced):
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+TAKERS = {
+    "torch.export": lambda m, x: torch.export.export(m, (x,)).module(),
+    "torch.export, strict": lambda m, x: torch.export.export(m, (x,), strict=True).module(),
+    "torch.jit.trace": lambda m, x: saved_and_loaded(torch.jit.trace(m, (x,))),
+    "torch.jit.trace, no_grad": lambda m, x: saved_and_loaded(torch.no_grad()(torch.jit.trace)(m, (x,))),
+    "make_fx": lambda m, x: make_fx(m)(x),
+}
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_exported_or_traced_is_stock(take):
+    stock, ours = pair()
+    x = torch.randn(5, 16)
+    for model in (stock, ours):
+        taken = take(model, x)
+        assert torch.equal(taken(2 * x), stock(2 * x))
+        assert "unswag" not in str(getattr(taken, "graph", ""))
+    assert replaced(ours[1]) and ours(x).grad_fn is not None
+
+
+def test_a_causal_language_model_is_exported_as_stock():
+    model = families.build("llama").eval()
+    tokens = torch.arange(12)[None]
+    want = model(tokens).logits
+    unswag.apply_unswag_surgery(model)
+    with torch.no_grad():
+        made = torch.export.export(model, (tokens,), {"use_cache": False}).module()(tokens, use_cache=False)
+    torch.testing.assert_close(made.logits, want, atol=2e-5, rtol=1e-4)
+
+
+def test_symbolic_trace_of_an_operated_model_says_what_to_do():
+    stock, ours = pair()
+    with pytest.raises(TypeError, match=r"symbolic_trace .* remove_unswag_surgery\(model\)"):
+        torch.fx.symbolic_trace(ours)
+    unswag.remove_unswag_surgery(ours)
+    x = torch.randn(5, 16)
+    assert torch.equal(torch.fx.symbolic_trace(ours)(x), stock(x))
+
+
+def test_a_copy_on_the_meta_device_has_the_shapes_of_stock():
+    _, ours = pair()
+    y = copy.deepcopy(ours).to("meta")(torch.empty(5, 16, device="meta", requires_grad=True))
+    assert y.is_meta and y.shape == (5, 16) and y.requires_grad
+    model = families.build("llama")
+    unswag.apply_unswag_surgery(model)
+    tokens = torch.zeros(2, 12, dtype=torch.long, device="meta")
+    for labels in (None, tokens):
+        assert copy.deepcopy(model).to("meta")(input_ids=tokens, labels=labels).logits.shape == (2, 12, model.config.vocab_size)
+
+
+def test_a_property_is_seen_and_set_as_it_was():
+    class Named(Model):
+        @property
+        def title(self):
+            return getattr(self, "given", "none")
+
+        @title.setter
+        def title(self, value):
+            self.given = value
+
+    model = Named()
+    replace_view(model, "title", lambda self, value: f"{value}, seen")
+    assert model.title == "none, seen"
+    model.title = "one"
+    assert model.title == "one, seen" and copy.deepcopy(model).title == "one, seen" and Named().title == "none"
+    restore(model)
+    assert model.title == "one" and type(model) is Named
