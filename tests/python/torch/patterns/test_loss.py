@@ -286,7 +286,7 @@ def test_num_items_in_batch_of_any_shape(items):
 def test_labels_of_a_dtype_that_stock_refuses_are_refused():
     model, narrow = make(), batch()["labels"].int()
     assert patch(model) == []
-    with pytest.raises(RuntimeError, match="expected target dtype|expected scalar type Long"):
+    with pytest.raises(RuntimeError, match=r"expected target dtype|expected scalar type Long"):
         model(input_ids=batch()["input_ids"], labels=narrow)
 
 
