@@ -101,8 +101,12 @@ class View:
     attention called `wanted`; anywhere else, and once somebody has chosen or registered another one, the config itself."""
 
     def __init__(self, config: Any, wanted: str) -> None:
-        self.config, self.wanted, self.means = config, wanted, _meaning(config)
-        self.named = config._attn_implementation
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self.config, self.wanted, self.named = config, wanted, config._attn_implementation
+        self.registries = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
+        self.means = self._meaning()
         self.places: dict[type, frozenset[types.CodeType]] = {}
         self.seen = _renamed(config, wanted)
 
@@ -113,24 +117,19 @@ class View:
 
     def __call__(self, module: nn.Module, config: Any) -> Any:
         chooses = torch.compiler.is_compiling() or sys._getframe(2).f_code in self.places.get(stock_class(module), ())
-        if chooses and config is self.config and config._attn_implementation == self.named and _meaning(config) == self.means:
+        if chooses and config is self.config and config._attn_implementation == self.named and self._meaning() == self.means:
             return self.seen
         return config
+
+    def _meaning(self) -> list[Any]:
+        """What transformers has registered under the name of the config's attention, as anybody may do anew."""
+        return [registry.get(self.named) for registry in self.registries]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> View:
         made = copy.copy(self)
         made.config = copy.deepcopy(self.config, memo)
         made.seen = _renamed(made.config, self.wanted)
         return made
-
-
-def _meaning(config: Any) -> tuple[Any, ...]:
-    """The functions that transformers has under the name of the config's attention, which anybody may register anew."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
-
-    named = config._attn_implementation
-    return tuple(functions.get(named) for functions in (FUNCTIONS, MASKS))
 
 
 def _renamed(config: Any, wanted: str) -> Any:

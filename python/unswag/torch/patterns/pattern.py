@@ -120,16 +120,17 @@ def ordinary_call(*args: Any, **kwargs: Any) -> bool:
     """Whether a call with these arguments is one of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …),
     in forward mode, while torch.export, torch.jit, torch.fx or make_fx take down what a model does, or on the meta device:
     modules run their own forward there."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     first = args[0] if args else next(iter(kwargs.values()), None)
     if isinstance(first, torch.Tensor) and first.is_meta:
         return False
-    return torch.compiler.is_compiling() or not (
-        torch._C._is_tracing()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or fx_trace.is_fx_symbolic_tracing()
-    )
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not (torch._C._is_tracing() or fx_trace._is_fx_tracing_flag or _dispatch_mode(PROXY) is not None)
+
+
+_dispatch_mode, PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
 def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Callable[..., Any]:
