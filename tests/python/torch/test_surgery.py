@@ -559,6 +559,14 @@ def test_the_cache_is_stocks(training, labels):
     torch.testing.assert_close(ours[0], stock[0], atol=2e-5, rtol=1e-4)
 
 
+def test_a_compiled_training_step_is_one_graph_and_stocks():
+    model = families.build("llama")
+    stock = step(model, plain())
+    operate(model)
+    model.compile(backend="eager", fullgraph=True)
+    assert_close(step(model, plain()), stock, FP32)
+
+
 def test_a_pack_is_seen_without_saying_use_cache():
     model = families.build("llama")
     stock = step(model, packed())

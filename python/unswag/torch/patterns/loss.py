@@ -250,9 +250,9 @@ def _lazy_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _trains(head: nn.Module, hidden: Any) -> bool:
     return (
         head.training
+        and not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and not logits_are_kept()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and (type(hidden) in (Tensor, nn.Parameter) or is_fake(hidden))
