@@ -85,6 +85,7 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
     "order": np.dtype("<i8"),
     "packs": np.dtype("<i8"),
 }
+_ROOM = "make room there, or set TMPDIR to a folder that has it"
 _WHERE = 3  # lines that the report names for each reason
 _NAMES = 20  # columns that it names
 _SPACES = "Ġ \t\n\r\f\v"  # as tokens write them
@@ -184,24 +185,35 @@ def prepare_data(
         packing: False gives each sequence a row of its own.
         too_long: what happens to sequences of more than `max_length` tokens: "drop", or "truncate" at the end.
         on_error: "raise" stops at the first bad line; "skip" leaves it out and counts it; "quarantine" also writes it, with the
-            reason, to `<file>.quarantine` beside the file, and takes that file away when no line is bad.
+            reason, to `<file>.quarantine` beside the file, and takes that file away when no line is bad.  A file of that name
+            that no earlier run wrote is an error.
         verbose: prints the report, and the progress of anything that takes more than two seconds.
 
     Bad is also a line whose chat template raises, or leaves out a message or a tool call.  Lines of which nothing is to be
     learnt ("weight": 0) and those that are too long are counted and left out whatever `on_error` says.
 
+    Time is quadratic in the answers of a conversation: the text of a chat template is rendered twice up to each that is learnt.
+
     Raises DataError (a ValueError) for a bad line; ValueError for anything else that cannot be used: a missing, empty, blank or
-    directory path, an array instead of lines, arguments, no usable line at all; TypeError for an argument of another type.
+    directory path, an array instead of lines, arguments, no usable line at all; TypeError for an argument of another type;
+    OSError, which names the folder, where nothing can be written.
     """
     paths = _paths(path_or_paths)
     max_length = _check_arguments(tokenizer, max_length, template, columns, packing, too_long, on_error, verbose)
     sizes = [_check_file(path) for path in paths]
+    if on_error == "quarantine":
+        for path in paths:
+            _check_quarantine(quarantine_path(path))
 
     encoder = _Encoder(tokenizer, template, max_length, too_long)
     counts = Counts()
     folder = Path(tempfile.mkdtemp(prefix="unswag-data-"))
     try:
-        with _Progress("preparing", sum(sizes), verbose) as progress, open(folder / "tokens.bin", "wb") as out:
+        with (
+            _Progress("preparing", sum(sizes), verbose) as progress,
+            _writing(folder, _ROOM),
+            open(folder / "tokens.bin", "wb") as out,
+        ):
             lengths = array("q")
             for path in paths:
                 before = counts.read - counts.blank
@@ -231,8 +243,9 @@ def prepare_data(
             raise OSError(f"the token file in {folder} is shorter than what was written to it; is the disk full?")
         order, packs = _pack(np.asarray(lengths), min(max_length, counts.tokens) if packing else 0)
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        for name, values in (("sequences", starts), ("order", order), ("packs", packs)):
-            values.astype(_ARRAYS[name]).tofile(folder / f"{name}.bin")
+        with _writing(folder, _ROOM):
+            for name, values in (("sequences", starts), ("order", order), ("packs", packs)):
+                (folder / f"{name}.bin").write_bytes(values.astype(_ARRAYS[name]).tobytes())
         data = PackedDataset(folder, counts, max_length, encoder.pad, owned=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -353,6 +366,7 @@ def _check_file(path: Path) -> int:
         about = path.stat()
     except OSError as e:
         hint = "; a pattern? Pass sorted(glob.glob(…))" if any(c in str(path) for c in "*?[") else ""
+        hint = "; ~ is a name like others here: pass os.path.expanduser(…)" if str(path).startswith("~") else hint
         raise ValueError(f"prepare_data: {path} cannot be read: {e.strerror}{hint}") from None
     if path.name.endswith((_QUARANTINE, f"{_QUARANTINE}.jsonl")):
         raise ValueError(
@@ -377,6 +391,28 @@ def _check_file(path: Path) -> int:
             raise ValueError(f"prepare_data: {path} is {what}")
     _check_first_line(path)
     return about.st_size
+
+
+def _check_quarantine(there: Path) -> None:
+    """What stands where the bad lines go must be what an earlier run wrote, line by line, or ValueError."""
+    if not os.path.lexists(there):
+        return
+
+    def foreign(what: str) -> ValueError:
+        return ValueError(f'prepare_data: {there} {what}, and on_error="quarantine" writes there; move it away, or pass "skip"')
+
+    if not there.is_file():
+        raise foreign("is no regular file")
+    try:
+        with open(there, "rb") as f:
+            lines = 0
+            for lines, line in enumerate(f, 1):
+                if not records.is_quarantined(line):
+                    raise foreign(f"has a line that no earlier run wrote (line {lines})")
+    except OSError as e:
+        raise foreign(f"cannot be read ({e.strerror})") from None
+    if not lines:
+        raise foreign("is empty, which no earlier run left")
 
 
 def _check_first_line(path: Path) -> None:
@@ -521,7 +557,7 @@ class _Encoder:
                 return _Text([whole], False, notes)  # not worth the renderings
         elif len(chat.messages) > _MANY and self.offsets:
             ((_, _, ends),) = map(self._spans, *self._tokens([whole]))
-            kept = int(ends[: self.max_length + 1].max())
+            kept = int(ends[: self.max_length + 1].max(initial=0))
         try:
             learnt = self._answers(chat, whole, kept)
         except Bad:
@@ -568,6 +604,8 @@ class _Encoder:
         try:
             from transformers.utils.chat_template_utils import render_jinja_template
         except ModuleNotFoundError:
+            return None
+        if not hasattr(self.tokenizer, "get_chat_template"):
             return None
         template = self.tokenizer.get_chat_template(tools=chat.tools)
         if not _GENERATION.search(template):
@@ -958,24 +996,31 @@ class _Rejected:
         if self.on_error == "raise":
             raise DataError(self.path, number, bad.column, bad.kind, bad.reason) from None
         if self.on_error == "quarantine":
-            if self.file is None:
-                handle, self.name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-                self.file = os.fdopen(handle, "wb")
             entry = {"line": number, "column": bad.column, "reason": bad.reason, "text": line.decode(errors="backslashreplace")}
-            self.file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            with self.writing():
+                if self.file is None:
+                    handle, self.name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+                    self.file = os.fdopen(handle, "wb")
+                self.file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return _writing(self.path.parent, 'make room there, or pass on_error="skip"')
 
     def __exit__(self, *exception: object) -> None:
         if self.file is None:
             if self.keep and self.on_error == "quarantine":  # what an earlier run wrote there is bad no more
                 quarantine_path(self.path).unlink(missing_ok=True)
             return
-        with self.file as f:
-            _to_disk(f)
-        if self.keep:
-            os.replace(self.name, quarantine_path(self.path))
-            self.written.append(str(quarantine_path(self.path)))
-        else:
-            os.unlink(self.name)
+        try:
+            if self.keep:
+                with self.writing():
+                    _to_disk(self.file)
+                    os.replace(self.name, quarantine_path(self.path))
+                self.written.append(str(quarantine_path(self.path)))
+        finally:
+            with contextlib.suppress(OSError):  # what is lost by now was said, or is not kept
+                self.file.close()
+            Path(self.name).unlink(missing_ok=True)
 
 
 def quarantine_path(path: str | os.PathLike[str]) -> Path:
@@ -1184,33 +1229,44 @@ class PackedDataset:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the data set into a new folder, complete or not at all.  Raises FileExistsError if `folder` is there."""
         target = _path("save", "folder", folder)
+        there = f"{target} is there already; save into a new folder, or remove it first"
         if target.exists():
-            raise FileExistsError(f"{target} is there already; save into a new folder, or remove it first")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
-        try:
-            files = {}
-            for name in _ARRAYS:
-                digest, raw = hashlib.sha256(), self._array(name).view(np.uint8).data
-                with open(part / f"{name}.bin", "wb") as out:
-                    for at in range(0, len(raw), 1 << 20):
-                        digest.update(raw[at : at + (1 << 20)])
-                        out.write(raw[at : at + (1 << 20)])
-                    _to_disk(out)
-                    files[f"{name}.bin"] = {"bytes": out.tell(), "sha256": digest.hexdigest()}
-            manifest = {
-                "format": "unswag-data", "version": VERSION, "max_length": self.max_length, "pad": self.pad,
-                "counts": self.counts.plain(), "files": files,
-            }  # fmt: skip
-            with open(part / "manifest.json", "wb") as f:
-                f.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
-                _to_disk(f)
-            _folder_to_disk(part)
-            os.rename(part, target)
-            _folder_to_disk(target.parent)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+            raise FileExistsError(there)
+        with _writing(target.parent, "make room there, or save into another folder"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
+            try:
+                self._write(part)
+                try:
+                    os.rename(part, target)
+                except OSError:
+                    if target.exists():  # another process was faster
+                        raise FileExistsError(there) from None
+                    raise
+                _folder_to_disk(target.parent)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+
+    def _write(self, part: Path) -> None:
+        """All files, the manifest last, on the disk by the end."""
+        files = {}
+        for name in _ARRAYS:
+            digest, raw = hashlib.sha256(), self._array(name).view(np.uint8).data
+            with open(part / f"{name}.bin", "wb") as out:
+                for at in range(0, len(raw), 1 << 20):
+                    digest.update(raw[at : at + (1 << 20)])
+                    out.write(raw[at : at + (1 << 20)])
+                _to_disk(out)
+                files[f"{name}.bin"] = {"bytes": out.tell(), "sha256": digest.hexdigest()}
+        manifest = {
+            "format": "unswag-data", "version": VERSION, "max_length": self.max_length, "pad": self.pad,
+            "counts": self.counts.plain(), "files": files,
+        }  # fmt: skip
+        with open(part / "manifest.json", "wb") as f:
+            f.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+            _to_disk(f)
+        _folder_to_disk(part)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PackedDataset:
@@ -1235,7 +1291,9 @@ class PackedDataset:
         counts, max_length, pad = _checked(manifest, refused)
         for name, dtype in _ARRAYS.items():
             about, path = manifest["files"][f"{name}.bin"], folder / f"{name}.bin"
-            size = path.stat().st_size if path.is_file() else None
+            if not path.is_file():
+                raise refused(f"{name}.bin is missing")
+            size = path.stat().st_size
             if size != about["bytes"]:
                 raise ValueError(f"{path} has {size} bytes, where the manifest has {about['bytes']}; prepare the data again")
             if not size or size % dtype.itemsize:
@@ -1309,6 +1367,18 @@ def _checked(manifest: dict[str, Any], refused: Callable[[str], ValueError]) -> 
             raise refused(f"its manifest says {name} {_shown(value)}")
     counters: dict[str, Counter[str]] = {name: Counter(counts.get(name, {})) for name in ("dropped", "noted")}
     return Counts(**{**counts, **counters}), manifest["max_length"], manifest["pad"]
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, remedy: str) -> Iterator[None]:
+    """An OSError of what writes in `folder` says where, and what to do about it."""
+    try:
+        yield
+    except OSError as e:
+        elsewhere = e.filename is not None and not Path(os.fsdecode(e.filename)).is_relative_to(folder)
+        if e.errno is None or elsewhere or isinstance(e.__cause__, OSError):  # or it was said already
+            raise
+        raise OSError(e.errno, f"{os.strerror(e.errno)}, while writing in {folder}; {remedy}") from e
 
 
 def _remove_in(process: int, folder: Path) -> None:

@@ -143,11 +143,25 @@ def _refuse_equal_keys(line: bytes) -> None:
                 again[-1] = (key, token.start())
 
 
+def is_quarantined(line: bytes) -> bool:
+    """Whether on_error="quarantine" wrote the line."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and record.keys() == _QUARANTINED
+
+
 def json_type(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return "a number"
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), type(value).__name__)
+
+
+def empty(text: str) -> str:
+    """What a text that says nothing is."""
+    return "blank" if text else "empty"
 
 
 def some(names: Iterable[str], most: int = 20) -> str:
@@ -229,7 +243,7 @@ class _Fields:
     def answer(self, name: str) -> str:
         value = self.get(name, str)
         if not value.strip():
-            raise Bad("empty output", f"the field {self.column(name)!r} is empty: there is nothing to learn")
+            raise Bad("empty output", f"the field {self.column(name)!r} is {empty(value)}: there is nothing to learn")
         return value
 
     def tools(self) -> list[Any] | None:
@@ -266,7 +280,7 @@ def _instruction(fields: _Fields) -> Instruction:
     instruction, output = fields.get("instruction", str), fields.answer("output")
     extra = fields.maybe("input", str) or ""
     if not instruction.strip() and not extra.strip():
-        raise Bad("empty instruction", "both instruction and input are empty")
+        raise Bad("empty instruction", f"both instruction and input are {empty(instruction + extra)}")
     history = fields.maybe("history", list) or []
     for i, turn in enumerate(history):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) for said in turn)):
@@ -286,7 +300,7 @@ def _chat(fields: _Fields, given: list[Any], prompt: int, notes: list[str]) -> C
     if not messages or messages[-1]["role"] != "assistant":
         raise Bad("no answer", "the last message is not from the assistant: there is nothing to learn")
     if not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
-        raise Bad("empty output", "the last message is empty: there is nothing to learn")
+        raise Bad("empty output", f"the last message is {empty(messages[-1]['content'])}: there is nothing to learn")
     learnt = [learnt and i >= prompt for i, (_, learnt, _) in enumerate(found)]
     parts = {i: texts for i, (_, _, texts) in enumerate(found) if texts}
     system = fields.maybe("system", str)

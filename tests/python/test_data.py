@@ -379,7 +379,7 @@ BAD = {
     "list": (b'{"instruction": ["a"], "output": "b"}', 1, "wrong type", "'instruction' is a list"),
     "number as input": (b'{"instruction": "a", "input": 5, "output": "b"}', 1, "wrong type", "'input' is a number"),
     "empty output": (b'{"instruction": "a", "output": " \\n"}', 1, "empty output", "nothing to learn"),
-    "empty instruction": (b'{"instruction": " ", "output": "b"}', 1, "empty instruction", "empty"),
+    "empty instruction": (b'{"instruction": " ", "output": "b"}', 1, "empty instruction", "are blank"),
     "duplicate key": (b'{"instruction": "a", "output": "b", "output": "c"}', 37, "duplicate key", "'output' is there 2 times"),
 }  # fmt: skip
 
@@ -552,7 +552,7 @@ def test_what_was_harmed_is_not_loaded(harm, tmp_path):
     message = {
         "cut": "has 36 bytes, where the manifest has 40",
         "changed": "has changed since it was saved",
-        "missing": "has None bytes",
+        "missing": "tokens.bin is missing",
         "no manifest": "manifest.json cannot be read",
         "newer": "version 2, but this is unswag-data version 1",
         "not ours": "format None",
@@ -860,7 +860,7 @@ def test_what_a_line_without_a_form_lacks(tmp_path):
         ({"a": 1}, r"none of the forms .*\['a'\]"),
         ({f"k{i}": i for i in range(1000)}, "and 980 more"),
         ({"text": 5}, "'text' is a number"),
-        ({"text": " "}, "'text' is empty"),
+        ({"text": " "}, "'text' is blank"),
         ({"conversations": [{"from": "elf", "value": "a"}]}, "'from' of message 0 is 'elf'; known are"),
         ({"conversations": [{"from": "gpt", "value": 5}]}, "'value' of message 0 is a number"),
         ({"conversations": {"from": "gpt"}}, "'conversations' is an object"),
@@ -1848,6 +1848,13 @@ def test_what_is_cut_off_is_not_rendered_answer_by_answer(tmp_path, renderings):
     assert few < 20 and [rows_as_lists(row) for row in data] == [rows_as_lists(row) for row in whole]
 
 
+def test_a_template_that_writes_nothing_is_refused_whatever_the_length(tmp_path):
+    for n in (1, 100):
+        with pytest.raises(DataError, match="the chat template leaves out message 0"):
+            messages = turns(*[("user", "q"), ("assistant", "a")] * n)
+            chat(tmp_path, {"messages": messages}, template="{{ '' }}", too_long="truncate")
+
+
 def test_flags_and_other_keys_of_a_part_are_not_passed_over(tmp_path):
     def said(**part):
         parts = [{"type": "text", "text": "secret", **part}, {"type": "text", "text": "said"}]
@@ -1925,3 +1932,123 @@ def test_the_training_templates_of_trl_are_taken(tmp_path):
         labels = data[0]["labels"]
         learnt = tok.decode(labels[labels != -100])
         assert "one said" in learnt and "two said" in learnt and "q said" not in learnt and "r said" not in learnt, name
+
+
+# ---- what is written on the disk --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [GOOD + b"\n{", GOOD], ids=["a bad line", "none"])
+@pytest.mark.parametrize("there", ["notes", "corrected", "empty", "folder", "link", "pipe"])
+def test_a_quarantine_that_no_earlier_run_wrote_is_left_alone(there, raw, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{")
+    place = quarantine_path(path)
+    prepare(path, on_error="quarantine")
+    ours = place.read_bytes()
+    place.unlink()
+    message = {
+        "notes": r"has a line that no earlier run wrote \(line 1\)",
+        "corrected": r"has a line that no earlier run wrote \(line 2\)",
+        "empty": "is empty, which no earlier run left",
+    }.get(there, "is no regular file")
+    {
+        "notes": lambda: place.write_bytes(b"my own notes\n"),
+        "corrected": lambda: place.write_bytes(ours + b'{"text": "corrected"}\n'),
+        "empty": place.touch,
+        "folder": place.mkdir,
+        "link": lambda: place.symlink_to(tmp_path / "nothing"),
+        "pipe": lambda: os.mkfifo(place),
+    }[there]()
+    path.write_bytes(raw)
+    before = place.read_bytes() if place.is_file() else place.lstat()
+    monkeypatch.setattr(data_module, "_sequences", None)  # no work is done by then
+    with pytest.raises(ValueError, match=f"{re.escape(str(place))} {message}, .*move it away"):
+        prepare([path], on_error="quarantine")
+    assert (place.read_bytes() if place.is_file() else place.lstat()) == before
+    assert sorted(tmp_path.iterdir()) == [path, place]
+
+
+def test_a_quarantine_of_an_earlier_run_is_replaced(tmp_path):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{\n17\n")
+    prepare(path, on_error="quarantine")
+    path.write_bytes(GOOD + b"\n17\n")
+    prepare(path, on_error="quarantine")
+    (entry,) = map(json.loads, quarantine_path(path).read_bytes().splitlines())
+    assert entry["text"] == "17"
+
+
+def test_a_quarantine_that_cannot_get_its_name_leaves_nothing(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{")
+
+    def refuse(*names):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data_module.os, "replace", refuse)
+    with pytest.raises(PermissionError, match=f"Permission denied, while writing in {re.escape(str(tmp_path))}; make room"):
+        prepare(path, on_error="quarantine")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def little_room():
+    """No file may have more than 100,000 bytes, as if the disk were full then."""
+    import resource
+    import signal
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_an_error_that_says_where_and_what_to_do(tmp_path, spool, little_room):
+    path = write(tmp_path / "t.jsonl", *[{"text": "x" * 3000}] * 20)
+    bad = write(tmp_path / "b.jsonl", raw=GOOD + b"\n" + b"\n".join([b"[" + b"x" * 3000] * 50))
+    data = prepare(path, 4096)
+    before = sorted(tmp_path.iterdir()), sorted(spool.iterdir())
+    little_room()
+    for call, where, remedy in (
+        (lambda: prepare(path, 4096), spool / "unswag-data-", "set TMPDIR to a folder"),
+        (lambda: data.save(tmp_path / "saved"), tmp_path, "save into another folder"),
+        (lambda: prepare(bad, on_error="quarantine"), tmp_path, 'pass on_error="skip"'),
+    ):
+        with pytest.raises(OSError, match=f"while writing in {re.escape(str(where))}.*{remedy}") as caught:
+            call()
+        assert caught.value.errno == 27 and "File too large" in str(caught.value)
+        assert (sorted(tmp_path.iterdir()), sorted(spool.iterdir())) == before
+
+
+def test_of_many_that_save_to_one_folder_one_does_and_the_others_are_told(tmp_path, monkeypatch):
+    data = prepare(sized(tmp_path, 4, 6))
+    rename = os.rename
+
+    def late(part, target):
+        monkeypatch.setattr(data_module.os, "rename", rename)
+        data.save(target)  # another process is faster
+        rename(part, target)
+
+    monkeypatch.setattr(data_module.os, "rename", late)
+    with pytest.raises(FileExistsError, match="is there already; save into a new folder"):
+        data.save(tmp_path / "out" / "saved")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["saved"]
+    assert len(PackedDataset.load(tmp_path / "out" / "saved")) == 1
+
+
+def test_blank_is_not_called_empty(tmp_path):
+    for record, reason in (
+        ({"instruction": "a", "output": " \n"}, "the field 'output' is blank"),
+        ({"instruction": "a", "output": ""}, "the field 'output' is empty"),
+        ({"instruction": " ", "output": "b"}, "both instruction and input are blank"),
+        ({"instruction": "", "input": "", "output": "b"}, "both instruction and input are empty"),
+        ({"messages": turns(("user", "q"), ("assistant", "\t"))}, "the last message is blank"),
+        ({"messages": turns(("user", "q"), ("assistant", ""))}, "the last message is empty"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            chat(tmp_path, record)
+
+
+def test_a_home_that_nobody_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"~/train\.jsonl cannot be read: .*; ~ is .*os\.path\.expanduser"):
+        prepare("~/train.jsonl")
+    assert prepare(write(Path("~.jsonl"), ROW), 512).counts.kept == 1
