@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gzip
 import hashlib
 import io
@@ -84,8 +85,11 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
     "order": np.dtype("<i8"),
     "packs": np.dtype("<i8"),
 }
+_ROOM = "make room there, or set TMPDIR to a folder that has it"
 _WHERE = 3  # lines that the report names for each reason
 _NAMES = 20  # columns that it names
+_SPACES = "Ġ \t\n\r\f\v"  # as tokens write them
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MANY = 64  # messages, from which on a rendering for each of them is dear
 
 # The two prompts of Stanford Alpaca (Taori et al., 2023); a system prompt stands in the place of their first paragraph.
@@ -181,24 +185,35 @@ def prepare_data(
         packing: False gives each sequence a row of its own.
         too_long: what happens to sequences of more than `max_length` tokens: "drop", or "truncate" at the end.
         on_error: "raise" stops at the first bad line; "skip" leaves it out and counts it; "quarantine" also writes it, with the
-            reason, to `<file>.quarantine` beside the file, and takes that file away when no line is bad.
+            reason, to `<file>.quarantine` beside the file, and takes that file away when no line is bad.  A file of that name
+            that no earlier run wrote is an error.
         verbose: prints the report, and the progress of anything that takes more than two seconds.
 
     Bad is also a line whose chat template raises, or leaves out a message or a tool call.  Lines of which nothing is to be
     learnt ("weight": 0) and those that are too long are counted and left out whatever `on_error` says.
 
+    Time is quadratic in the answers of a conversation: the text of a chat template is rendered twice up to each that is learnt.
+
     Raises DataError (a ValueError) for a bad line; ValueError for anything else that cannot be used: a missing, empty, blank or
-    directory path, an array instead of lines, arguments, no usable line at all; TypeError for an argument of another type.
+    directory path, an array instead of lines, arguments, no usable line at all; TypeError for an argument of another type;
+    OSError, which names the folder, where nothing can be written.
     """
     paths = _paths(path_or_paths)
     max_length = _check_arguments(tokenizer, max_length, template, columns, packing, too_long, on_error, verbose)
     sizes = [_check_file(path) for path in paths]
+    if on_error == "quarantine":
+        for path in paths:
+            _check_quarantine(quarantine_path(path))
 
-    encoder = _Encoder(tokenizer, template, max_length if too_long == "drop" else None)
+    encoder = _Encoder(tokenizer, template, max_length, too_long)
     counts = Counts()
     folder = Path(tempfile.mkdtemp(prefix="unswag-data-"))
     try:
-        with _Progress("preparing", sum(sizes), verbose) as progress, open(folder / "tokens.bin", "wb") as out:
+        with (
+            _Progress("preparing", sum(sizes), verbose) as progress,
+            _writing(folder, _ROOM),
+            open(folder / "tokens.bin", "wb") as out,
+        ):
             lengths = array("q")
             for path in paths:
                 before = counts.read - counts.blank
@@ -228,8 +243,9 @@ def prepare_data(
             raise OSError(f"the token file in {folder} is shorter than what was written to it; is the disk full?")
         order, packs = _pack(np.asarray(lengths), min(max_length, counts.tokens) if packing else 0)
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        for name, values in (("sequences", starts), ("order", order), ("packs", packs)):
-            values.astype(_ARRAYS[name]).tofile(folder / f"{name}.bin")
+        with _writing(folder, _ROOM):
+            for name, values in (("sequences", starts), ("order", order), ("packs", packs)):
+                (folder / f"{name}.bin").write_bytes(values.astype(_ARRAYS[name]).tobytes())
         data = PackedDataset(folder, counts, max_length, encoder.pad, owned=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -350,6 +366,7 @@ def _check_file(path: Path) -> int:
         about = path.stat()
     except OSError as e:
         hint = "; a pattern? Pass sorted(glob.glob(…))" if any(c in str(path) for c in "*?[") else ""
+        hint = "; ~ is a name like others here: pass os.path.expanduser(…)" if str(path).startswith("~") else hint
         raise ValueError(f"prepare_data: {path} cannot be read: {e.strerror}{hint}") from None
     if path.name.endswith((_QUARANTINE, f"{_QUARANTINE}.jsonl")):
         raise ValueError(
@@ -374,6 +391,28 @@ def _check_file(path: Path) -> int:
             raise ValueError(f"prepare_data: {path} is {what}")
     _check_first_line(path)
     return about.st_size
+
+
+def _check_quarantine(there: Path) -> None:
+    """What stands where the bad lines go must be what an earlier run wrote, line by line, or ValueError."""
+    if not os.path.lexists(there):
+        return
+
+    def foreign(what: str) -> ValueError:
+        return ValueError(f'prepare_data: {there} {what}, and on_error="quarantine" writes there; move it away, or pass "skip"')
+
+    if not there.is_file():
+        raise foreign("is no regular file")
+    try:
+        with open(there, "rb") as f:
+            lines = 0
+            for lines, line in enumerate(f, 1):
+                if not records.is_quarantined(line):
+                    raise foreign(f"has a line that no earlier run wrote (line {lines})")
+    except OSError as e:
+        raise foreign(f"cannot be read ({e.strerror})") from None
+    if not lines:
+        raise foreign("is empty, which no earlier run left")
 
 
 def _check_first_line(path: Path) -> None:
@@ -453,9 +492,9 @@ class _Text:
 class _Encoder:
     """Text → token ids, with the trained ones marked."""
 
-    def __init__(self, tokenizer: Any, template: str, longest: int | None):
-        self.tokenizer = tokenizer
-        self.longest = longest  # tokens of a sequence that is not dropped
+    def __init__(self, tokenizer: Any, template: str, max_length: int, too_long: str):
+        self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        self.offsets = bool(getattr(tokenizer, "is_fast", False))  # it says which characters a token stands for
         eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
         if eos is None:
             raise ValueError(
@@ -496,13 +535,51 @@ class _Encoder:
     def _chat(self, chat: Chat, notes: list[str]) -> _Text:
         if not self.has_template:
             raise Bad("chat template", "messages need a chat template, and the tokenizer has none; set tokenizer.chat_template")
-        messages, tools = chat.messages, chat.tools
-        whole, pieces, prompt, done = self._render(messages, tools), list[str](), "", 0
-        if len(messages) > _MANY and self.longest and len(self._ids([whole])[0]) > self.longest + 2:  # 2: what follows the EOS
-            return _Text([whole], False, notes)  # too long: not worth a rendering for each message
+        try:
+            return self._turns(chat, notes)
+        except Bad:
+            if chat.parts:  # for a template that goes through the parts of a content
+                with contextlib.suppress(Bad):
+                    return self._turns(chat.in_parts(), notes)
+            raise
+
+    def _turns(self, chat: Chat, notes: list[str]) -> _Text:
+        """The rendered conversation, cut at the borders of what is learnt.
+
+        Quadratic in the messages: two renderings of all that stands before an answer, for each answer that is learnt and that
+        is not behind what max_length keeps.  All else takes a fixed number of renderings (`_unwritten` says when it does not).
+        """
+        whole = self._render(chat.messages, chat.tools)
+        kept = len(whole)  # characters that are looked at
+        if len(chat.messages) > _MANY and self.too_long == "drop":
+            ids = self._ids([whole])[0]
+            if (self._end(ids, True) or len(ids) + 1) > self.max_length:
+                return _Text([whole], False, notes)  # not worth the renderings
+        elif len(chat.messages) > _MANY and self.offsets:
+            ((_, _, ends),) = map(self._spans, *self._tokens([whole]))
+            kept = int(ends[: self.max_length + 1].max(initial=0))
+        try:
+            learnt = self._answers(chat, whole, kept)
+        except Bad:
+            marked = self._generated(chat, whole)
+            if marked is None:
+                raise
+            learnt = marked
+        pieces, done = list[str](), 0
+        for begin, end in learnt:
+            pieces += [whole[done:begin], whole[begin:end]]
+            done = end
+        return _Text([*pieces, whole[done:]] if done < len(whole) else pieces, False, notes + self._unwritten(chat, whole))
+
+    def _answers(self, chat: Chat, whole: str, kept: int) -> list[tuple[int, int]]:
+        """Where the answers that are learnt begin and end in the text, by rendering the conversation up to there."""
+        messages, tools, done = chat.messages, chat.tools, 0
+        found = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if not chat.learnt[i]:
                 continue
+            if done > kept:
+                break
             told = whole if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
             asked = self._render(messages[:i], tools, add_generation_prompt=True) if i else self._opening(message, told, tools)
             if len(asked) < done or not (told.startswith(asked) and whole.startswith(told)):
@@ -510,25 +587,60 @@ class _Encoder:
                     "chat template",
                     f"the chat template writes message {i} otherwise when others follow, or begins it otherwise than its "
                     "generation prompt, so what the model is to write cannot be told from the prompt; give each answer a "
-                    "line of its own, or take a template for training (trl.chat_template_utils.get_training_chat_template)",
+                    "line of its own, or take a template with {% generation %} blocks "
+                    "(trl.chat_template_utils.get_training_chat_template)",
                 )
-            if chat.learnt[i]:
-                pieces += [prompt + told[done : len(asked)], told[len(asked) :]]
-                prompt = ""
-            else:
-                prompt += told[done:]
             done = len(told)
-        return _Text([*pieces, prompt] if prompt else pieces, False, notes + self._unwritten(chat, whole))
+            found.append((len(asked), done))
+        return found
 
     def _opening(self, message: dict[str, Any], told: str, tools: list[Any] | None) -> str:
         """What the template writes before the first message says anything: all that another content does not change."""
-        return told[: _common(told, self._render([{**message, "content": "\ue000"}], tools))]
+        other = "\ue000" if isinstance(message["content"], str) else [{"type": "text", "text": "\ue000"}]
+        return told[: _common(told, self._render([{**message, "content": other}], tools))]
+
+    def _generated(self, chat: Chat, whole: str) -> list[tuple[int, int]] | None:
+        """The same from the {% generation %} blocks of the template; None if it has none."""
+        try:
+            from transformers.utils.chat_template_utils import render_jinja_template
+        except ModuleNotFoundError:
+            return None
+        if not hasattr(self.tokenizer, "get_chat_template"):
+            return None
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
+        if not _GENERATION.search(template):
+            return None
+        texts: Sequence[str]
+        blocks: Sequence[Sequence[tuple[int, int]]]
+        texts, blocks = render_jinja_template(  # type: ignore[assignment,str-unpack]
+            conversations=[chat.messages],
+            tools=chat.tools or None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        said = [[place.text for place in _places(chat.messages[i], i) if place.text in whole] for i in answers]
+        parts = [whole[begin:end] for begin, end in blocks[0]]
+        paired = len(parts) == len(answers)
+        if not paired and all(chat.learnt[i] for i in answers):  # then it is all the same which block is whose
+            parts = ["".join(parts)] * len(answers)
+        fits = texts == [whole] and len(parts) == len(answers) <= len(blocks[0])
+        if not fits or not all(text in part for part, texts in zip(parts, said, strict=True) for text in texts):
+            raise Bad(
+                "chat template",
+                "the chat template's {% generation %} blocks are not one for each answer, and its generation prompt does not "
+                "tell either where they begin; give each answer a line of its own",
+            )
+        learnt = [chat.learnt[i] for i in answers] if paired else [True] * len(blocks[0])
+        return [block for block, wanted in zip(blocks[0], learnt, strict=True) if wanted]
 
     def _unwritten(self, chat: Chat, whole: str) -> list[str]:
-        """Notes of what the template does not write.  Raises Bad for a message or a tool call that it leaves out.
+        """Notes of what the template does not write.  Raises Bad for a message or a part of a tool call that it leaves out.
 
         Contents that follow each other in the text are there, unless they are so short that the template itself may write them.
-        Of all others the template is asked: with another content, is the text the same?  And of all else: without it?
+        Else everything gets a mark of its own (what is equal the same), and the marks that one rendering shows were written.
+        What has no mark there costs a rendering: with another value, is the text the same?
         """
         messages, tools = chat.messages, chat.tools
         notes = list[str]()
@@ -542,21 +654,37 @@ class _Encoder:
         def without(keys: Collection[str]) -> list[dict[str, Any]]:
             return [{k: v for k, v in message.items() if k not in keys} for message in messages]
 
-        contents, at = [message["content"].strip() for message in messages], 0
-        for content in contents:
-            found = whole.find(content, at) if at >= 0 else -1
-            at = found + len(content) if found >= 0 else -1
-        for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
-            role = message["role"]
-            if content and (at < 0 or len(content) < 16):
-                if not changes([*messages[:i], {**message, "content": _another(content)}, *messages[i + 1 :]]):
-                    raise Bad("chat template", f"the chat template leaves out message {i}, which is from the {role}")
-                if content not in whole:
-                    notes.append(f"what the {role} says is written otherwise by the chat template")
-            if "tool_calls" in message:
-                bare = {k: v for k, v in message.items() if k != "tool_calls"}
-                if not changes([*messages[:i], bare, *messages[i + 1 :]]):
-                    raise Bad("chat template", f"the chat template leaves out the tool calls of message {i}")
+        def put(i: int, message: dict[str, Any] | None) -> list[dict[str, Any]]:
+            return [*messages[:i], *([message] if message else []), *messages[i + 1 :]]
+
+        def left_out(what: str) -> Bad:
+            return Bad("chat template", f"the chat template leaves out {what}")
+
+        places = [place for i, message in enumerate(messages) for place in _places(message, i)]
+        given = tools or []
+        names = [_name(tool, k) for k, tool in enumerate(given)]
+        contents, at = [place for place in places if place.content], 0
+        for place in contents:
+            found = whole.find(place.text, at) if at >= 0 else -1
+            at = found + len(place.text) if found >= 0 else -1
+        marks = _Marks(whole, [*places, *filter(None, names)])
+        asked = at < 0 or tools or len(contents) < len(places) or any(len(place.text) < 16 for place in contents)
+        if asked:
+            with contextlib.suppress(Bad):  # then each is asked for alone
+                marks.find(self._render(marks.on(messages, places), marks.on(given, filter(None, names))))
+        for place in places if asked else []:
+            i, message = place.at, messages[place.at]
+            if not marks.written(place):
+                if not changes(put(i, _with(message, {place.path: place.another()}))):
+                    bare = {k: v for k, v in message.items() if k != "tool_calls"}
+                    whole_call = not place.content and not changes(put(i, bare))
+                    raise left_out(f"the tool calls of message {i}" if whole_call else place.what)
+                if place.content and marks.times[place.key] and not changes(put(i, None)):  # written for another that is equal
+                    raise left_out(place.what)
+            if place.content and (place.text not in whole or 0 < marks.times[place.key] < marks.wanted[place.key]):
+                notes.append(f"what the {message['role']} says is written otherwise by the chat template")
+        if asked and not marks.in_order(places):
+            notes.append("messages are written in another order by the chat template")
         others = {key: None for message in messages for key in message if key not in ("role", "content", "tool_calls")}
         if others and changes(without(others)):  # then which of them?  Of the first few: the line is to take linear time
             if len(others) > _NAMES:
@@ -565,9 +693,12 @@ class _Encoder:
                 )
             others = {key: None for key in list(others)[:_NAMES] if not changes(without([key]))}
         notes += [f"{key!r} of a message is not written by the chat template" for key in others]
-        if tools and not changes(messages, None):
-            notes.append("tools are not written by the chat template")
-        return notes
+        lost = list[str]()
+        for k, (tool, name) in enumerate(zip(given, names, strict=True)):
+            other = [_with(tool, {name.path: name.another()})] if name else []
+            if not (name and marks.written(name)) and not changes(messages, [*given[:k], *other, *given[k + 1 :]]):
+                lost.append(f"{name.what if name else f'tool {k}'} is not written by the chat template")
+        return notes + (lost if len(lost) < len(names) else ["tools are not written by the chat template"] * bool(lost))
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
         if tools:
@@ -590,41 +721,206 @@ class _Encoder:
         if not texts:
             return []
         wholes = ["".join(text.pieces) for text in texts]
+        if self.offsets:
+            spans = map(self._spans, *self._tokens(wholes))
+            return [
+                self._marked(text, ids, *_covered(text.pieces, *span)) for text, (ids, *span) in zip(texts, spans, strict=True)
+            ]
         prefixes = ["".join(text.pieces[: i + 1]) for text in texts for i in range(len(text.pieces) - 1)]
         ids = iter(self._ids(wholes + prefixes))
         whole_ids = [next(ids) for _ in wholes]
         return [
-            self._marked(text, whole, [next(ids) for _ in text.pieces[1:]])
+            self._marked(text, whole, *_after(whole, [next(ids) for _ in text.pieces[1:]]))
             for text, whole in zip(texts, whole_ids, strict=True)
         ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def _marked(self, text: _Text, ids: list[int], prefixes: list[list[int]]) -> tuple[np.ndarray, bool]:
-        merged = False
-        borders = []
-        for prefix in prefixes:
-            same = _common(prefix, ids)
-            merged |= same != len(prefix)  # the tokenizer joined characters of both sides of the border
-            borders.append(same)
-        trained = np.zeros(len(ids) + 1, bool)
-        ends = borders[1::2] if len(borders) % 2 == 0 else [*borders[1::2], len(ids)]
-        for begin, end in zip(borders[::2], ends, strict=True):
-            trained[begin:end] = True
-        # A chat template ends the answer with EOS and perhaps a line break, which nobody generates.
-        last = len(ids)
-        if not text.bos and self.eos in ids[-2:]:
-            last = len(ids) - ids[::-1].index(self.eos)
-            ids = ids[:last]
-        else:
+    def _tokens(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """(ids, offsets) of each text."""
+        found = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+        )
+        return found["input_ids"], found["offset_mapping"]
+
+    @functools.cached_property
+    def _spaces(self) -> np.ndarray:
+        """[ids, 2]: how many spaces each token begins and ends with, which `trim_offsets` takes off its offsets."""
+        vocabulary = self.tokenizer.get_vocab()
+        spaces = np.zeros((max(vocabulary.values()) + 1, 2), np.int64)
+        for token, i in vocabulary.items():
+            spaces[i] = [len(token) - len(bare) for bare in (token.lstrip(_SPACES), token.rstrip(_SPACES))]
+        return spaces
+
+    def _spans(self, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """(ids, where each token begins and ends in the text), from offsets that may have been trimmed or be empty."""
+        begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        reached = np.maximum.accumulate(np.concatenate([[0], end]))[:-1]
+        if (begin > reached).any():  # a gap: spaces that were trimmed off a token, or characters that no token stands for
+            before, after = self._spaces[ids].T
+            follows = np.concatenate([begin[1:] - before[1:], end[-1:] + after[-1:]])
+            begin = np.maximum(np.minimum(begin, reached), begin - before)
+            end = np.maximum(end, np.minimum(follows, end + after))
+        return ids, begin, np.maximum(end, begin + 1)  # empty: a byte of the character there
+
+    def _end(self, ids: list[int], chat: bool) -> int | None:
+        """How many ids there are up to the EOS that ends them; None if none does.
+
+        A chat template ends the answer with EOS and perhaps a line break, which nobody generates.
+        """
+        if self.eos not in ids:
+            return None
+        end = len(ids) - ids[::-1].index(self.eos)
+        rest = ids[end:]
+        return end if not rest or (chat and not self.tokenizer.decode(rest).strip()) else None
+
+    def _marked(self, text: _Text, ids: list[int], trained: np.ndarray, merged: bool) -> tuple[np.ndarray, bool]:
+        end = self._end(ids, not text.bos)
+        if end is None:
             ids = [*ids, self.eos]
-            last = len(ids)
-            trained[last - 1] = len(borders) % 2 == 1  # not after an answer that is not learnt
-        out = np.array([*(self.bos if text.bos else []), *ids], np.uint32)
-        marks = np.concatenate([np.zeros(len(out) - last, bool), trained[:last]])
+            end = len(ids)
+            trained = np.append(trained, len(text.pieces) % 2 == 0)  # not after an answer that is not learnt
+        out = np.array([*(self.bos if text.bos else []), *ids[:end]], np.uint32)
+        marks = np.concatenate([np.zeros(len(out) - end, bool), trained[:end]])
         marks[0] = False  # nothing comes before it: in a row it would be predicted from another sequence
         return out | marks * _TRAINED, merged
+
+
+def _covered(pieces: list[str], begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(tokens that stand for a character of an answer, whether one of them stands for one of a prompt as well)."""
+    learnt = np.repeat(np.arange(len(pieces)) % 2, [len(piece) for piece in pieces])
+    before = np.concatenate([[0], np.cumsum(learnt)])  # characters of answers before each character
+    end = np.minimum(end, len(learnt))
+    characters = before[end] - before[begin]
+    return characters > 0, bool(((characters > 0) & (characters < end - begin)).any())
+
+
+def _after(ids: list[int], prefixes: list[list[int]]) -> tuple[np.ndarray, bool]:
+    """The same for a tokenizer without offsets, from the ids of the text up to each border."""
+    borders = [_common(prefix, ids) for prefix in prefixes]
+    # Where it is not all of the prefix, the tokenizer joined characters of both sides of the border.
+    merged = any(same != len(prefix) for same, prefix in zip(borders, prefixes, strict=True))
+    trained = np.zeros(len(ids), bool)
+    for begin, end in zip(borders[::2], [*borders[1::2], len(ids)], strict=False):
+        trained[begin:end] = True
+    return trained, merged
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Something that a message or a tool says, and that the template is to write."""
+
+    at: int  # of the message, or of the tool
+    path: tuple[Any, ...]  # where in it
+    value: Any
+    what: str
+
+    @property
+    def content(self) -> bool:
+        return self.path[0] == "content"
+
+    @property
+    def text(self) -> str:
+        return self.value.strip() if isinstance(self.value, str) else repr(self.value)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The same for what is equal."""
+        return self.path[0], self.text
+
+    def another(self) -> Any:
+        return _another(self.value) if isinstance(self.value, str) else "x"
+
+
+def _places(message: dict[str, Any], i: int) -> Iterator[_Place]:
+    """Contents, and names and arguments of tool calls, that say something."""
+    content, who = message["content"], f"message {i}, which is from the {message['role']}"
+    texts = (
+        [(("content",), content)]
+        if isinstance(content, str)
+        else [(("content", k, "text"), part["text"]) for k, part in enumerate(content)]
+    )
+    found = [_Place(i, path, text, who) for path, text in texts]
+    for k, call in enumerate(message.get("tool_calls", ())):
+        path: tuple[Any, ...] = ("tool_calls", k)
+        function = call
+        if isinstance(call.get("function"), dict):
+            path, function = (*path, "function"), call["function"]
+        of = f"of tool call {k} of message {i}"
+        given = function.get("arguments")
+        found.append(_Place(i, (*path, "name"), function.get("name"), f"the name {of}"))
+        if isinstance(given, dict):
+            found += [_Place(i, (*path, "arguments", key), value, f"the argument {key!r} {of}") for key, value in given.items()]
+        else:
+            found.append(_Place(i, (*path, "arguments"), given, f"the arguments {of}"))
+    return (
+        place for place in found if not (records.says_nothing(place.value) or (isinstance(place.value, str) and not place.text))
+    )
+
+
+def _name(tool: dict[str, Any], k: int) -> _Place | None:
+    """The name of a tool, or else its first text."""
+    path, function = ((), tool) if not isinstance(tool.get("function"), dict) else (("function",), tool["function"])
+    for key in ("name", *function):
+        if isinstance(text := function.get(key), str) and text.strip():
+            return _Place(k, (*path, key), text, f"the tool {text!r}" if key == "name" else f"tool {k}")
+    return None
+
+
+def _with(value: Any, others: Mapping[tuple[Any, ...], Any]) -> Any:
+    """A copy of `value` with other values at these paths."""
+    if () in others:
+        return others[()]
+    below: dict[Any, dict[tuple[Any, ...], Any]] = {}
+    for (first, *rest), other in others.items():
+        below.setdefault(first, {})[tuple(rest)] = other
+    out = copy.copy(value)
+    for key, inside in below.items():
+        out[key] = _with(value[key], inside)
+    return out
+
+
+class _Marks:
+    """A mark for each place, the same for those that are equal, and how often a rendering shows it."""
+
+    def __init__(self, whole: str, places: Sequence[_Place]):
+        self.letter = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in whole)  # of the private ones
+        self.wanted = Counter(place.key for place in places)
+        self.numbers = {key: n for n, key in enumerate(self.wanted)}
+        self.keys = list(self.wanted)
+        self.found: list[tuple[str, str]] = []
+        self.times: Counter[tuple[str, str]] = Counter()
+
+    def on(self, values: Sequence[Any], places: Iterable[_Place]) -> list[Any]:
+        """`values` with the marks at these places."""
+        others: dict[int, dict[tuple[Any, ...], Any]] = {}
+        for place in places:
+            others.setdefault(place.at, {})[place.path] = self._marked(place)
+        return [_with(value, others[i]) if i in others else value for i, value in enumerate(values)]
+
+    def _marked(self, place: _Place) -> Any:
+        """The value with its mark, which is at the end of a text: templates look at how it begins, and take off spaces."""
+        mark, value = f"{self.letter}{self.numbers[place.key]}{self.letter}", place.value
+        if isinstance(value, str):
+            said = value.rstrip()
+            return said + mark + value[len(said) :]
+        return {mark: mark} if isinstance(value, dict) else [mark] if isinstance(value, list) else mark
+
+    def find(self, text: str) -> None:
+        self.found = [self.keys[int(n)] for n in re.findall(f"{self.letter}([0-9]+){self.letter}", text)]
+        self.times = Counter(self.found)
+
+    def written(self, place: _Place) -> bool:
+        return self.times[place.key] >= self.wanted[place.key]
+
+    def in_order(self, places: Iterable[_Place]) -> bool:
+        """Whether the messages follow each other as they do in the line; each by the first thing that it says."""
+        firsts: dict[int, _Place] = {}
+        for place in places:
+            firsts.setdefault(place.at, place)
+        found = iter(self.found)
+        return all(place.key in found for place in firsts.values() if self.written(place))
 
 
 def _another(text: str) -> str:
@@ -700,24 +996,31 @@ class _Rejected:
         if self.on_error == "raise":
             raise DataError(self.path, number, bad.column, bad.kind, bad.reason) from None
         if self.on_error == "quarantine":
-            if self.file is None:
-                handle, self.name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-                self.file = os.fdopen(handle, "wb")
             entry = {"line": number, "column": bad.column, "reason": bad.reason, "text": line.decode(errors="backslashreplace")}
-            self.file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            with self.writing():
+                if self.file is None:
+                    handle, self.name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+                    self.file = os.fdopen(handle, "wb")
+                self.file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return _writing(self.path.parent, 'make room there, or pass on_error="skip"')
 
     def __exit__(self, *exception: object) -> None:
         if self.file is None:
             if self.keep and self.on_error == "quarantine":  # what an earlier run wrote there is bad no more
                 quarantine_path(self.path).unlink(missing_ok=True)
             return
-        with self.file as f:
-            _to_disk(f)
-        if self.keep:
-            os.replace(self.name, quarantine_path(self.path))
-            self.written.append(str(quarantine_path(self.path)))
-        else:
-            os.unlink(self.name)
+        try:
+            if self.keep:
+                with self.writing():
+                    _to_disk(self.file)
+                    os.replace(self.name, quarantine_path(self.path))
+                self.written.append(str(quarantine_path(self.path)))
+        finally:
+            with contextlib.suppress(OSError):  # what is lost by now was said, or is not kept
+                self.file.close()
+            Path(self.name).unlink(missing_ok=True)
 
 
 def quarantine_path(path: str | os.PathLike[str]) -> Path:
@@ -926,33 +1229,44 @@ class PackedDataset:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the data set into a new folder, complete or not at all.  Raises FileExistsError if `folder` is there."""
         target = _path("save", "folder", folder)
+        there = f"{target} is there already; save into a new folder, or remove it first"
         if target.exists():
-            raise FileExistsError(f"{target} is there already; save into a new folder, or remove it first")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
-        try:
-            files = {}
-            for name in _ARRAYS:
-                digest, raw = hashlib.sha256(), self._array(name).view(np.uint8).data
-                with open(part / f"{name}.bin", "wb") as out:
-                    for at in range(0, len(raw), 1 << 20):
-                        digest.update(raw[at : at + (1 << 20)])
-                        out.write(raw[at : at + (1 << 20)])
-                    _to_disk(out)
-                    files[f"{name}.bin"] = {"bytes": out.tell(), "sha256": digest.hexdigest()}
-            manifest = {
-                "format": "unswag-data", "version": VERSION, "max_length": self.max_length, "pad": self.pad,
-                "counts": self.counts.plain(), "files": files,
-            }  # fmt: skip
-            with open(part / "manifest.json", "wb") as f:
-                f.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
-                _to_disk(f)
-            _folder_to_disk(part)
-            os.rename(part, target)
-            _folder_to_disk(target.parent)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+            raise FileExistsError(there)
+        with _writing(target.parent, "make room there, or save into another folder"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
+            try:
+                self._write(part)
+                try:
+                    os.rename(part, target)
+                except OSError:
+                    if target.exists():  # another process was faster
+                        raise FileExistsError(there) from None
+                    raise
+                _folder_to_disk(target.parent)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+
+    def _write(self, part: Path) -> None:
+        """All files, the manifest last, on the disk by the end."""
+        files = {}
+        for name in _ARRAYS:
+            digest, raw = hashlib.sha256(), self._array(name).view(np.uint8).data
+            with open(part / f"{name}.bin", "wb") as out:
+                for at in range(0, len(raw), 1 << 20):
+                    digest.update(raw[at : at + (1 << 20)])
+                    out.write(raw[at : at + (1 << 20)])
+                _to_disk(out)
+                files[f"{name}.bin"] = {"bytes": out.tell(), "sha256": digest.hexdigest()}
+        manifest = {
+            "format": "unswag-data", "version": VERSION, "max_length": self.max_length, "pad": self.pad,
+            "counts": self.counts.plain(), "files": files,
+        }  # fmt: skip
+        with open(part / "manifest.json", "wb") as f:
+            f.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+            _to_disk(f)
+        _folder_to_disk(part)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PackedDataset:
@@ -977,7 +1291,9 @@ class PackedDataset:
         counts, max_length, pad = _checked(manifest, refused)
         for name, dtype in _ARRAYS.items():
             about, path = manifest["files"][f"{name}.bin"], folder / f"{name}.bin"
-            size = path.stat().st_size if path.is_file() else None
+            if not path.is_file():
+                raise refused(f"{name}.bin is missing")
+            size = path.stat().st_size
             if size != about["bytes"]:
                 raise ValueError(f"{path} has {size} bytes, where the manifest has {about['bytes']}; prepare the data again")
             if not size or size % dtype.itemsize:
@@ -1051,6 +1367,18 @@ def _checked(manifest: dict[str, Any], refused: Callable[[str], ValueError]) -> 
             raise refused(f"its manifest says {name} {_shown(value)}")
     counters: dict[str, Counter[str]] = {name: Counter(counts.get(name, {})) for name in ("dropped", "noted")}
     return Counts(**{**counts, **counters}), manifest["max_length"], manifest["pad"]
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, remedy: str) -> Iterator[None]:
+    """An OSError of what writes in `folder` says where, and what to do about it."""
+    try:
+        yield
+    except OSError as e:
+        elsewhere = e.filename is not None and not Path(os.fsdecode(e.filename)).is_relative_to(folder)
+        if e.errno is None or elsewhere or isinstance(e.__cause__, OSError):  # or it was said already
+            raise
+        raise OSError(e.errno, f"{os.strerror(e.errno)}, while writing in {folder}; {remedy}") from e
 
 
 def _remove_in(process: int, folder: Path) -> None:

@@ -52,6 +52,13 @@ class Chat:
     messages: list[dict[str, Any]]
     learnt: list[bool]
     tools: list[Any] | None = None
+    parts: dict[int, list[str]] = field(default_factory=dict)  # of the messages whose content came in parts
+
+    def in_parts(self) -> Chat:
+        """With these contents in parts, where `messages` has them joined."""
+        given = {i: [{"type": "text", "text": text} for text in texts] for i, texts in self.parts.items()}
+        messages = [{**m, "content": given[i]} if i in given else m for i, m in enumerate(self.messages)]
+        return Chat(messages, self.learnt, self.tools)
 
 
 @dataclass
@@ -136,11 +143,25 @@ def _refuse_equal_keys(line: bytes) -> None:
                 again[-1] = (key, token.start())
 
 
+def is_quarantined(line: bytes) -> bool:
+    """Whether on_error="quarantine" wrote the line."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and record.keys() == _QUARANTINED
+
+
 def json_type(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return "a number"
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), type(value).__name__)
+
+
+def empty(text: str) -> str:
+    """What a text that says nothing is."""
+    return "blank" if text else "empty"
 
 
 def some(names: Iterable[str], most: int = 20) -> str:
@@ -217,12 +238,12 @@ class _Fields:
     def maybe(self, name: str, *types: type) -> Any:
         """None if the field is missing or says nothing."""
         self.read.add(self.column(name))
-        return None if _says_nothing(self.peek(name)) else self.get(name, *types)
+        return None if says_nothing(self.peek(name)) else self.get(name, *types)
 
     def answer(self, name: str) -> str:
         value = self.get(name, str)
         if not value.strip():
-            raise Bad("empty output", f"the field {self.column(name)!r} is empty: there is nothing to learn")
+            raise Bad("empty output", f"the field {self.column(name)!r} is {empty(value)}: there is nothing to learn")
         return value
 
     def tools(self) -> list[Any] | None:
@@ -238,11 +259,11 @@ class _Fields:
         return tools
 
     def unread(self) -> list[str]:
-        rest = [name for name, value in self.record.items() if name not in self.read and not _says_nothing(value)]
+        rest = [name for name, value in self.record.items() if name not in self.read and not says_nothing(value)]
         return [f"column {name!r} is not read" for name in rest]
 
 
-def _says_nothing(value: Any) -> bool:
+def says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
@@ -259,7 +280,7 @@ def _instruction(fields: _Fields) -> Instruction:
     instruction, output = fields.get("instruction", str), fields.answer("output")
     extra = fields.maybe("input", str) or ""
     if not instruction.strip() and not extra.strip():
-        raise Bad("empty instruction", "both instruction and input are empty")
+        raise Bad("empty instruction", f"both instruction and input are {empty(instruction + extra)}")
     history = fields.maybe("history", list) or []
     for i, turn in enumerate(history):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) for said in turn)):
@@ -275,23 +296,28 @@ def _instruction(fields: _Fields) -> Instruction:
 def _chat(fields: _Fields, given: list[Any], prompt: int, notes: list[str]) -> Chat:
     """`given` with the system prompt and the tools of the record; its first `prompt` messages are not learnt."""
     found = [_message(i, message, notes) for i, message in enumerate(given)]
-    messages = [message for message, _ in found]
+    messages = [message for message, _, _ in found]
     if not messages or messages[-1]["role"] != "assistant":
         raise Bad("no answer", "the last message is not from the assistant: there is nothing to learn")
     if not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
-        raise Bad("empty output", "the last message is empty: there is nothing to learn")
-    learnt = [learnt and i >= prompt for i, (_, learnt) in enumerate(found)]
+        raise Bad("empty output", f"the last message is {empty(messages[-1]['content'])}: there is nothing to learn")
+    learnt = [learnt and i >= prompt for i, (_, learnt, _) in enumerate(found)]
+    parts = {i: texts for i, (_, _, texts) in enumerate(found) if texts}
     system = fields.maybe("system", str)
     if system and messages[0]["role"] != "system":
         messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
+        parts = {i + 1: texts for i, texts in parts.items()}
     elif system and messages[0]["content"] != system:
         column = fields.column("system")
         raise Bad("two system prompts", f"the field {column!r} and the first message are different system prompts; keep one")
-    return Chat(messages, learnt, fields.tools())
+    return Chat(messages, learnt, fields.tools(), parts)
 
 
-def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool]:
-    """(the message as a template takes it, whether it is learnt).  What is null is left out, as if it were not there."""
+def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool, list[str]]:
+    """(the message as a template takes it, whether it is learnt, the parts of its content).
+
+    What is null is left out, as if it were not there.
+    """
     if not isinstance(given, dict):
         raise Bad("wrong type", f"message {i} is {json_type(given)}, where an object was expected")
     rest = {key: value for key, value in given.items() if value is not None}
@@ -318,7 +344,12 @@ def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool
     if role == "assistant" and calls is None and isinstance(rest.get("function_call"), dict):
         calls = [{"type": "function", "function": rest.pop("function_call")}]
 
-    content = _content(i, rest.pop(what, None))
+    content, parts = rest.pop(what, None), list[str]()
+    if isinstance(content, list):
+        parts = _parts(i, content, notes)
+        content = "".join(parts)
+    elif not isinstance(content, str):
+        content = None
     if content is None and calls is not None:
         content = ""
     if content is None:
@@ -328,15 +359,11 @@ def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool
 
     learnt = _learnt(i, role, rest, notes)
     message = {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **rest}
-    return message, role == "assistant" and learnt
+    return message, role == "assistant" and learnt, parts
 
 
-def _content(i: int, content: Any) -> str | None:
-    """The text, of parts joined; None if it is neither."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
+def _parts(i: int, content: list[Any], notes: list[str]) -> list[str]:
+    """The texts of a content in parts."""
     texts = []
     for k, part in enumerate(content):
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else part
@@ -345,8 +372,19 @@ def _content(i: int, content: Any) -> str | None:
             raise Bad(
                 "not text", f"part {k} of the content of message {i} is {kind}, where text was expected: a tokenizer takes text"
             )
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if key in ("type", "text") or says_nothing(value):
+                continue
+            if key not in FLAGS:
+                notes.append(f"{key!r} of a content part is not read")
+            elif not isinstance(value, (int, float)) or value != 1:
+                raise Bad(
+                    "wrong type",
+                    f"{key!r} of part {k} of the content of message {i} is {value!r}, and a part is learnt as its message is; "
+                    "give the message the flag, or split it",
+                )
         texts.append(text)
-    return "".join(texts)
+    return texts
 
 
 def _calls(content: str) -> list[dict[str, Any]] | None:

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import unswag
 from unswag import data as data_module
@@ -379,7 +379,7 @@ BAD = {
     "list": (b'{"instruction": ["a"], "output": "b"}', 1, "wrong type", "'instruction' is a list"),
     "number as input": (b'{"instruction": "a", "input": 5, "output": "b"}', 1, "wrong type", "'input' is a number"),
     "empty output": (b'{"instruction": "a", "output": " \\n"}', 1, "empty output", "nothing to learn"),
-    "empty instruction": (b'{"instruction": " ", "output": "b"}', 1, "empty instruction", "empty"),
+    "empty instruction": (b'{"instruction": " ", "output": "b"}', 1, "empty instruction", "are blank"),
     "duplicate key": (b'{"instruction": "a", "output": "b", "output": "c"}', 37, "duplicate key", "'output' is there 2 times"),
 }  # fmt: skip
 
@@ -552,7 +552,7 @@ def test_what_was_harmed_is_not_loaded(harm, tmp_path):
     message = {
         "cut": "has 36 bytes, where the manifest has 40",
         "changed": "has changed since it was saved",
-        "missing": "has None bytes",
+        "missing": "tokens.bin is missing",
         "no manifest": "manifest.json cannot be read",
         "newer": "version 2, but this is unswag-data version 1",
         "not ours": "format None",
@@ -860,7 +860,7 @@ def test_what_a_line_without_a_form_lacks(tmp_path):
         ({"a": 1}, r"none of the forms .*\['a'\]"),
         ({f"k{i}": i for i in range(1000)}, "and 980 more"),
         ({"text": 5}, "'text' is a number"),
-        ({"text": " "}, "'text' is empty"),
+        ({"text": " "}, "'text' is blank"),
         ({"conversations": [{"from": "elf", "value": "a"}]}, "'from' of message 0 is 'elf'; known are"),
         ({"conversations": [{"from": "gpt", "value": 5}]}, "'value' of message 0 is a number"),
         ({"conversations": {"from": "gpt"}}, "'conversations' is an object"),
@@ -1607,3 +1607,448 @@ def test_a_stock_model_separates_sequences_without_a_cache(mode, tmp_path):
         alone = loss(apart, False)
         assert loss(packed, False) == pytest.approx(alone, rel=1e-9)
         assert abs(loss(packed, True) - alone) > 1e-4 * alone
+
+
+# ---- tokens and characters --------------------------------------------------------------------------------------------------
+
+
+def fast(inner, template=None):
+    from transformers import PreTrainedTokenizerFast
+
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", additional_special_tokens=["<|im_start|>"])
+    out.chat_template = template
+    return out
+
+
+def like_gpt2(trim=False):
+    """Byte pairs over the words of GPT-2's pattern, as in SmolLM2: "\n\n" is a token, but not before a letter."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "P"), ("ð", "Ł"), ("ðŁ", "ĺ")]
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate([*letters, *("".join(m) for m in merges)])}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if trim:  # as in Llama 3: the offsets of " Paris" are those of "Paris", and those of a space are empty
+        inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    return fast(inner)
+
+
+def like_llama():
+    """Metaspace and bytes for what is not in the vocabulary, as sentencepiece has them: some of their offsets are empty."""
+    tokens = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "▁", "▁P", "\n"]
+    inner = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("▁", "P")], byte_fallback=True, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return fast(inner)
+
+
+@pytest.mark.parametrize("make", [like_gpt2, lambda: like_gpt2(trim=True), like_llama], ids=["gpt2", "trimmed", "llama"])
+@pytest.mark.parametrize("prompt", ["Answer:\n\n", "Answer: ", "Answer:\n\n\n", "né", "😀", "q  ", "x 日"])
+@pytest.mark.parametrize("completion", ["Paris", " Paris", "\n\nParis", "  Paris", "é", "😀 ok", " \n x", "日本"])
+def test_the_learnt_tokens_are_those_of_the_answer(make, prompt, completion, tmp_path):
+    tok = make()
+    data = prepare(write(tmp_path / "p.jsonl", {"prompt": prompt, "completion": completion}), tok=tok)
+    labels = data[0]["labels"]
+    learnt = labels[labels != -100]
+    first = len(labels) - len(learnt)
+    assert (labels[:first] == -100).all() and tok.decode(data[0]["input_ids"]).strip() == f"{prompt}{completion}</s>".strip()
+    if data.counts.merged:  # one token brings along what it has of the prompt
+        assert len(tok.decode(learnt[1:])) < len(f"{completion}</s>") < len(tok.decode(learnt))
+    else:
+        assert tok.decode(learnt) == f"{completion}</s>"
+
+
+def test_a_prompt_has_no_labels_where_the_tokenizer_splits_it_otherwise_before_an_answer(tmp_path):
+    tok = like_gpt2()
+    rows = [{"prompt": "Answer:\n\n", "completion": "Paris"}, {"prompt": "Answer: ", "completion": "Paris"}]
+    data = prepare(write(tmp_path / "p.jsonl", *rows), tok=tok, packing=False)
+    assert [tok.decode(row["labels"][row["labels"] != -100]) for row in data] == ["Paris</s>", " Paris</s>"]
+    assert data.counts.merged == 1  # " P" spans the border
+
+
+def test_spaces_that_no_token_stands_for_do_not_carry_labels_over(tmp_path):
+    words = ["[unk]", "q", "a", "b", ":", "user", "assistant"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' \n ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tok = fast(inner, template)
+    messages = turns(("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b"))
+    data = prepare(write(tmp_path / "m.jsonl", {"messages": messages}), tok=tok)
+    labels = data[0]["labels"]
+    assert tok.convert_ids_to_tokens(labels[labels != -100].tolist()) == ["a", "b", "</s>"] and not data.counts.merged
+
+
+def test_a_tokenizer_without_offsets_is_asked_for_the_tokens_of_the_prefixes(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", {"prompt": "xa", "completion": "by"}, {"prompt": "x", "completion": "y"})
+    tok = tokenizer(merges=[("a", "b")])
+    fast_rows = prepare(path, tok=tok)
+    monkeypatch.setattr(type(tok), "is_fast", False)
+    slow_rows = prepare(path, tok=tok)
+    assert [rows_as_lists(row) for row in slow_rows] == [rows_as_lists(row) for row in fast_rows]
+    assert slow_rows.counts == fast_rows.counts and slow_rows.counts.merged == 1
+
+
+@pytest.mark.parametrize("answer", ["It ends with <|im_end|>!", "<|im_end|>.", "a<|im_end|>\n<|im_end|>x"])
+def test_nothing_but_spaces_is_cut_off_behind_an_end(answer, tmp_path):
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+    )
+    ((text, learnt),) = rows_of(chat(tmp_path, {"messages": turns(("user", "q"), ("assistant", answer))}, template=template))
+    assert text.endswith(answer + "<|im_end|>") and learnt == answer + "<|im_end|>"
+    template = CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>\n \n'")
+    ((_, learnt),) = rows_of(chat(tmp_path, {"messages": turns(("user", "q"), ("assistant", "a"))}, template=template))
+    assert learnt == "a<|im_end|>"
+
+
+def test_a_text_that_ends_with_the_end_gets_no_second_one(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "abc<|im_end|>"},
+        {"text": "abc<|im_end|>"},
+        {"prompt": "p", "completion": "a<|im_end|>b"},
+    ]
+    data = prepare(write(tmp_path / "p.jsonl", *rows), packing=False)
+    assert [text for text, _ in rows_of(data)] == ["pabc<|im_end|>", "abc<|im_end|>", "pa<|im_end|>b<|im_end|>"]
+    assert [learnt for _, learnt in rows_of(data)] == ["abc<|im_end|>", "bc<|im_end|>", "a<|im_end|>b<|im_end|>"]
+
+
+# ---- what a template writes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def renderings(monkeypatch):
+    counts = Counter()
+    render = data_module._Encoder._render
+    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    return counts
+
+
+def call(name="f", **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("written", "calls", "lost"),
+    [
+        ("m.tool_calls[0] | tojson", [call(city="Paris"), call(city="Rome")], "the name of tool call 1 of message 1"),
+        ("m.tool_calls[0] | tojson", [call("f", a=1), call("g", a=1)], "the name of tool call 1 of message 1"),
+        ("m.tool_calls[-1] | tojson", [call(city="Rome"), call(city="Rome")], "the name of tool call 0 of message 1"),
+        (
+            "m.tool_calls | map(attribute='function.name') | join",
+            [call(city="Paris")],
+            "the argument 'city' of tool call 0 of me",
+        ),
+        ("m.tool_calls | map(attribute='function.name') | join", [call(n=5)], "the argument 'n' of tool call 0 of message 1"),
+        ("m.tool_calls | map(attribute='function.name') | join", [call(n=[{"a": 1}])], "the argument 'n' of tool call 0 of me"),
+        ("m.tool_calls[0].function.arguments.city", [call(city="f")], "the name of tool call 0 of message 1"),
+        ("m.tool_calls[0].function | tojson", [call(city="x")] * 2, "the name of tool call 1 of message 1"),
+        (
+            "m.tool_calls | map(attribute='function.name') | join",
+            [{"function": {"name": "f", "arguments": '{"city": "Paris"}'}}],
+            "the arguments of tool call 0 of message 1",
+        ),
+        (
+            "m.tool_calls | map(attribute='name') | join",
+            [{"name": "f", "arguments": {"a": 1}}],
+            "the argument 'a' of tool call 0",
+        ),
+        ("'some'", [call(city="Paris")] * 2, "the name of tool call 0 of message 1"),
+    ],
+)
+def test_each_tool_call_is_to_be_written_with_its_name_and_its_arguments(written, calls, lost, tmp_path):
+    template = CHATML.replace("m['content']", "m['content'] + (" + written + " if m.tool_calls else '')")
+    messages = turns(("user", "q"), ("assistant", "a"), tool_calls=calls)
+    with pytest.raises(DataError, match=f"the chat template leaves out {re.escape(lost)}"):
+        chat(tmp_path, {"messages": messages}, template=template)
+
+
+def test_tool_calls_that_are_written_cost_one_rendering(tmp_path, renderings):
+    calls = [call(city="Paris", days=3, units=None, exact=False, names=["a", "b"], empty={}), call("g"), call("f", city="Rome")]
+    messages = turns(("user", "q"), ("assistant", ""), tool_calls=calls)
+    assert not chat(tmp_path, {"messages": messages}, template=WITH_CALLS, max_length=1024).counts.noted
+    assert renderings["render"] == 3  # the conversation, its prompt and what is marked
+
+
+def test_each_tool_is_to_be_written(tmp_path):
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "f")] + [{"name": "h"}, {"type": "search"}]
+    record = {"messages": turns(("user", "q"), ("assistant", "f g h")), "tools": tools}
+    template = "{% for t in tools or [] %}TEST{{ t | tojson }}{% endif %}{% endfor %}" + CHATML
+    for test, lost in (
+        ("{% if true %}", []),
+        ("{% if loop.first %}", ["'g'", "'f'", "'h'", 4]),
+        ("{% if loop.index0 not in (1, 3) %}", ["'g'", "'h'"]),
+        ("{% if not loop.last %}", [4]),
+    ):
+        noted = chat(tmp_path, record, template=template.replace("TEST", test)).counts.noted
+        assert noted == {
+            f"{f'tool {name}' if name == 4 else f'the tool {name}'} is not written by the chat template": 1 for name in lost
+        }
+    assert chat(tmp_path, record).counts.noted == {"tools are not written by the chat template": 1}
+
+
+USERS_BACK = (
+    "{% for m in messages | selectattr('role', 'equalto', 'user') | list | reverse %}<u>{{ m.content }}{% endfor %}"
+    "{% for m in messages if m.role == 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+SYSTEM_FIRST = (
+    "{% for m in messages if m.role == 'system' %}<|im_start|>system\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+)
+
+
+@pytest.mark.parametrize("long", ["", " that says more than the template itself"])
+def test_messages_in_another_order_are_noted(long, tmp_path):
+    for template, said in (
+        (USERS_BACK, [("user", "first"), ("user", "second"), ("assistant", "a")]),
+        (SYSTEM_FIRST, [("user", "u"), ("system", "s"), ("assistant", "a")]),
+    ):
+        messages = turns(*((role, text + long) for role, text in said))
+        data = chat(tmp_path, {"messages": messages}, template=template)
+        assert data.counts.noted == {"messages are written in another order by the chat template": 1}
+    messages = turns(("system", "s" + long), ("user", "u" + long), ("assistant", "a" + long))
+    assert not chat(tmp_path, {"messages": messages}, template=SYSTEM_FIRST).counts.noted
+
+
+@pytest.mark.parametrize("text", ["u", "What is the meaning of all that is?"])
+def test_a_template_that_leaves_out_the_second_of_two_equal_messages_is_noticed(text, tmp_path):
+    once = CHATML.replace(
+        "%}{{ '<|im_start|>' +", "%}{% if loop.first or m.content != messages[0].content %}{{ '<|im_start|>' +"
+    )
+    once = once.replace("{% endfor %}", "{% endif %}{% endfor %}")
+    messages = turns(("user", text), ("assistant", "a"), ("user", text), ("assistant", "b"))
+    with pytest.raises(DataError, match="leaves out message 2, which is from the user"):
+        chat(tmp_path, {"messages": messages}, template=once)
+    assert not chat(tmp_path, {"messages": messages}).counts.noted
+
+
+@pytest.mark.parametrize("content", ["x", "the same words in each of the messages", "\ue000" + "0\ue000"])
+def test_many_short_messages_take_as_many_renderings_as_few(content, tmp_path, renderings):
+    taken = []
+    for n in (2, 200):
+        renderings.clear()
+        chat(tmp_path, {"messages": turns(*[("user", content)] * n, ("assistant", "a"))}, max_length=1 << 20)
+        taken.append(renderings["render"])
+    assert taken == [3, 3]
+
+
+def test_answers_that_are_not_learnt_are_not_rendered_up_to(tmp_path, renderings):
+    said = [(role, f"{role} {i}") for i in range(40) for role in ("user", "assistant")]
+    chat(tmp_path, {"prompt": turns(*said, ("user", "q")), "completion": turns(("assistant", "a"))}, max_length=1 << 20)
+    assert renderings["render"] == 3
+
+
+def test_what_is_cut_off_is_not_rendered_answer_by_answer(tmp_path, renderings):
+    messages = turns(*[(role, f"{role} {i}") for i in range(200) for role in ("user", "assistant")])
+    data = chat(tmp_path, {"messages": messages}, max_length=256, too_long="truncate")
+    few = renderings["render"]
+    whole = chat(tmp_path, {"messages": messages[:20]}, max_length=256, too_long="truncate")
+    assert few < 20 and [rows_as_lists(row) for row in data] == [rows_as_lists(row) for row in whole]
+
+
+def test_a_template_that_writes_nothing_is_refused_whatever_the_length(tmp_path):
+    for n in (1, 100):
+        with pytest.raises(DataError, match="the chat template leaves out message 0"):
+            messages = turns(*[("user", "q"), ("assistant", "a")] * n)
+            chat(tmp_path, {"messages": messages}, template="{{ '' }}", too_long="truncate")
+
+
+def test_flags_and_other_keys_of_a_part_are_not_passed_over(tmp_path):
+    def said(**part):
+        parts = [{"type": "text", "text": "secret", **part}, {"type": "text", "text": "said"}]
+        return {"messages": turns(("user", [{"type": "text", "text": "q", "cache_control": {"a": 1}}]), ("assistant", parts))}
+
+    data = chat(tmp_path, said(weight=1, train=True, loss=None, annotations=[]))
+    assert data.counts.noted == {"'cache_control' of a content part is not read": 1}
+    for key, value in (("weight", 0), ("train", False), ("loss", 0.5), ("weight", "1"), ("loss", [1])):
+        with pytest.raises(DataError, match=rf"'{key}' of part 0 of the content of message 1 is {re.escape(repr(value))}"):
+            chat(tmp_path, said(**{key: value}))
+
+
+def test_a_template_that_goes_through_the_parts_gets_them(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}{{ part['text'] }}"
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    ) + GENERATION
+    parts = [{"type": "text", "text": "so "}, {"type": "output_text", "text": "said", "id": 5}]
+    for first in ([], [("assistant", parts)]):
+        messages = turns(*first, ("user", parts), ("assistant", parts))
+        data = chat(tmp_path, {"messages": messages}, template=template)
+        ((text, learnt),) = rows_of(data)
+        assert learnt == "so said<|im_end|>" + "\nso said<|im_end|>" * len(first) and "user\nso said<|im_end|>" in text
+        assert data.counts.noted == {"'id' of a content part is not read": 1}
+        assert rows_of(chat(tmp_path, {"messages": messages})) == rows_of(data)  # joined for a template that takes texts
+    with pytest.raises(DataError, match="leaves out message 0"):
+        chat(tmp_path, {"messages": turns(("user", "q"), ("assistant", parts))}, template=template)
+
+
+BLOCKS = (  # the header of an answer is in its block, so that no generation prompt begins it
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ '<A>' + m['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ '[' + m['role'] + ']' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<A>think' }}{% endif %}"
+)
+TALK = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
+
+
+def test_generation_blocks_say_what_is_learnt_where_prompts_do_not(tmp_path):
+    ((text, learnt),) = rows_of(chat(tmp_path, {"messages": turns(*TALK)}, template=BLOCKS))
+    assert text == "[user]q<A>one<|im_end|>[user]r<A>two<|im_end|>" and learnt == "<A>one<|im_end|><A>two<|im_end|>"
+    ((_, learnt),) = rows_of(chat(tmp_path, {"messages": turns(*TALK, weight=0)}, template=BLOCKS))
+    assert learnt == "<A>one<|im_end|>"
+    plain = re.sub("{% (end)?generation %}", "", BLOCKS)
+    with pytest.raises(DataError, match=r"than its generation prompt.*take a template with {% generation %} blocks"):
+        chat(tmp_path, {"messages": turns(*TALK)}, template=plain)
+
+
+def test_generation_blocks_that_are_not_one_for_each_answer_are_taken_only_if_all_is_learnt(tmp_path):
+    template = BLOCKS + "{% generation %}!{% endgeneration %}"
+    ((_, learnt),) = rows_of(chat(tmp_path, {"messages": turns(*TALK)}, template=template))
+    assert learnt == "<A>one<|im_end|><A>two<|im_end|>!<|im_end|>"
+    half = BLOCKS.replace("{% generation %}", "").replace("{% endgeneration %}", "") + "{% generation %}!{% endgeneration %}"
+    moved = BLOCKS.replace("'<A>' + m['content']", "'<A>'").replace(
+        "{% endgeneration %}", "{% endgeneration %}{{ m['content'] }}"
+    )
+    for record, bad in (
+        ({"messages": turns(*TALK, weight=0)}, template),
+        ({"messages": turns(*TALK)}, half),
+        ({"messages": turns(*TALK)}, moved),
+    ):
+        with pytest.raises(DataError, match=r"blocks are not one for each answer.*give each answer a line of its own"):
+            chat(tmp_path, record, template=bad)
+
+
+def test_the_training_templates_of_trl_are_taken(tmp_path):
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    messages = turns(*[(role, f"{text} said") for role, text in TALK])
+    for name in ("deepseekv3", "gptoss", "nemotron_3_nano", "phi3", "qwen3"):
+        path = folder / f"{name}_training.jinja"
+        if not path.exists():
+            continue
+        tok = tokenizer(path.read_text(encoding="utf-8"), bos=True)
+        data = prepare(write(tmp_path / "m.jsonl", {"messages": messages}), 1 << 20, tok=tok)
+        labels = data[0]["labels"]
+        learnt = tok.decode(labels[labels != -100])
+        assert "one said" in learnt and "two said" in learnt and "q said" not in learnt and "r said" not in learnt, name
+
+
+# ---- what is written on the disk --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [GOOD + b"\n{", GOOD], ids=["a bad line", "none"])
+@pytest.mark.parametrize("there", ["notes", "corrected", "empty", "folder", "link", "pipe"])
+def test_a_quarantine_that_no_earlier_run_wrote_is_left_alone(there, raw, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{")
+    place = quarantine_path(path)
+    prepare(path, on_error="quarantine")
+    ours = place.read_bytes()
+    place.unlink()
+    message = {
+        "notes": r"has a line that no earlier run wrote \(line 1\)",
+        "corrected": r"has a line that no earlier run wrote \(line 2\)",
+        "empty": "is empty, which no earlier run left",
+    }.get(there, "is no regular file")
+    {
+        "notes": lambda: place.write_bytes(b"my own notes\n"),
+        "corrected": lambda: place.write_bytes(ours + b'{"text": "corrected"}\n'),
+        "empty": place.touch,
+        "folder": place.mkdir,
+        "link": lambda: place.symlink_to(tmp_path / "nothing"),
+        "pipe": lambda: os.mkfifo(place),
+    }[there]()
+    path.write_bytes(raw)
+    before = place.read_bytes() if place.is_file() else place.lstat()
+    monkeypatch.setattr(data_module, "_sequences", None)  # no work is done by then
+    with pytest.raises(ValueError, match=f"{re.escape(str(place))} {message}, .*move it away"):
+        prepare([path], on_error="quarantine")
+    assert (place.read_bytes() if place.is_file() else place.lstat()) == before
+    assert sorted(tmp_path.iterdir()) == [path, place]
+
+
+def test_a_quarantine_of_an_earlier_run_is_replaced(tmp_path):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{\n17\n")
+    prepare(path, on_error="quarantine")
+    path.write_bytes(GOOD + b"\n17\n")
+    prepare(path, on_error="quarantine")
+    (entry,) = map(json.loads, quarantine_path(path).read_bytes().splitlines())
+    assert entry["text"] == "17"
+
+
+def test_a_quarantine_that_cannot_get_its_name_leaves_nothing(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", raw=GOOD + b"\n{")
+
+    def refuse(*names):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data_module.os, "replace", refuse)
+    with pytest.raises(PermissionError, match=f"Permission denied, while writing in {re.escape(str(tmp_path))}; make room"):
+        prepare(path, on_error="quarantine")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def little_room():
+    """No file may have more than 100,000 bytes, as if the disk were full then."""
+    import resource
+    import signal
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_an_error_that_says_where_and_what_to_do(tmp_path, spool, little_room):
+    path = write(tmp_path / "t.jsonl", *[{"text": "x" * 3000}] * 20)
+    bad = write(tmp_path / "b.jsonl", raw=GOOD + b"\n" + b"\n".join([b"[" + b"x" * 3000] * 50))
+    data = prepare(path, 4096)
+    before = sorted(tmp_path.iterdir()), sorted(spool.iterdir())
+    little_room()
+    for call, where, remedy in (
+        (lambda: prepare(path, 4096), spool / "unswag-data-", "set TMPDIR to a folder"),
+        (lambda: data.save(tmp_path / "saved"), tmp_path, "save into another folder"),
+        (lambda: prepare(bad, on_error="quarantine"), tmp_path, 'pass on_error="skip"'),
+    ):
+        with pytest.raises(OSError, match=f"while writing in {re.escape(str(where))}.*{remedy}") as caught:
+            call()
+        assert caught.value.errno == 27 and "File too large" in str(caught.value)
+        assert (sorted(tmp_path.iterdir()), sorted(spool.iterdir())) == before
+
+
+def test_of_many_that_save_to_one_folder_one_does_and_the_others_are_told(tmp_path, monkeypatch):
+    data = prepare(sized(tmp_path, 4, 6))
+    rename = os.rename
+
+    def late(part, target):
+        monkeypatch.setattr(data_module.os, "rename", rename)
+        data.save(target)  # another process is faster
+        rename(part, target)
+
+    monkeypatch.setattr(data_module.os, "rename", late)
+    with pytest.raises(FileExistsError, match="is there already; save into a new folder"):
+        data.save(tmp_path / "out" / "saved")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["saved"]
+    assert len(PackedDataset.load(tmp_path / "out" / "saved")) == 1
+
+
+def test_blank_is_not_called_empty(tmp_path):
+    for record, reason in (
+        ({"instruction": "a", "output": " \n"}, "the field 'output' is blank"),
+        ({"instruction": "a", "output": ""}, "the field 'output' is empty"),
+        ({"instruction": " ", "output": "b"}, "both instruction and input are blank"),
+        ({"instruction": "", "input": "", "output": "b"}, "both instruction and input are empty"),
+        ({"messages": turns(("user", "q"), ("assistant", "\t"))}, "the last message is blank"),
+        ({"messages": turns(("user", "q"), ("assistant", ""))}, "the last message is empty"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            chat(tmp_path, record)
+
+
+def test_a_home_that_nobody_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"~/train\.jsonl cannot be read: .*; ~ is .*os\.path\.expanduser"):
+        prepare("~/train.jsonl")
+    assert prepare(write(Path("~.jsonl"), ROW), 512).counts.kept == 1
