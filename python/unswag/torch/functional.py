@@ -9,12 +9,13 @@ or a device that does not fit; NotImplementedError or RuntimeError for a device 
 
 Under autocast the functions neither cast their inputs nor change their results: the output has the input's dtype. They can
 be differentiated once, in reverse mode; a second derivative is an error, and so is forward mode. Under the transforms of
-torch.func (grad, vjp, vmap) the activations and masks work; gated units, norms and coded derivatives are an error, which names
-what to call there. Sources of the formulas: docs/math.md.
+torch.func (grad, vjp, vmap) the activations and masks work; gated units, norms, coded derivatives and vmap over dropout are an
+error, which names what to call there. Sources of the formulas: docs/math.md.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -155,6 +156,24 @@ def _signature_once(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _in_memory_order(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of an elementwise function: where x is dense but its dimensions lie in another order in memory (channels_last), function
+    sees it as one row, in that order. So nothing is copied, and y and the gradient have the strides of x, as PyTorch's have."""
+
+    @functools.wraps(function)
+    def ordered(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_contiguous():
+            return function(x, *args, **kwargs)
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        sorted_x = x.permute(order)
+        if not sorted_x.is_contiguous():
+            return function(x, *args, **kwargs)
+        back = sorted(range(x.dim()), key=order.__getitem__)
+        return function(sorted_x.flatten(), *args, **kwargs).view(sorted_x.shape).permute(back)
+
+    return ordered
+
+
 # ---- one-bit masks --------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +199,7 @@ class _Mask(torch.autograd.Function):
         return None if dy is None else ops.mask_backward(dy, packed, ctx.act, ctx.slope), None, None
 
 
+@_in_memory_order
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), bit for bit as `torch.relu`: NaN stays NaN and passes its gradient.
 
@@ -191,6 +211,7 @@ def relu(x: Tensor) -> Tensor:
     return y
 
 
+@_in_memory_order
 def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     """x > 0 ? x : negative_slope x, as `torch.nn.functional.leaky_relu`. Saved: one bit per element, n / 8 bytes."""
     _check("leaky_relu", "x", x)
@@ -199,6 +220,7 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     return y
 
 
+@_in_memory_order
 def relu6(x: Tensor) -> Tensor:
     """min(max(x, 0), 6), bit for bit as `torch.nn.functional.relu6`. Saved: one bit per element, n / 8 bytes."""
     _check("relu6", "x", x)
@@ -249,6 +271,7 @@ class _Coded(torch.autograd.Function):
         return None if dy is None else ctx.code.backward(dy, packed, ctx.act), None, None
 
 
+@_in_memory_order
 def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
     """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked
     for.
@@ -282,6 +305,7 @@ def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook |
     return y
 
 
+@_in_memory_order
 def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None = None) -> Tensor:
     """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; under the stash y is made again from x when asked for.
 
@@ -299,6 +323,7 @@ def gelu_name(op: str, approximate: str) -> str:
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
+@_in_memory_order
 def gelu(
     x: Tensor, approximate: str = "none", *, bits: int | None = None, codebook: str | Codebook | None = None
 ) -> Tensor:  # fmt: skip
@@ -309,11 +334,13 @@ def gelu(
     return _with_bits(x, gelu_name("gelu", approximate), bits, codebook)
 
 
+@_in_memory_order
 def quick_gelu(x: Tensor) -> Tensor:
     """x / (1 + e^(-1.702 x)) (Hendrycks & Gimpel 2016). Saved: x, n b bytes; under the stash y is made again from x."""
     return activation(x, "quick_gelu")
 
 
+@_in_memory_order
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, bit for bit as `torch.relu(x).square()` (So et al. 2021, Primer).
 

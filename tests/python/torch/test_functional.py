@@ -483,6 +483,48 @@ def test_forward_mode_is_refused(name):
         assert torch.equal(ALL[name][0](*xs), ALL[name][0](*xs))
 
 
+# ---- memory formats ------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "one channel": lambda x: x[:, :1].contiguous(memory_format=torch.channels_last).transpose(2, 3),
+    "a slice": lambda x: x.to(memory_format=torch.channels_last)[:, :2],
+    "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+}
+
+
+def steps(x):
+    return [(size, step) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", {**MASKS, **SMOOTH, **SQUARES})
+def test_strides_of_dense_inputs_are_kept(name, form):
+    ours, torchs = ALL[name]
+    x = FORMATS[form](torch.randn(2, 3, 4, 5))
+    dense = form not in ("a slice", "expanded")
+    dy = torch.randn(x.shape)
+    for ys in (dy, torch.empty_like(x).copy_(dy)):
+        mine, stock, flat = x.detach().requires_grad_(), x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()
+        y, want, plain = ours(mine), torchs(stock), ours(flat)
+        assert y.shape == x.shape and torch.equal(y, plain)
+        got, _ = (torch.autograd.grad(v, w, ys)[0] for v, w in ((y, mine), (want, stock)))
+        assert torch.equal(got, torch.autograd.grad(plain, flat, ys)[0])
+        if dense:
+            assert steps(y) == steps(want) == steps(got) == steps(x)
+
+
+@pytest.mark.parametrize("name", {**MASKS, **SMOOTH, **SQUARES})
+def test_channels_last_is_not_copied_and_saves_what_rows_save(name):
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    assert saved_bytes(ALL[name][0], [x]) == (x.numel() // 8 if name in MASKS else x.numel() * 4)
+    y = ALL[name][0](x)
+    y.mul_(2)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, 2 * torch.autograd.grad(ALL[name][1](x).sum(), x)[0])
+
+
 # ---- torch.compile -----------------------------------------------------------------------------------------------------
 
 
