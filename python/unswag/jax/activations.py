@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from unswag import codebooks
 from unswag.codebooks import Codebook
 from unswag.jax import xla
-from unswag.jax.how import How, choose, floating, implement
+from unswag.jax.how import How, choose, floating, implement, integer, one_of
 from unswag.jax.policies import CODE, INPUT
 
 __all__ = ["FUNCTIONS", "gelu", "silu", "wide", "wide_type"]
@@ -209,6 +209,12 @@ def _activation(
     layout: str | None,
 ) -> Array:
     x = floating(function, "x", x)
+    if bits is not None:  # how many there may be unswag.codebooks says
+        integer(function, "bits", bits, "choose 1, 2, 3 or 4, or None to keep x exactly")
+    if not isinstance(codebook, str | Codebook | None):
+        raise TypeError(
+            f"{function}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best of so many bits"
+        )
     if isinstance(codebook, Codebook):
         if bits not in (None, codebook.bits):
             raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
@@ -221,11 +227,16 @@ def _activation(
         how = choose(function, x, implementation, layout)
         if layout is not None:
             raise ValueError(f"{function}: layout is {layout!r} but bits is None: nothing is packed; leave layout out")
-        return _exact(x, act, how)
+        return how.elementwise(lambda x: _exact(x, act, how), x)
     if implementation == "ffi":
         raise ValueError(f"{function}: implementation 'ffi' has no codes; leave it out, or leave out bits and codebook")
     how = choose(function, x, implementation, layout, bits=book.bits)
     return how.elementwise(lambda x: _coded(x, act, book, how), x)
+
+
+def gelu_name(op: str, approximate: bool) -> str:
+    """By a bool, and not by PyTorch's 'none', which would be true."""
+    return "gelu_tanh" if one_of(op, "approximate", approximate, (True, False)) else "gelu"
 
 
 def silu(
@@ -252,4 +263,5 @@ def gelu(
 ) -> Array:
     """x Phi(x), or its tanh form, as `jax.nn.gelu`. Saved: x, n b bytes; with `bits` just a code of the derivative (of the erf
     form, from which the tanh form differs by 0.001), n bits / 8 bytes."""
-    return _activation(x, "gelu", "gelu_tanh" if approximate else "gelu", bits, codebook, implementation, layout)
+    act = gelu_name("gelu", approximate)
+    return _activation(x, "gelu", act, bits, codebook, implementation, layout)

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from unswag.jax import xla
 from unswag.jax.activations import wide, wide_type
 from unswag.jax.gated import Unit
-from unswag.jax.how import How, choose, floating, one_of, same_dtype
+from unswag.jax.how import How, choose, floating, integer, number, one_of, same_dtype
 from unswag.jax.masks import RELU2, Act, Relu2
 from unswag.jax.policies import INPUT, MASK, STAT
 from unswag.jax.varying import alike
@@ -261,10 +261,9 @@ def mlp(
         )
     if layout is not None and keep != "mask":
         raise ValueError(f"mlp: layout is {layout!r} but keep is {keep!r}: nothing is packed; leave layout out")
-    if isinstance(negative_slope, Array):
-        raise TypeError("mlp: negative_slope is an array, whose gradient would need z; pass a Python number")
+    slope = number("mlp", "negative_slope", negative_slope)
     arrays = _checked("mlp", x, {"up": up}, down, {"up_bias": up_bias, "down_bias": down_bias})
-    unit = RELU2 if act == "relu2" else Act(act, float(negative_slope) if act == "leaky_relu" else 0.0)
+    unit = RELU2 if act == "relu2" else Act(act, slope if act == "leaky_relu" else 0.0)
     tokens = arrays[0].shape[-2]
     chunk = _chunk("mlp", chunk, tokens)
     size = min(chunk, tokens) if isinstance(tokens, int) else chunk
@@ -377,14 +376,6 @@ _LOGITS = 1 << 27
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def _number(name: str, value: Any, low: float, high: float, remedy: str) -> float:
-    if isinstance(value, Array):
-        raise TypeError(f"linear_cross_entropy: {name} is an array; pass a Python number")
-    if not low <= value <= high:
-        raise ValueError(f"linear_cross_entropy: {name} is {value!r}; {remedy}")
-    return float(value)
-
-
 def _checked_labels(labels: Array, rows: tuple[int, ...], classes: int, ignore_index: int) -> Array:
     op = "linear_cross_entropy"
     labels = jnp.asarray(labels)
@@ -442,14 +433,15 @@ def linear_cross_entropy(
     classes = weight.shape[0]
     if classes == 0:
         raise ValueError(f"{op}: weight has shape {weight.shape}; pass at least one class")
+    ignore_index = integer(op, "ignore_index", ignore_index)
     labels = _checked_labels(labels, (*leading, tokens), classes, ignore_index)
     if chunk is None:
         chunk = max(1, _LOGITS // (classes * max(1, math.prod(size for size in leading if isinstance(size, int)))))
     how = _Loss(
         ignore_index,
-        _number("label_smoothing", label_smoothing, 0, 1, "choose 0 <= label_smoothing <= 1"),
-        _number("softcap", softcap, 0, _LARGEST, "choose a positive cap, or 0 for none"),
-        _number("logit_scale", logit_scale, -_LARGEST, _LARGEST, "choose a finite number"),
+        number(op, "label_smoothing", label_smoothing, "choose 0 <= label_smoothing <= 1", lambda share: 0 <= share <= 1),
+        number(op, "softcap", softcap, "choose a positive cap, or 0 for none", lambda cap: 0 <= cap <= _LARGEST),
+        number(op, "logit_scale", logit_scale, "choose a finite number", lambda scale: abs(scale) <= _LARGEST),
         _chunk(op, chunk, tokens),
     )
     one_of(op, "reduction", reduction, ("mean", "sum", "none"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from unswag.jax.how import floating
+from unswag.jax.how import floating, number
 from unswag.jax.varying import alike
 
 __all__ = ["dropout"]
@@ -52,8 +52,5 @@ def dropout(x: Array, rate: float, key: Array, *, deterministic: bool = False) -
     Saved: the key. The draws are those of `jax.random.bernoulli(key, 1 - rate, x.shape)`, in which every sharding agrees.
     """
     x = floating("dropout", "x", x)
-    if isinstance(rate, Array):
-        raise TypeError("dropout: rate is an array; pass a Python number")
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout: rate is {rate!r}; choose 0 <= rate < 1")
-    return x if deterministic or rate == 0 else _dropout(*alike(x, _checked(key)), float(rate))
+    rate = number("dropout", "rate", rate, "choose 0 <= rate < 1", lambda rate: 0 <= rate < 1)
+    return x if deterministic or rate == 0 else _dropout(*alike(x, _checked(key)), rate)

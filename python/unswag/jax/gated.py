@@ -18,7 +18,7 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from unswag.jax.activations import FUNCTIONS, wide
+from unswag.jax.activations import FUNCTIONS, gelu_name, wide
 from unswag.jax.how import How, choose, floating, implement, same_dtype
 from unswag.jax.policies import INPUT
 from unswag.jax.varying import alike
@@ -81,7 +81,7 @@ def swiglu(gate: Array, up: Array, *, implementation: str | None = None) -> Arra
 
 def geglu(gate: Array, up: Array, approximate: bool = True, *, implementation: str | None = None) -> Array:
     """gelu(gate) up; `approximate` as in `jax.nn.gelu`: the tanh form."""
-    return _checked("geglu", gate, up, "gelu_tanh" if approximate else "gelu", implementation)
+    return _checked("geglu", gate, up, gelu_name("geglu", approximate), implementation)
 
 
 def reglu(gate: Array, up: Array) -> Array:

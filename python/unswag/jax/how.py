@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -26,8 +28,20 @@ class How(NamedTuple):
     parts: int = 1
 
     def elementwise(self, function: Callable[[Array], Array], x: Array) -> Array:
-        """function(x), called with x cut into parts."""
-        return function(xla.cut(x, self.parts, self.layout)).reshape(x.shape)
+        """function(x), called with x cut into parts. Where x has a weak type, as a Python number has, y and the gradient have
+        it too, as from jax.nn: they promote no 16-bit array."""
+
+        def whole(x: Array) -> Array:
+            return function(xla.cut(x, self.parts, self.layout)).reshape(x.shape)
+
+        return _through_strong(whole, x) if x.weak_type else whole(x)
+
+
+def _through_strong(function: Callable[[Array], Array], x: Array) -> Array:
+    """function(x) of a weakly typed x, which function does not see: the transpose of the cast gives the weak type back."""
+    strong, back = jax.vjp(lambda x: lax.convert_element_type(x, x.dtype), x)
+    y: Array = back(function(strong))[0]
+    return y
 
 
 def floating(op: str, name: str, x: ArrayLike) -> Array:
@@ -48,8 +62,27 @@ def same_dtype(op: str, first: tuple[str, Array], others: dict[str, Array]) -> N
             raise TypeError(f"{op}: {name} has dtype {like.dtype} and {other} {array.dtype}; pass {other}.astype({like.dtype})")
 
 
+def number(
+    op: str, name: str, value: Any, remedy: str = "pass a Python number", fits: Callable[[Any], bool] = lambda value: True
+) -> float:  # fmt: skip
+    """value as a float: a constant of the program, of Python or numpy."""
+    if isinstance(value, Array):
+        raise TypeError(f"{op}: {name} is an array; pass a Python number")
+    if not hasattr(value, "__float__") or np.ndim(value):
+        raise TypeError(f"{op}: {name} is {value!r}; {remedy}")
+    if not fits(value):
+        raise ValueError(f"{op}: {name} is {value!r}; {remedy}")
+    return float(value)
+
+
+def integer(op: str, name: str, value: Any, remedy: str = "pass a Python integer") -> int:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} is {value!r}; {remedy}")
+    return int(value)
+
+
 def one_of(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    if value not in choices:
+    if isinstance(value, Array | np.ndarray) or value not in choices:
         raise ValueError(f"{op}: {name} is {value!r}; choose {' or '.join(map(repr, choices))}")
     return value
 

@@ -6,6 +6,7 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from unswag.jax.how import integer
 from unswag.ledger import CompilerMemory, Ledger, Row, role_of
 
 __all__ = ["audit", "compiler_memory"]
@@ -49,7 +51,10 @@ def audit(
     """
     if not callable(function):
         raise TypeError(f"audit: function is a {type(function).__name__}; pass a function and its arguments")
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    wanted = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+    if not all(isinstance(i, Integral) for i in wanted):
+        raise TypeError(f"audit: argnums is {argnums!r}; pass the positions of arguments, as to jax.grad")
+    tokens = integer("audit", "tokens", tokens, "pass the number of tokens of the batch")
     if not all(0 <= i < len(args) for i in wanted):
         raise ValueError(f"audit: argnums is {argnums}, but {len(args)} arguments were given by place; choose among these")
     with_paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))

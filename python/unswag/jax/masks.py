@@ -27,7 +27,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
-from unswag.jax.how import How, choose, floating, implement
+from unswag.jax.how import How, choose, floating, implement, number
 from unswag.jax.policies import INPUT, MASK
 
 __all__ = ["leaky_relu", "relu", "relu2", "relu6", "unswag_relu"]
@@ -125,9 +125,8 @@ def leaky_relu(
 
     negative_slope is a Python number: TypeError for an array.
     """
-    if isinstance(negative_slope, Array):
-        raise TypeError("leaky_relu: negative_slope is an array, whose gradient would need x; pass a Python number")
-    return _masked("leaky_relu", x, Act("leaky_relu", float(negative_slope)), implementation, layout)
+    slope = number("leaky_relu", "negative_slope", negative_slope)
+    return _masked("leaky_relu", x, Act("leaky_relu", slope), implementation, layout)
 
 
 class Relu2:

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax.activations import wide
-from unswag.jax.how import floating
+from unswag.jax.how import floating, number
 from unswag.jax.policies import INPUT, STAT
 from unswag.jax.varying import alike
 
@@ -85,15 +85,20 @@ def _checked(op: str, x: Array, vectors: dict[str, Array | None]) -> tuple[Array
     return x, checked
 
 
+def _epsilon(op: str, eps: float) -> float:
+    return number(op, "eps", eps, "pass a number that is not negative, e.g. 1e-6", lambda eps: eps >= 0)
+
+
 def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-6, weight_offset: float = 0.0) -> Array:
     """x rstd (weight_offset + weight), rstd = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019). weight_offset is 1 where
     a model's weights are stored as differences from 1 (Gemma)."""
     x, (weight,) = _checked("rms_norm", x, {"weight": weight})
-    return _norm(x, weight, None, float(eps), float(weight_offset), False)
+    offset = number("rms_norm", "weight_offset", weight_offset)
+    return _norm(x, weight, None, _epsilon("rms_norm", eps), offset, False)
 
 
 def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6) -> Array:
     """(x - mean) rstd weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps) (Ba et al. 2016). The mean is made
     again from x."""
     x, (weight, bias) = _checked("layer_norm", x, {"weight": weight, "bias": bias})
-    return _norm(x, weight, bias, float(eps), 0.0, True)
+    return _norm(x, weight, bias, _epsilon("layer_norm", eps), 0.0, True)

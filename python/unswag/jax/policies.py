@@ -41,6 +41,9 @@ def save(*names: str) -> Callable[..., Any]:
 def offload(*names: str, source: str = "device", destination: str = "pinned_host") -> Callable[..., Any]:
     """Policy: residuals of these names (all of ours without one) go to `destination` until the backward needs them, and
     everything else is made again. For accelerators whose runtime has that kind of memory."""
+    for name, kind in (("source", source), ("destination", destination)):
+        if not isinstance(kind, str):
+            raise TypeError(f"offload: {name} is {kind!r}; pass a kind of memory, e.g. 'device' or 'pinned_host'")
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=list(_checked("offload", names)),

@@ -9,14 +9,17 @@ or a device that does not fit; NotImplementedError or RuntimeError for a device 
 
 Under autocast the functions neither cast their inputs nor change their results: the output has the input's dtype. They can
 be differentiated once, in reverse mode; a second derivative is an error, and so is forward mode. Under the transforms of
-torch.func (grad, vjp, vmap) the activations and masks work; gated units, norms and coded derivatives are an error, which names
-what to call there. Sources of the formulas: docs/math.md.
+torch.func (grad, vjp, vmap) the activations and masks work; gated units, norms, coded derivatives and vmap over dropout are an
+error, which names what to call there. Sources of the formulas: docs/math.md.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,9 +39,12 @@ __all__ = [
     "gated_halves",
     "geglu",
     "gelu",
+    "layer_norm",
     "leaky_relu",
+    "quick_gelu",
     "reglu",
     "relu",
+    "relu2",
     "relu6",
     "rms_norm",
     "silu",
@@ -64,11 +70,61 @@ def _check(op: str, name: str, x: Tensor) -> None:
         raise NotImplementedError(f"{op}: {name} has a tangent, and there is no forward mode here; use {_theirs(op)} there")
 
 
+def _under(transform: Any) -> bool:
+    """Whether this transform of torch.func is among those that are running."""
+    return any(running.key() == transform for running in torch._C._functorch.get_interpreter_stack() or ())
+
+
 def _has_tangent(x: Tensor) -> bool:
     """Under torch.func.jvp and jacfwd any tensor may, behind another transform."""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    under_jvp = any(transform.key() == torch._C._functorch.TransformType.Jvp for transform in transforms)
-    return under_jvp or forward_ad.unpack_dual(x).tangent is not None
+    return _under(torch._C._functorch.TransformType.Jvp) or forward_ad.unpack_dual(x).tangent is not None
+
+
+def check_number(op: str, name: str, value: Any, remedy: str = "pass a number") -> None:
+    """A number of Python or numpy, or a tensor of one element, whose value is not looked at: a device would be waited for."""
+    if isinstance(value, int | float):  # torch.compile cannot ask its own numbers for an attribute
+        return
+    if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.is_complex()):
+        raise TypeError(f"{op}: {name} is {value!r}; {remedy}")
+    if math.prod(getattr(value, "shape", ())) != 1:
+        raise ValueError(f"{op}: {name} is {value!r}, of shape {list(value.shape)}; {remedy}")
+
+
+def check_integer(op: str, name: str, value: Any, least: float = -math.inf, remedy: str = "pass an integer") -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} is {value!r}; {remedy}")
+    if value < least:
+        raise ValueError(f"{op}: {name} is {value}; {remedy}")
+
+
+def number(
+    op: str, name: str, value: Any, remedy: str = "pass a number", fits: Callable[[Any], bool] = lambda value: True
+) -> float:
+    check_number(op, name, value, remedy)
+    if not fits(value):
+        raise ValueError(f"{op}: {name} is {value}; {remedy}")
+    return float(value)
+
+
+def epsilon(op: str, eps: Any) -> float:
+    return number(op, "eps", eps, "pass a number that is not negative, e.g. 1e-6", lambda eps: eps >= 0)
+
+
+def probability(op: str, p: Any) -> float:
+    return number(op, "p", p, "pass a probability in [0, 1)", lambda p: 0 <= p < 1)
+
+
+def _act(op: str, act: Any) -> None:
+    if not isinstance(act, str) or act not in ops.ACTIVATIONS:
+        raise ValueError(f"{op}: act is {act!r}; choose from {', '.join(ops.ACTIVATIONS)}")
+
+
+def _out_dtype(op: str, out_dtype: Any, x: Tensor) -> torch.dtype:
+    if out_dtype is None:
+        return x.dtype
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"{op}: out_dtype is {out_dtype!r}; pass a torch.dtype, e.g. torch.float32, or None for that of x")
+    return out_dtype
 
 
 _THEIRS = {  # what PyTorch has in place of ours
@@ -100,6 +156,24 @@ def _signature_once(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _in_memory_order(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of an elementwise function: where x is dense but its dimensions lie in another order in memory (channels_last), function
+    sees it as one row, in that order. So nothing is copied, and y and the gradient have the strides of x, as PyTorch's have."""
+
+    @functools.wraps(function)
+    def ordered(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_contiguous():
+            return function(x, *args, **kwargs)
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        sorted_x = x.permute(order)
+        if not sorted_x.is_contiguous():
+            return function(x, *args, **kwargs)
+        back = sorted(range(x.dim()), key=order.__getitem__)
+        return function(sorted_x.flatten(), *args, **kwargs).view(sorted_x.shape).permute(back)
+
+    return ordered
+
+
 # ---- one-bit masks --------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +199,7 @@ class _Mask(torch.autograd.Function):
         return ops.mask_backward(dy, packed, ctx.act, ctx.slope), None, None
 
 
+@_in_memory_order
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), bit for bit as `torch.relu`: NaN stays NaN and passes its gradient.
 
@@ -136,13 +211,16 @@ def relu(x: Tensor) -> Tensor:
     return y
 
 
+@_in_memory_order
 def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     """x > 0 ? x : negative_slope x, as `torch.nn.functional.leaky_relu`. Saved: one bit per element, n / 8 bytes."""
     _check("leaky_relu", "x", x)
-    y: Tensor = _Mask.apply(x, "leaky_relu", float(negative_slope))[0]
+    slope = number("leaky_relu", "negative_slope", negative_slope)
+    y: Tensor = _Mask.apply(x, "leaky_relu", slope)[0]
     return y
 
 
+@_in_memory_order
 def relu6(x: Tensor) -> Tensor:
     """min(max(x, 0), 6), bit for bit as `torch.nn.functional.relu6`. Saved: one bit per element, n / 8 bytes."""
     _check("relu6", "x", x)
@@ -194,6 +272,7 @@ class _Coded(torch.autograd.Function):
         return ctx.code.backward(dy, packed, ctx.act), None, None
 
 
+@_in_memory_order
 def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
     """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked
     for.
@@ -201,6 +280,7 @@ def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
     Under a policy x plays the role mlp. Under "2bit" a code of the derivative is kept instead of it, n / 4 bytes, and y, if
     somebody saves it, in int2; `codes` is where the codebook stays from call to call.
     """
+    _act("activation", act)
     _check(act, "x", x)
     code = derivatives.current(codes, act, x)
     if code is not None:
@@ -217,11 +297,16 @@ def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook |
     _check(act, "x", x)
     if bits is None and codebook is None:
         return activation(x, act)
+    if bits is not None:  # how many there may be unswag.codebooks says
+        check_integer(act, "bits", bits, remedy="choose 1, 2, 3 or 4, or None to keep x exactly")
+    if not isinstance(codebook, str | Codebook | None):
+        raise TypeError(f"{act}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best of so many bits")
     _no_transform(act)
     y: Tensor = _Coded.apply(x, act, derivatives.code(act, bits, codebook))[0]
     return y
 
 
+@_in_memory_order
 def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None = None) -> Tensor:
     """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; under the stash y is made again from x when asked for.
 
@@ -233,12 +318,13 @@ def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None 
     return _with_bits(x, "silu", bits, codebook)
 
 
-def _gelu_name(approximate: str) -> str:
+def gelu_name(op: str, approximate: str) -> str:
     if approximate not in ("none", "tanh"):
-        raise ValueError(f"gelu: approximate is {approximate!r}; choose 'none' or 'tanh'")
+        raise ValueError(f"{op}: approximate is {approximate!r}; choose 'none' or 'tanh'")
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
+@_in_memory_order
 def gelu(
     x: Tensor, approximate: str = "none", *, bits: int | None = None, codebook: str | Codebook | None = None
 ) -> Tensor:  # fmt: skip
@@ -246,14 +332,16 @@ def gelu(
 
     Saved: x, n b bytes; under the stash y is made again from x when asked for. With `bits` and `codebook` as in `silu`.
     """
-    return _with_bits(x, _gelu_name(approximate), bits, codebook)
+    return _with_bits(x, gelu_name("gelu", approximate), bits, codebook)
 
 
+@_in_memory_order
 def quick_gelu(x: Tensor) -> Tensor:
     """x / (1 + e^(-1.702 x)) (Hendrycks & Gimpel 2016). Saved: x, n b bytes; under the stash y is made again from x."""
     return activation(x, "quick_gelu")
 
 
+@_in_memory_order
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, bit for bit as `torch.relu(x).square()` (So et al. 2021, Primer).
 
@@ -313,6 +401,7 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
     Under a policy gate and up play the role mlp. Under "2bit" a code of act'(gate), and act(gate) and up in int2, are kept: 6.5
     bits per element of h; `codes` is where the codebook stays from call to call.
     """
+    _act("gated", act)
     _check("gated", "gate", gate)
     _check("gated", "up", up)
     _no_transform("gated")
@@ -361,6 +450,7 @@ def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Code
     Saved: gate_up as it is; the gradient is made as one tensor, in place of two that would have to be joined. Under a policy as
     in `gated`.
     """
+    _act("gated_halves", act)
     _check("gated_halves", "gate_up", gate_up)
     _no_transform("gated_halves")
     gate, up = ops.halves(gate_up, gate_first)
@@ -379,7 +469,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """gelu(gate, approximate) * up. Saved: gate and up, see `gated`."""
-    return gated(gate, up, _gelu_name(approximate))
+    return gated(gate, up, gelu_name("geglu", approximate))
 
 
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -435,15 +525,14 @@ def rms_norm(
     if weight is not None:
         _check("rms_norm", "weight", weight)
     _no_transform("rms_norm")
-    out_dtype = out_dtype or x.dtype
-    if not eps >= 0:
-        raise ValueError(f"rms_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-6")
+    out_dtype = _out_dtype("rms_norm", out_dtype, x)
+    eps, weight_offset = epsilon("rms_norm", eps), number("rms_norm", "weight_offset", weight_offset)
     x = stash.own(x)
     stash.plays("residual", x)
-    y, rstd = _RmsNorm.apply(x, weight, float(eps), float(weight_offset), bool(cast_before_weight), out_dtype)
+    y, rstd = _RmsNorm.apply(x, weight, eps, weight_offset, bool(cast_before_weight), out_dtype)
     stash.remember(
         y, ops.rms_norm_apply, x, rstd, weight,
-        weight_offset=float(weight_offset), cast_before_weight=bool(cast_before_weight), out_dtype=out_dtype,
+        weight_offset=weight_offset, cast_before_weight=bool(cast_before_weight), out_dtype=out_dtype,
     )  # fmt: skip
     result: Tensor = y
     return result
@@ -501,12 +590,11 @@ def layer_norm(
         if vector is not None:
             _check("layer_norm", name, vector)
     _no_transform("layer_norm")
-    out_dtype = out_dtype or x.dtype
-    if not eps >= 0:
-        raise ValueError(f"layer_norm: eps is {eps}; pass a number that is not negative, e.g. 1e-5")
+    out_dtype = _out_dtype("layer_norm", out_dtype, x)
+    eps = epsilon("layer_norm", eps)
     x = stash.own(x)
     stash.plays("residual", x)
-    y, mean, rstd = _LayerNorm.apply(x, weight, bias, float(eps), out_dtype)
+    y, mean, rstd = _LayerNorm.apply(x, weight, bias, eps, out_dtype)
     stash.remember(y, ops.layer_norm_apply, x, mean, rstd, weight, bias, out_dtype=out_dtype)
     result: Tensor = y
     return result
@@ -540,16 +628,17 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     whose replays would all drop the same elements.
     """
     _check("dropout", "x", x)
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout: p is {p}; pass a probability in [0, 1)")
+    p = probability("dropout", p)
     if not training or p == 0:
         return x
+    if torch._C._are_functorch_transforms_active() and _under(torch._C._functorch.TransformType.Vmap):
+        raise NotImplementedError(f"dropout: there is no rule for torch.func.vmap; use {_theirs('dropout')} under it")
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "dropout: a CUDA graph is being captured, and every replay would drop the same elements; use "
             "torch.nn.functional.dropout inside graphs"
         )
     seed = draw_seed()
-    y: Tensor = _Dropout.apply(x, float(p), seed)
-    stash.remember(y, ops.dropout, x, p=float(p), seed=seed, offset=0)
+    y: Tensor = _Dropout.apply(x, p, seed)
+    stash.remember(y, ops.dropout, x, p=p, seed=seed, offset=0)
     return y

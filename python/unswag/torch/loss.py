@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from unswag.torch import ops, stash
 from unswag.torch.autograd import once_differentiable
+from unswag.torch.functional import check_integer, check_number
 
 NumItems = Tensor | float | None
 
@@ -77,7 +78,8 @@ def linear_cross_entropy(
         softcap: 0, or s in z = s tanh(logit_scale logits / s), as Gemma 2 has it.
         class_weight: [classes], as `weight` of `F.cross_entropy`.
         reduction: "mean" (over labels that count, weighted by `class_weight`), "sum" or "none" ([...] losses).
-        num_items: with "mean", the number to divide the sum by: the labels of a whole gradient accumulation window.
+        num_items: with "mean", the number to divide the sum by: the labels of a whole gradient accumulation window.  0 divides
+            like any number, as in transformers: the loss is inf, or NaN when every label is ignored.
         chunk_rows: rows per chunk; by default as many as make 2^24 logits.
 
     Returns a scalar (for "none": [...]) in float32 (float64 when the products are in float64).  When every label is ignored it
@@ -183,17 +185,25 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
 
 
 def _check_labels(hidden: Tensor, labels: Tensor, classes: int, options: LossOptions) -> None:
+    op = "linear_cross_entropy"
     if options.reduction not in _REDUCTIONS:
         raise ValueError(f'reduction is {options.reduction!r}; use "mean", "sum" or "none"')
     if options.num_items is not None and options.reduction != "mean":
         raise ValueError(f'num_items goes with reduction "mean", not "{options.reduction}"')
-    if options.chunk_rows is not None and options.chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {options.chunk_rows}; it must be at least 1")
+    if options.chunk_rows is not None:
+        check_integer(op, "chunk_rows", options.chunk_rows, 1, "pass a positive number of rows, e.g. 4096")
+    check_integer(op, "ignore_index", options.ignore_index)
+    for name in ("label_smoothing", "softcap", "logit_scale"):  # their ranges the core knows
+        check_number(op, name, getattr(options, name))
+    if options.num_items is not None:
+        check_number(op, "num_items", options.num_items, "pass a number, or a tensor of one element")
     for name, constant in (("class_weight", options.class_weight), ("num_items", options.num_items)):
         if isinstance(constant, Tensor) and (_has_tangent(constant) or (torch.is_grad_enabled() and constant.requires_grad)):
             raise ValueError(
                 f"{name} requires grad, and the loss has no gradient for it; pass {name}.detach(), or use F.cross_entropy"
             )
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels are a {type(labels).__name__}; pass a torch.Tensor of integers")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels have dtype {labels.dtype}; integers are needed")
     if labels.shape != hidden.shape[:-1]:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from unswag.torch import functional
 
-__all__ = ["GEGLU", "GELU", "Dropout", "LeakyReLU", "RMSNorm", "ReGLU", "ReLU", "ReLU6", "SiLU", "SwiGLU"]
+__all__ = [
+    "GEGLU", "GELU", "Dropout", "LayerNorm", "LeakyReLU", "QuickGELU", "RMSNorm", "ReGLU", "ReLU", "ReLU2", "ReLU6", "SiLU",
+    "SwiGLU",
+]  # fmt: skip
 
 
 class ReLU(torch.nn.Module):
@@ -24,7 +27,7 @@ class LeakyReLU(torch.nn.Module):
 
     def __init__(self, negative_slope: float = 0.01) -> None:
         super().__init__()
-        self.negative_slope = negative_slope
+        self.negative_slope = functional.number("LeakyReLU", "negative_slope", negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.leaky_relu(x, self.negative_slope)
@@ -52,6 +55,7 @@ class GELU(torch.nn.Module):
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
+        functional.gelu_name("GELU", approximate)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +91,7 @@ class GEGLU(torch.nn.Module):
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
+        functional.gelu_name("GEGLU", approximate)
         self.approximate = approximate
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -108,15 +113,18 @@ class Dropout(torch.nn.Module):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"Dropout: p is {p}; pass a probability in [0, 1)")
-        self.p = p
+        self.p = functional.probability("Dropout", p)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.p, self.training)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def _cols(op: str, cols: Any) -> int:
+    functional.check_integer(op, "cols", cols, 0, "pass the size of the last dimension, the one that is normalised")
+    return int(cols)
 
 
 class RMSNorm(torch.nn.Module):
@@ -138,8 +146,9 @@ class RMSNorm(torch.nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.cols, self.eps = cols, eps
-        self.weight_offset, self.cast_before_weight = weight_offset, cast_before_weight
+        self.cols, self.eps = _cols("RMSNorm", cols), functional.epsilon("RMSNorm", eps)
+        self.weight_offset = functional.number("RMSNorm", "weight_offset", weight_offset)
+        self.cast_before_weight = cast_before_weight
         weight = torch.nn.Parameter(torch.empty(cols, **factory)) if elementwise_affine else None
         self.register_parameter("weight", weight)
         self.reset_parameters()
@@ -172,7 +181,7 @@ class LayerNorm(torch.nn.Module):
         self, cols: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, **factory: Any
     ) -> None:
         super().__init__()
-        self.cols, self.eps = cols, eps
+        self.cols, self.eps = _cols("LayerNorm", cols), functional.epsilon("LayerNorm", eps)
         for name, there in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
             self.register_parameter(name, torch.nn.Parameter(torch.empty(cols, **factory)) if there else None)
         self.reset_parameters()

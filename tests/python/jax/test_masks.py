@@ -279,3 +279,34 @@ def test_errors_name_argument_value_and_remedy(call, error, words):
 def test_numpy_arrays_and_numbers_are_taken():
     assert uj.relu(np.array([-1.0, 2.0], np.float32)).tolist() == [0.0, 2.0]
     assert uj.relu(-3.0) == 0
+
+
+# ---- weak types -------------------------------------------------------------------------------------------------------------
+
+
+TRANSFORMS = {
+    "value": lambda f: f,
+    "jit": jax.jit,
+    "grad": lambda f: jax.grad(lambda v: f(v).sum()),
+    "jit grad": lambda f: jax.jit(jax.grad(lambda v: f(v).sum())),
+    "grad grad": lambda f: jax.grad(lambda v: jax.grad(lambda v: f(v * v).sum())(v).sum()),
+    "checkpoint": lambda f: jax.jit(jax.grad(lambda v: (jax.checkpoint(f)(v) + v).sum())),
+    "vmap grad": lambda f: lambda x: jax.vmap(lambda v, _: jax.grad(lambda v: f(v).sum())(v), (None, 0))(x, jnp.ones(3)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "silu", "gelu"])
+def test_a_weak_type_comes_back(name, transform):
+    """As from jax.nn, whose gelu alone loses that of the value: a bfloat16 array times such a number is bfloat16."""
+    transform = TRANSFORMS[transform]
+    for x, weak in ((2.0, True), (jnp.full(3, 2, jnp.float32), False)):
+        stock = transform(getattr(jax.nn, name))(x)
+        for implementation in (None, "xla"):
+            mine = transform(partial(getattr(uj, name), implementation=implementation))(x)
+            assert mine.weak_type == weak and ((jnp.ones(3, jnp.bfloat16) * mine).dtype == jnp.bfloat16) == weak
+            np.testing.assert_allclose(np.asarray(mine, float), np.asarray(stock, float), rtol=1e-4)
+
+
+def test_a_weak_type_comes_back_from_a_code():
+    assert jax.grad(lambda x: uj.silu(x, bits=2))(2.0).weak_type and uj.silu(2.0, bits=2).weak_type

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -14,6 +16,8 @@ from torch.autograd import forward_ad
 
 from unswag import reference
 from unswag.torch import functional as F
+from unswag.torch import nn
+from unswag.torch.loss import linear_cross_entropy
 from unswag.torch.stash import Stash
 
 pytestmark = pytest.mark.native
@@ -479,6 +483,48 @@ def test_forward_mode_is_refused(name):
         assert torch.equal(ALL[name][0](*xs), ALL[name][0](*xs))
 
 
+# ---- memory formats ------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "one channel": lambda x: x[:, :1].contiguous(memory_format=torch.channels_last).transpose(2, 3),
+    "a slice": lambda x: x.to(memory_format=torch.channels_last)[:, :2],
+    "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+}
+
+
+def steps(x):
+    return [(size, step) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", {**MASKS, **SMOOTH, **SQUARES})
+def test_strides_of_dense_inputs_are_kept(name, form):
+    ours, torchs = ALL[name]
+    x = FORMATS[form](torch.randn(2, 3, 4, 5))
+    dense = form not in ("a slice", "expanded")
+    dy = torch.randn(x.shape)
+    for ys in (dy, torch.empty_like(x).copy_(dy)):
+        mine, stock, flat = x.detach().requires_grad_(), x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()
+        y, want, plain = ours(mine), torchs(stock), ours(flat)
+        assert y.shape == x.shape and torch.equal(y, plain)
+        got, _ = (torch.autograd.grad(v, w, ys)[0] for v, w in ((y, mine), (want, stock)))
+        assert torch.equal(got, torch.autograd.grad(plain, flat, ys)[0])
+        if dense:
+            assert steps(y) == steps(want) == steps(got) == steps(x)
+
+
+@pytest.mark.parametrize("name", {**MASKS, **SMOOTH, **SQUARES})
+def test_channels_last_is_not_copied_and_saves_what_rows_save(name):
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    assert saved_bytes(ALL[name][0], [x]) == (x.numel() // 8 if name in MASKS else x.numel() * 4)
+    y = ALL[name][0](x)
+    y.mul_(2)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, 2 * torch.autograd.grad(ALL[name][1](x).sum(), x)[0])
+
+
 # ---- torch.compile -----------------------------------------------------------------------------------------------------
 
 
@@ -518,7 +564,7 @@ WRONG = [
     (lambda: F.silu(X.long()), TypeError, r"silu: x has dtype torch.int64.*x.to\(torch.float32\)"),
     (lambda: F.relu(X.to_sparse()), TypeError, r"x has layout torch.sparse_coo; pass x.to_dense\(\)"),
     (lambda: F.gelu(X, "erf"), ValueError, "approximate is 'erf'; choose 'none' or 'tanh'"),
-    (lambda: F.gated(X, X, "mish"), ValueError, "no activation 'mish'"),
+    (lambda: F.gated(X, X, "mish"), ValueError, "gated: act is 'mish'; choose from silu"),
     (lambda: F.swiglu(X, X.double()), TypeError, "up has dtype torch.float64 but gate has torch.float32"),
     (lambda: F.swiglu(X, X[:, :2]), ValueError, "nothing is broadcast"),
     (lambda: F.rms_norm(X, torch.ones(4)), ValueError, r"pass a weight of shape \[3\]"),
@@ -538,6 +584,51 @@ WRONG = [
 def test_errors_say_what_to_do(wrong, error, text):
     with pytest.raises(error, match=text):
         wrong()
+
+
+PUBLIC = {
+    **{name: getattr(F, name) for name in F.__all__},
+    **{name: getattr(nn, name) for name in nn.__all__},
+    "linear_cross_entropy": linear_cross_entropy,
+}
+GIVEN = {"act": "silu", "cols": 3, "weight": torch.randn(5, 3), "labels": torch.tensor([1, 2])}  # all others are X
+SCALARS = {
+    (name, parameter.name): parameter.annotation
+    for name, function in PUBLIC.items()
+    for parameter in inspect.signature(function).parameters.values()
+    if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    and parameter.annotation not in ("Tensor", "Tensor | None", "bool", "Codes | None")
+}
+
+
+@pytest.mark.parametrize("value", ["x", [3, 4], None, X], ids=["str", "list", "None", "tensor"])
+@pytest.mark.parametrize(("name", "argument"), SCALARS)
+def test_scalars_of_a_wrong_type_are_named(name, argument, value):
+    if value is None and ("None" in SCALARS[name, argument] or argument == "num_items"):
+        return
+    given = {
+        parameter.name: GIVEN.get(parameter.name, X)
+        for parameter in inspect.signature(PUBLIC[name]).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    with pytest.raises((TypeError, ValueError)) as raised:
+        PUBLIC[name](**given | {argument: value})
+    assert f"{argument} is {value!r}" in str(raised.value), raised.value
+
+
+def test_numbers_of_numpy_and_tensors_of_one_element_are_numbers():
+    for number in (np.float32(0.25), torch.tensor(0.25), torch.tensor([0.25])):
+        assert torch.equal(F.leaky_relu(X, number), F.leaky_relu(X, 0.25))
+        assert torch.equal(F.rms_norm(X, eps=number), F.rms_norm(X, eps=0.25))
+        assert nn.Dropout(number).p == 0.25
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_vmap_over_dropout_is_refused(randomness):
+    with pytest.raises(NotImplementedError, match=r"no rule for torch.func.vmap; use .*dropout"):
+        torch.func.vmap(lambda x: F.dropout(x, 0.5), randomness=randomness)(X)
+    assert torch.equal(torch.func.vmap(lambda x: F.dropout(x, 0.0), randomness=randomness)(X), X)
+    assert torch.func.grad(lambda x: F.dropout(x, 0.5).sum())(X).unique().tolist() in ([0, 2], [0], [2])
 
 
 @pytest.mark.parametrize("name", ALL)

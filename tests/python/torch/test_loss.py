@@ -503,7 +503,17 @@ def test_label_out_of_range_is_named():
         ({"class_weight": torch.zeros(3)}, ValueError, "class_weight has shape"),
         ({"reduction": "average"}, ValueError, "'average'"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items"),
-        ({"chunk_rows": 0}, ValueError, "chunk_rows is 0"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows is 0; pass a positive number of rows"),
+        ({"chunk_rows": 1.5}, TypeError, "chunk_rows is 1.5; pass a positive number of rows"),
+        ({"labels": [1]}, TypeError, "labels are a list; pass a torch.Tensor"),
+        (
+            {"num_items": torch.tensor([5, 6])},
+            ValueError,
+            r"num_items is tensor.*of shape \[2\]; pass a number, or a tensor",
+        ),
+        ({"num_items": torch.tensor(1j)}, TypeError, "num_items is tensor"),
+        ({"label_smoothing": 2}, ValueError, "label_smoothing is 2"),
+        ({"softcap": -1}, ValueError, "softcap is -1"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
 )
@@ -512,6 +522,21 @@ def test_bad_arguments(change, error_type, message):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises(error_type, match=message):
         linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.parametrize("num_items", [0, -2, 2.5, torch.tensor(0), torch.tensor([4])], ids=str)
+def test_any_number_of_items_divides_as_in_transformers(num_items):
+    """That of a batch without labels is 0, and transformers divides by it."""
+    hidden, weight, _, some = sample()
+    for labels in (some, torch.full_like(some, -100)):
+        want = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum") / num_items
+        torch.testing.assert_close(
+            linear_cross_entropy(hidden, weight, labels, num_items=num_items), want.squeeze(), equal_nan=True
+        )
+
+
+def test_the_value_of_num_items_is_not_looked_at_by_the_checks():
+    loss_module._check_labels(torch.ones(2, 3), torch.tensor([0, 1]), 2, LossOptions(num_items=torch.ones(1, device="meta")))
 
 
 def test_tensor_subclass_is_refused():
