@@ -223,7 +223,7 @@ def test_the_output_changed_in_place_afterwards_is_never_wrong(density):
 
 def test_the_input_is_free_where_it_has_a_recipe_or_is_held():
     kept, made = Counter(), []
-    x, w = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    x, w = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64, requires_grad=True)
 
     def again(x):
         made.append(x)
