@@ -29,12 +29,28 @@ from unswag.torch.patterns.pattern import (
     replace_view,
     stock,
 )
-from unswag.torch.patterns.probing import Writes, distance, kind, own_forward, takes_one_argument, twin, value_and_gradients
-from unswag.torch.patterns.proof import Proof, frozen
+from unswag.torch.patterns.probing import (
+    AUTOCAST,
+    MODES,
+    NO_GRAD,
+    PLAIN,
+    Writes,
+    differs_in_use,
+    distance,
+    kind,
+    own_forward,
+    takes_one_argument,
+    twin,
+    value_and_gradients,
+)
+from unswag.torch.patterns.proof import Proof, frozen, lengths
 
 OURS = tuple(act for act in ACTIVATIONS if act not in ("relu", "relu2"))  # which need less than their input: `patterns.relu`
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a module is compared with ours
 NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
+Kind = tuple[torch.dtype, bool]  # of x; under autocast
+WIDTHS = (((), 1), ((), 7), ((1,), 16), ((64,), 24), ((2, 3), 16), ((2, 1, 3), 8), ((2, 3, 4), 5), ((2, 1, 2, 3), 4))
+SCALES = (1e-3, 1.0, 10.0, 1e2, 1e3, 3e4, 1e30)  # of a sweep over x
 HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
 
 
@@ -46,6 +62,7 @@ class Activation:
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         nearest: dict[Hashable, tuple[float, str]] = {}  # by kind, as long as the model lives
+        proven: dict[Hashable, dict[Kind, str | None]] = {}
         for name, module in model.named_modules():
             if not (module._modules or module._parameters or module._buffers) and takes_one_argument(module):
                 same = kind(module)
@@ -53,7 +70,7 @@ class Activation:
                     nearest[same] = _nearest(module)
                 apart, act = nearest[same]
                 if apart <= NEAR and act in OURS:
-                    yield Candidate(name, module, {"act": act, "apart": apart, "like": like})
+                    yield Candidate(name, module, {"act": act, "apart": apart, "like": like, "same": same, "proven": proven})
                     continue
             held = {k: act for k, v in vars(module).items() if _is_function(v) for apart, act in [_nearest(v)] if apart <= SAME}
             if held := {k: act for k, act in held.items() if act in OURS}:
@@ -72,10 +89,12 @@ class Activation:
             return f"it is none of {', '.join(OURS)}"
         if getattr(module, "inplace", False):
             return "it works in place"
-        theirs, act = functools.partial(own_forward, twin(module)), candidate.parts["act"]
-        differs = {dtype: _differs(theirs, act, like, dtype) for dtype in (like.dtype, *FLOATS)}
-        candidate.parts["dtypes"] = frozenset(dtype for dtype, reason in differs.items() if reason is None)
-        return differs[like.dtype] or differs[torch.float32]
+        same, proven = candidate.parts["same"], candidate.parts["proven"]
+        if same not in proven:
+            proven[same] = _reasons(module, candidate.parts["act"], like)
+        differs = proven[same]
+        candidate.parts["proven"] = frozenset(kind for kind, reason in differs.items() if reason is None)
+        return differs[like.dtype, False] or differs[torch.float32, False]
 
     def apply(self, candidate: Candidate) -> None:
         for k, act in candidate.parts.get("held", {}).items():
@@ -83,14 +102,15 @@ class Activation:
             replace_view(candidate.module, k, seen_as(vars(candidate.module)[k], functools.partial(_held, k, act)))
         if "held" in candidate.parts:
             return
-        act, dtypes, proof = candidate.parts["act"], candidate.parts["dtypes"], Proof(candidate)
+        act, proven, proof = candidate.parts["act"], candidate.parts["proven"], Proof(candidate)
 
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
             (x,) = (*args, *kwargs.values())
             if not ordinary(x):
                 return stock(self, x)
-            if x.dtype not in dtypes:
-                proof.say(self, f"x is {x.dtype}, in which its results differ")
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if (x.dtype, autocast) not in proven:
+                proof.say(self, f"x is {x.dtype}, in which its results differ{' under autocast' if autocast else ''}")
                 return stock(self, x)
             return activation(x, act, codes_of(self))
 
@@ -145,6 +165,45 @@ def _nearest(act: Any) -> tuple[float, str]:
         acts = [twin(act), twin(act)]
         acts[0].training, acts[1].training = True, False
     return min((max(activation_distance(a, f) for a in acts), name) for name, f in ACTIVATIONS.items())
+
+
+def _reasons(module: nn.Module, act: str, like: Tensor) -> dict[Kind, str | None]:
+    """How ours differs from the module, by dtype and autocast; None where it does not."""
+    reasons: dict[Kind, str | None] = {}
+
+    def ours(_: nn.Module, x: Tensor) -> Tensor:
+        return activation(x, act)
+
+    for dtype in dict.fromkeys((like.dtype, *FLOATS)):
+        reason = _differs(functools.partial(own_forward, twin(module)), act, like, dtype)
+        reasons[dtype, False] = reason or elsewhere(module, ours, like, dtype)
+        reasons[dtype, True] = reason or elsewhere(module, ours, like, dtype, AUTOCAST)
+    return reasons
+
+
+def elsewhere(
+    module: nn.Module, ours: Callable[[nn.Module, Tensor], Tensor], like: Tensor, dtype: torch.dtype, mode: str = PLAIN
+) -> str | None:
+    """How `ours` differs from the module in other shapes, modes and numbers, and for many rows; or None."""
+
+    def draw(*shape: int) -> Tensor:
+        return 3 * torch.randn(*shape, device=like.device)
+
+    def differs(inputs: list[Tensor], *modes: str) -> str | None:
+        return differs_in_use(twin(module), ours, inputs, dtype, modes)
+
+    usual = [draw(*shape, cols) for shape, cols in WIDTHS] + [draw(24, 5).T, draw(1)[0]]
+    if mode == AUTOCAST:
+        return differs(usual, mode)
+    most = torch.finfo(dtype)
+    sweeps = [torch.linspace(-scale, scale, 385, dtype=torch.float64).clamp(-most.max, most.max) for scale in SCALES]
+    odd = [torch.tensor([[v, 1.0]]) for v in (0.0, -0.0, float("nan"), float("inf"), -float("inf"))]
+    small = [torch.tensor([v], dtype=torch.float64) for v in (most.tiny, -most.tiny)]
+    reason = differs(usual, PLAIN) or differs([x.to(like.device) for x in (*sweeps, *odd, *small)], PLAIN)
+    if reason is None and dtype in (like.dtype, torch.float32):
+        named = [draw(*shape) for n in lengths(module) for shape in ((n, 2), (2, n))]
+        reason = differs(usual, *(mode for mode in MODES if mode not in (PLAIN, AUTOCAST))) or differs(named, PLAIN, NO_GRAD)
+    return reason
 
 
 def _differs(theirs: Callable[[Tensor], Tensor], act: str, like: Tensor, dtype: torch.dtype) -> str | None:

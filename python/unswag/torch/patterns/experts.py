@@ -30,8 +30,19 @@ from unswag.torch.patterns.pattern import (
     replace_method,
     stock,
 )
-from unswag.torch.patterns.probing import Writes, distance, own_forward, twin, value_and_gradients
-from unswag.torch.patterns.proof import Proof
+from unswag.torch.patterns.probing import (
+    MODES,
+    NO_GRAD,
+    PLAIN,
+    Writes,
+    differs_in_use,
+    distance,
+    own_forward,
+    twin,
+    unusual,
+    value_and_gradients,
+)
+from unswag.torch.patterns.proof import Proof, lengths
 
 GATE = "_apply_gate"  # transformers' name for act(gate) * up of its packed experts; grouped_mm and batched_mm call it
 WEIGHTS = ("gate_up_proj", "down_proj")  # [experts, 2 n, hidden] and [experts, hidden, n]
@@ -185,7 +196,20 @@ def _gate_differs(module: Any, act: str, gate_first: bool) -> str | None:
         worst = max(distance(a, b) for a, b in zip(ours, theirs, strict=True))
         if worst > max(SAME, 8 * torch.finfo(dtype).eps):
             return f"results differ by {worst:.1e} in {dtype}"
-    return None
+
+    def halves(_: nn.Module, x: Tensor) -> Tensor:
+        return gated_halves(x, act, gate_first)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=like.device)
+
+    few = [draw(n, 2 * WIDTH) for n in (1, 2, 64)]
+    many = [draw(n, 2 * WIDTH) for n in lengths(module)]
+    return (
+        differs_in_use(copy, halves, few, like.dtype, MODES, GATE)
+        or differs_in_use(copy, halves, unusual(draw, 2 * WIDTH, torch.float16), torch.float32, (PLAIN,), GATE)
+        or differs_in_use(copy, halves, many, torch.float32, (PLAIN, NO_GRAD), GATE)
+    )
 
 
 def _small(module: Any) -> tuple[Any, list[Tensor], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -42,13 +42,14 @@ class FusedMlp:
     )
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
+        proven: dict[Hashable, str | None] = {}  # by kind and wiring, as long as the candidates live
         for name, module in model.named_modules():
             linears = [(k, m) for k, m in module.named_children() if is_linear(m)]
             if len(linears) != 2 or not takes_one_argument(module):
                 continue
             for (first, a), (last, b) in itertools.permutations(linears):
                 if a.in_features == b.out_features and a.out_features == 2 * b.in_features:
-                    yield Candidate(name, module, {"linears": (first, last)})
+                    yield Candidate(name, module, {"linears": (first, last), "proven": proven})
 
     def probe(self, candidate: Candidate) -> str | None:
         gate_up, down = candidate.parts["linears"]

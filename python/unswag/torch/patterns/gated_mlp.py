@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,15 +17,23 @@ from unswag.torch.derivatives import Codes
 from unswag.torch.functional import gated
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace, replace_forward, stock
 from unswag.torch.patterns.probing import (
+    MODES,
+    NO_GRAD,
+    PLAIN,
     Writes,
+    differs_in_use,
     distance,
     has_hooks,
+    kind,
     own_forward,
+    takes,
     takes_one_argument,
     twin,
+    unusual,
+    usual,
     value_and_gradients,
 )
-from unswag.torch.patterns.proof import Proof, mentioned
+from unswag.torch.patterns.proof import Proof, lengths, mentioned
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -37,6 +46,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GRID = 12.0  # pre-activations of the probes span -GRID…GRID; gelu and gelu_tanh are 5e-4 apart there, and 8e-8 near 0
 SAME = 1e-9  # a hundredth of a rounding in float32; some spell sqrt(2 / pi) with eight digits and are 1e-10 off
 ROWS = 8
+MOST = 1 << 25  # elements of a pre-activation with many rows
 CODES = "_unswag_codes"  # module.__dict__[CODES]: the codebook of its activation, under a policy that codes derivatives
 CASTS = frozenset(("dtype", "to", "type", "type_as", "float", "half", "double", "bfloat16"))  # who says one of these may cast
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,10 +81,11 @@ class GatedMlp:
     saves = "gate and up: 32 bits per hidden element in a 16-bit dtype; stock keeps act(gate) and the product too, 64 bits"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
+        proven: dict[Hashable, str | None] = {}  # by kind and wiring, as long as the candidates live
         for name, module in model.named_modules():
             linears = {k: m for k, m in module.named_children() if is_linear(m)}
             if len(linears) == 3 and takes_one_argument(module) and (orders := list(_orders(linears))):
-                yield Candidate(name, module, {"orders": orders})
+                yield Candidate(name, module, {"orders": orders, "proven": proven})
 
     def probe(self, candidate: Candidate) -> str | None:
         orders = candidate.parts["orders"]
@@ -163,8 +174,13 @@ def others_of(module: nn.Module, linears: Sequence[str]) -> Others | str:
 def choose(candidate: Candidate, wirings: Iterable[AnyWiring], others: Others, formula: str) -> str | None:
     """Gives the candidate the first wiring that computes what its module computes; else says why the nearest does not."""
     nearest = (-1, "")
+    proven, same = candidate.parts["proven"], kind(candidate.module)
     for wiring in wirings:
         if (failed := _differs(candidate.module, wiring)) is None:
+            if (same, wiring) not in proven:
+                proven[same, wiring] = _elsewhere(candidate.module, wiring)
+            if reason := proven[same, wiring]:
+                return f"its forward is not {formula} everywhere: {reason}"
             candidate.parts |= {"wiring": wiring, "covers": (others.held,) if others.held else ()}
             return None
         nearest = max(nearest, failed, key=lambda f: f[0])
@@ -217,11 +233,12 @@ CASES = tuple(
 
 class Drawn(nn.Module):
     """Stands in for a Linear of any kind (LoRA, 4-bit, sharded) in a probe: y[j] = x[index[j]] scale[j] + shift[j]. It has
-    the shapes of the Linear it stands for and costs next to nothing at any size. Its weight says its dtype and nothing else."""
+    the shapes of the Linear it stands for, or a part of them, and costs next to nothing at any size. Its weight says its dtype
+    and nothing else."""
 
-    def __init__(self, linear: Any, shifts: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, linear: Any, shifts: float, dtype: torch.dtype, device: torch.device, part: int = 1) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = linear.in_features // part, linear.out_features // part
         n = self.out_features
         self.index = torch.randint(self.in_features, (n,), device=device)
         self.scale = nn.Parameter(torch.randn(n, device=device).to(dtype))
@@ -234,9 +251,13 @@ class Drawn(nn.Module):
         return self.scale.detach().as_subclass(Unread)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.scale.dtype:
-            raise TypeError(f"a Linear of {self.scale.dtype} got {x.dtype}")
-        return x[..., self.index] * self.scale + self.shift
+        scale: Tensor = self.scale
+        shift: Tensor = self.shift
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, scale.dtype):
+            x, scale, shift = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, scale, shift))
+        if x.dtype != scale.dtype:
+            raise TypeError(f"a Linear of {scale.dtype} got {x.dtype}")
+        return x[..., self.index] * scale + shift
 
 
 class Unread(Tensor):
@@ -292,26 +313,16 @@ def activation_distance(act: Any, known: Callable[[Tensor], Tensor]) -> float:
 def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
     """In which case and how `wiring` differs from the module's own forward, or None: with drawn Linears and pre-activations
     all over the grid, training and not; in fp64, in the module's own dtypes, and in all that a forward may ask for."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     others = [m for name, m in module.named_children() if name not in wiring.linears]
     for case, (narrow, training) in enumerate(CASES if _may_cast(module, *others) else CASES[:4]):
-        children: dict[str, nn.Module] = {
-            k: Bent(1 / (i + 3)) if type(m) is nn.Dropout else twin(m)
-            for i, (k, m) in enumerate(module.named_children())
-            if k not in wiring.linears
-        }
-        dtypes = []
+        copy, dtypes = _stand_in(module, wiring, narrow)
+        called = list[str]()
         for name in wiring.linears:
-            linear = getattr(module, name)
-            dtypes.append(narrow or _dtype(linear) or like.dtype)
-            children[name] = Drawn(linear, GRID if name == wiring.linears[0] else 1.0, dtypes[-1], like.device)
-        copy, called = twin(module, **children), list[str]()
-        for name in wiring.linears:
-            children[name].register_forward_pre_hook(lambda *_, name=name: called.append(name))  # noqa: B023
+            getattr(copy, name).register_forward_pre_hook(lambda *_, name=name: called.append(name))  # noqa: B023
         copy.training = training
         leaves = list(copy.parameters())
         first = getattr(module, wiring.linears[0])
-        x = torch.randn(ROWS, first.in_features, device=like.device).to(dtypes[0]).requires_grad_()
+        x = torch.randn(ROWS, first.in_features, device=_device(module)).to(dtypes[0]).requires_grad_()
         try:
             theirs = value_and_gradients(lambda: own_forward(copy, x), [x, *leaves])  # noqa: B023
         except Writes as error:
@@ -329,3 +340,54 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
         if called[:half] != called[half:]:
             return case, "it calls its Linears in another order"
     return None
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters() if p.is_floating_point()), torch.device("cpu"))
+
+
+def _stand_in(
+    module: nn.Module, wiring: AnyWiring, dtype: torch.dtype | None, part: int = 1
+) -> tuple[nn.Module, list[torch.dtype]]:
+    """A twin with drawn Linears, of one part of their widths, and their dtypes: `dtype`, or without it their own."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    children: dict[str, nn.Module] = {
+        k: Bent(1 / (i + 3)) if type(m) is nn.Dropout else twin(m)
+        for i, (k, m) in enumerate(module.named_children())
+        if k not in wiring.linears
+    }
+    dtypes = []
+    for name in wiring.linears:
+        linear = getattr(module, name)
+        dtypes.append(dtype or _dtype(linear) or like.dtype)
+        children[name] = Drawn(linear, GRID if name == wiring.linears[0] else 1.0, dtypes[-1], like.device, part)
+    return twin(module, **children), dtypes
+
+
+def _elsewhere(module: nn.Module, wiring: AnyWiring) -> str | None:
+    """How `wiring` differs from the module's own forward in other shapes, modes and numbers, and for many rows; or None."""
+    copy, dtypes = _stand_in(module, wiring, None)
+    width = getattr(copy, wiring.linears[0]).in_features
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=_device(module))
+
+    reason = differs_in_use(copy, wiring, usual(draw, width), dtypes[0], MODES)
+    odd = unusual(draw, width, torch.float16)[:-2]  # at infinities ours gives limits, and theirs NaN in part
+    single, _ = _stand_in(module, wiring, torch.float32)  # float16 would overflow, and differ in what is barely finite
+    reason = reason or differs_in_use(single, wiring, odd, torch.float32)
+    if reason is None:
+        common = math.gcd(*(n for name in wiring.linears for n in _sizes(getattr(module, name))))
+        part = common // math.gcd(common, 8)
+        narrow, _ = _stand_in(module, wiring, torch.float32, part)
+        if not takes(narrow, draw(2, width // part)):  # it knows its widths
+            narrow = single
+        widths = [n for name in wiring.linears for n in _sizes(getattr(narrow, name))]
+        first = getattr(narrow, wiring.linears[0]).in_features
+        many = [draw(n, first) for n in lengths(module) if n * max(widths) <= MOST]
+        reason = differs_in_use(narrow, wiring, many, torch.float32, (PLAIN, NO_GRAD))
+    return reason
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    return linear.in_features, linear.out_features

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import layer_norm
-from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, Dtypes, run, unproven
+from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, Dtypes, elsewhere, run, unproven
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
 from unswag.torch.patterns.probing import Writes, ignores_the_mean, kind, own_forward, takes_one_argument, twin
 from unswag.torch.patterns.proof import Proof
@@ -116,8 +116,10 @@ class LayerNorm:
             variant = Variant(weight, bias, eps, promotes, widens, dtypes)
             failed = next(((i, why) for i, case in enumerate(cases) if (why := case.differs(variant))), None)
             if failed is None:
-                parts["variant"] = parts["proven"][same] = variant
-                return None
+                reason = elsewhere(module, vectors, like, lambda dtypes: variant if dtypes in variant.proven else None)  # noqa: B023
+                if reason is None:
+                    parts["variant"] = parts["proven"][same] = variant
+                return reason
             nearest = max(nearest, failed, key=lambda f: f[0])
         return f"not one of the known LayerNorms: {nearest[1]}"
 

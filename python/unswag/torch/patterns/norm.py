@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,17 +13,25 @@ from torch import Tensor, nn
 from unswag.torch.functional import rms_norm
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
 from unswag.torch.patterns.probing import (
+    AUTOCAST,
+    MODES,
+    NO_GRAD,
+    PLAIN,
     Writes,
+    differs_in_use,
     distance,
     ignores_the_mean,
     kind,
     own_forward,
+    takes,
     takes_one_argument,
     twin,
     ulps,
+    unusual,
+    usual,
     value_and_gradients,
 )
-from unswag.torch.patterns.proof import Proof
+from unswag.torch.patterns.proof import Proof, lengths
 
 ELEMENTS = 1 << 16  # of each probe: enough to see a rate of 1e-4
 FEW = 1 << 12  # where a module of the same kind was probed before
@@ -127,8 +135,10 @@ class Norm:
                     nearest = max(nearest, (i, failed[0]), key=lambda f: f[0])
                     break
             else:
-                candidate.parts["variants"] = candidate.parts["proven"][same] = variants
-                return None
+                reason = elsewhere(module, [weight] if weight else [], candidate.parts["like"], variants.get)
+                if reason is None:
+                    candidate.parts["variants"] = candidate.parts["proven"][same] = variants
+                return reason
         return f"not one of the known RMSNorms: {nearest[1]}"
 
     def apply(self, candidate: Candidate) -> None:
@@ -223,6 +233,46 @@ def _cases(
                     raise
                 break  # dtypes that the module does not take together
             yield (x_dtype, w_dtype, autocast), Case(copy, x, autocast, theirs)
+
+
+MOST = 1 << 22  # elements of an input with many rows
+
+
+def elsewhere(
+    module: nn.Module,
+    vectors: Sequence[str],
+    like: Tensor,
+    chosen: Callable[[Dtypes], Callable[[nn.Module, Tensor], Tensor] | None],
+) -> str | None:
+    """How the variants that were chosen differ from the module where the cases have not looked (other shapes, modes and
+    numbers, many rows), or None."""
+    cols = like.numel() if vectors else getattr(module, "normalized_shape", (256,))[-1]
+    generator = torch.Generator(like.device).manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=like.device, generator=generator)
+
+    def copy(cols: int, dtype: torch.dtype) -> nn.Module:
+        made = twin(module, **{v: nn.Parameter(draw(cols).to(dtype)) for v in vectors})
+        if "normalized_shape" in vars(made):
+            made.normalized_shape = (cols,)  # type: ignore[assignment]
+        return made
+
+    for dtype, autocast in dict.fromkeys(((torch.float32, False), (like.dtype, False), (like.dtype, True))):
+        if (ours := chosen((dtype, dtype, autocast))) is None:
+            continue
+        modes = (AUTOCAST,) if autocast else [mode for mode in MODES if mode != AUTOCAST]
+        reason = differs_in_use(copy(cols, dtype), ours, usual(draw, cols), dtype, modes)
+        if reason is None:
+            reason = differs_in_use(copy(cols, dtype), ours, unusual(draw, cols, dtype), dtype, modes[:1])
+        if reason is None and dtype is torch.float32 and not autocast:
+            few = min(cols, 8)  # the width is that of the weight, unless its code knows another
+            few = few if takes(copy(few, dtype), draw(2, few)) else cols
+            many = (draw(n, few) for n in lengths(module) if n * few <= MOST)
+            reason = differs_in_use(copy(few, dtype), ours, many, dtype, (PLAIN, NO_GRAD))
+        if reason is not None:
+            return reason
+    return None
 
 
 def run(module: nn.Module, x: Tensor, autocast: bool, forward: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class PlainMlp:
     saves = "the pre-activation: 16 bits per hidden element in a 16-bit dtype; stock keeps the activation's output too, 32"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
+        proven: dict[Hashable, str | None] = {}  # by kind and wiring, as long as the candidates live
         for name, module in model.named_modules():
             children = dict(module.named_children())
             linears = [k for k, m in children.items() if is_linear(m)]
@@ -49,7 +50,7 @@ class PlainMlp:
                 and takes_one_argument(module)
                 and all(k in linears or type(m) is nn.Dropout for k, m in children.items())
             ):
-                yield Candidate(name, module, {"linears": linears})
+                yield Candidate(name, module, {"linears": linears, "proven": proven})
 
     def probe(self, candidate: Candidate) -> str | None:
         linears = candidate.parts["linears"]

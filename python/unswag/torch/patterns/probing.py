@@ -9,7 +9,7 @@ import itertools
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -240,6 +240,107 @@ def value_and_gradients(f: Callable[[], Tensor], leaves: Sequence[Tensor], seed:
     generator = torch.Generator(y.device).manual_seed(seed)
     dy = torch.randn(y.shape, dtype=torch.float32, device=y.device, generator=generator).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True, materialize_grads=True)]
+
+
+# ---- where users go ---------------------------------------------------------------------------------------------------------
+
+
+def takes(module: nn.Module, x: Tensor) -> bool:
+    """Whether the own forward of a twin does not raise."""
+    try:
+        own_forward(module, x)
+    except Exception:
+        return False
+    return True
+
+
+PLAIN, NO_GRAD, INFERENCE, FROZEN = "", "without gradients", "in inference mode", "where nothing needs a gradient"
+AUTOCAST = "under autocast"
+MODES = (PLAIN, NO_GRAD, INFERENCE, FROZEN, AUTOCAST)  # in which a module is called
+SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (5,), (1, 1), (2, 3), (2, 1, 3))  # of x, before its last dimension
+LARGE_SCALES = (1e3, 1e4, 1e6)  # of x
+LOOSE = 1e-4  # another path gives other numbers, not other roundings
+
+
+def usual(draw: Callable[..., Tensor], cols: int) -> list[Tensor]:
+    """Inputs of all shapes, and one that does not lie row after row."""
+    return [*(draw(*shape, cols) for shape in SHAPES), draw(cols, 5).T]
+
+
+def unusual(draw: Callable[..., Tensor], cols: int, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs with large rows, as far as the dtype goes, with a row of zeros, and with a NaN or an infinity in a row."""
+    most = torch.finfo(dtype).max
+    large = [(scale * draw(4, cols)).clamp(-most, most) for scale in LARGE_SCALES]
+    zeros, *odd = (draw(3, cols) for _ in range(4))
+    zeros[1] = 0
+    for x, value in zip(odd, (float("nan"), float("inf"), -float("inf")), strict=True):
+        x[1, cols // 2] = value
+    return [*large, zeros, *odd]
+
+
+def differs_in_use(
+    copy: nn.Module,
+    ours: Callable[[nn.Module, Tensor], Tensor],
+    inputs: Iterable[Tensor],
+    dtype: torch.dtype,
+    modes: Iterable[str] = (PLAIN,),
+    method: str = "forward",
+) -> str | None:
+    """How `ours` differs from the own forward of a twin, or None: on these inputs in `dtype`, in these modes, training and not.
+    What its forward does not take, it need not compute."""
+    for training, mode, x in itertools.product((True, False), modes, inputs):
+        x, copy.training = x.to(dtype), training
+        leaves = list(copy.parameters())
+        where = " ".join(filter(None, (f"for {dtype} x of shape {list(x.shape)}", mode)))
+        try:
+            theirs = _results(mode, lambda x: own_forward(copy, x, method=method), x, leaves)
+        except Writes as error:
+            return str(error)
+        except Exception:
+            continue
+        try:
+            mine = _results(mode, lambda x: ours(copy, x), x, leaves)
+        except Exception as error:
+            return f"{where} ours raises {type(error).__name__}: {error}"
+        worst = _apart(mine, theirs)
+        if worst > max(LOOSE, *(32 * torch.finfo(t.dtype).eps for t in (x, *theirs, *leaves))):
+            return f"results differ by {worst:.1e} {where}" + f", as large as {x.abs().max():.0e}" * (x.numel() > 0)
+    return None
+
+
+def _results(mode: str, f: Callable[[Tensor], Tensor], x: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """[y, dx, dleaf, …] of y = f(x) in `mode`; [y] where that has no gradients."""
+    if mode in (PLAIN, AUTOCAST):
+        leaf = x.detach().requires_grad_()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mode == AUTOCAST):
+            return value_and_gradients(lambda: f(leaf), [leaf, *leaves])
+    needed = [leaf for leaf in leaves if leaf.requires_grad and mode == FROZEN]
+    try:
+        for leaf in needed:
+            leaf.requires_grad_(False)
+        with torch.set_grad_enabled(mode == FROZEN), torch.inference_mode(mode == INFERENCE):
+            return [f(x.clone())]
+    finally:
+        for leaf in needed:
+            leaf.requires_grad_()
+
+
+def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest distance, of what is finite; infinities must be the same. Where theirs is NaN, ours may be the limit:
+    PyTorch's own silu(-inf) and its derivative are NaN. What is a hundredth of the rest may be rounding: gelu(-5)."""
+    if any(
+        a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a[b.isinf()], b[b.isinf()])
+        for a, b in zip(ours, theirs, strict=True)
+    ):
+        return float("inf")
+    finite = [
+        (a.masked_fill(~b.isfinite(), 0).double(), b.masked_fill(~b.isfinite(), 0).double())
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    norms = [b.norm().item() for _, b in finite]
+    least = max(0.01 * max(norms), torch.finfo(torch.float32).tiny)
+    errors = [(a - b).norm().item() / max(norm, least) for (a, b), norm in zip(finite, norms, strict=True)]
+    return max(errors) if all(error == error for error in errors) else float("inf")
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

@@ -34,6 +34,9 @@ GLOBAL_HOOKS = tuple(
     f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 )
 OTHER = object()  # what is not compared
+ROWS = 2049
+FEW, MANY, MOST_LENGTHS = 8, 1 << 14, 8  # of the numbers in a forward that may be lengths
+LARGE = 256  # entries: a larger table is compared by their number
 
 
 class Proof:
@@ -111,7 +114,10 @@ class _Facts:
         plain = [k for k in settings if _is_plain(own[k])]
         self._settings = _Names(itemgetter, own, plain)
         others = [(k, frozen(own[k], seen.words)) for k in settings if k not in plain]
-        self._words, self._others = seen.words, [(k, v) for k, v in others if v is not OTHER]
+        self._words, self._named = seen.words, seen.named
+        self._others = [(k, v) for k, v in others if v is not OTHER]
+        shared = [(get, what, holder, _within(get(holder), seen.named)) for get, what, holder in seen.held]
+        self._shared = [(*where, v) for *where, v in shared if v is not OTHER]
         self._shadows = tuple(k for k in seen.members if k not in own and k != "forward")  # theirs runs, and may call ours
         self._nones = [(table, k) for table in TABLES for k, v in own[table].items() if v is None]
         known = {*own, *seen.members, *itertools.chain.from_iterable(own[table] for table in TABLES)}
@@ -135,7 +141,10 @@ class _Facts:
             for k, v in self._others:
                 if frozen(own[k], self._words) != v:
                     return False
-            return not (self._absent and self._appeared(own))
+            for get, _, holder, v in self._shared:
+                if _within(get(holder), self._named) != v:
+                    return False
+            return not (self._absent and self._appeared(module))
         except Exception:  # it is gone, or nothing that could be compared
             return False
 
@@ -151,13 +160,21 @@ class _Facts:
         for what, v in self._others:
             if frozen(own.get(what), self._words) != v:
                 return f"its {what} changed"
+        for get, what, holder, v in self._shared:
+            try:
+                differs = bool(_within(get(holder), self._named) != v)
+            except Exception:
+                differs = True
+            if differs:
+                return f"{what} changed"
         got = [k for table, k in self._nones if own[table].get(k) is not None or k in own]
-        for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(own)):
+        for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(module)):
             return f"it got a {what} of its own"
         return None
 
-    def _appeared(self, own: Mapping[str, Any]) -> list[str]:
-        return [k for k in self._absent if k in own or any(k in own[table] for table in TABLES)]
+    def _appeared(self, module: nn.Module) -> list[str]:
+        cls, own = type(module), module.__dict__
+        return [k for k in self._absent if k in own or hasattr(cls, k) or any(k in own[table] for table in TABLES)]
 
 
 def _title(holder: Any) -> str:
@@ -231,18 +248,33 @@ class _Any(frozenset[str]):
 ANY = _Any()  # the words of what is no Python: it may read everything
 
 
+Held = tuple[Callable[[Any], Any], str, Any]  # (getter, what it is, holder) of what may change within, and of closures
+
+
 @dataclass
 class _Seen:
     members: dict[str, None]  # names of the class that are mentioned
     defined: list[tuple[type, list[str]]]  # where they are defined
-    words: frozenset[str]
+    words: frozenset[str]  # what may be read: ANY, if it cannot be known
+    named: frozenset[str]  # what the code names
     constants: dict[str, None]  # strings that may be names
+    numbers: set[int]
     globals: list[tuple[dict[str, Any], list[str]]]
+    held: list[Held]
 
 
 def mentioned(module: nn.Module, method: str = "forward") -> frozenset[str]:
     """The names in the code of a method, and of what it calls of the module and its own file."""
     return _follow(module, (method,)).words
+
+
+def lengths(module: nn.Module) -> list[int]:
+    """Numbers of rows at which its forward may take another path: above a large one, at those that its code and its settings
+    name, and above these."""
+    seen = _follow(module, ("forward",))
+    settings = {v for k, v in vars(module).items() if k in seen.words and type(v) is int}
+    named = sorted(n for n in seen.numbers | settings if FEW < n <= MANY)
+    return sorted({ROWS, *named[-MOST_LENGTHS:], *(n + 1 for n in named[-MOST_LENGTHS:])})
 
 
 def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
@@ -253,18 +285,26 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
     words: set[str] = set()
     constants: dict[str, None] = {}
     globals_: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+    numbers: set[int] = set()
+    held: dict[tuple[int, str], Held] = {}
     seen: set[int] = set()
     opaque = False
 
     def look(mapping: dict[str, Any], name: str, mentioned: set[str]) -> None:
         value = mapping[name]
+        of_torch = mapping.get("__name__", "").partition(".")[0] == "torch"
         if isinstance(value, types.ModuleType):
             for word in sorted(mentioned & vars(value).keys()) if id(value) not in inside else ():
                 inside.add(id(value))
                 look(vars(value), word, mentioned)
-        elif isinstance(value, FUNCTIONS if mapping.get("__name__", "").startswith("torch") else (*FUNCTIONS, *SCALARS)):
+        elif isinstance(value, FUNCTIONS if of_torch else (*FUNCTIONS, *SCALARS)):
             globals_.setdefault(id(mapping), (mapping, {}))[1][name] = None
             todo.append(value)
+        elif not of_torch:
+            hold(itemgetter(name), f"the global {name}", mapping)
+
+    def hold(get: Callable[[Any], Any], what: str, holder: Any) -> None:
+        held[id(holder), what] = get, what, holder
 
     todo: list[Any] = [vars(c)[name] for c in mro for name in methods if name in vars(c)]
     todo += [own[name] for name in methods if name in own]
@@ -282,6 +322,7 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
         for code in _codes(function.__code__):
             strings = [c for c in code.co_consts if isinstance(c, str) and c.isidentifier()]
             constants |= dict.fromkeys(strings)
+            numbers |= {c for c in code.co_consts if type(c) is int}
             mentioned |= {*code.co_names, *strings}
         words |= mentioned
         inside: set[int] = set()
@@ -290,20 +331,26 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
             if found and isinstance(found[0], (*MEMBERS, *SCALARS)):
                 members[name] = None
                 todo += found
+            elif found and not hasattr(type(found[0]), "__get__"):
+                hold(attrgetter(name), f"{cls.__name__}.{name}", cls)
             if (
-                callable(held := own.get(name))
-                and _function(held) is held
-                and not isinstance(held, (types.FunctionType, nn.Module))
+                callable(mine := own.get(name))
+                and _function(mine) is mine
+                and not isinstance(mine, (types.FunctionType, nn.Module))
             ):
-                todo.append(type(held).__call__)
+                todo.append(type(mine).__call__)
             if name in function.__globals__ and not name.startswith("__"):
                 look(function.__globals__, name, mentioned)
-        todo += [c.cell_contents for c in function.__closure__ or () if _filled(c) and callable(c.cell_contents)]
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if _filled(cell) and name != "__class__":
+                hold(attrgetter("cell_contents"), f"{name} of a closure", cell)
+                todo += [cell.cell_contents] if callable(cell.cell_contents) else []
         todo.append(getattr(function, "__wrapped__", None))
     defined = [(c, [k for k in members if k in vars(c)]) for c in mro[1:]]
     return _Seen(
         members, [(cls, [k for k in methods if hasattr(cls, k)]), *((c, names) for c, names in defined if names)],
-        ANY if opaque else frozenset(words), constants, [(mapping, list(names)) for mapping, names in globals_.values()],
+        ANY if opaque else frozenset(words), frozenset(words), constants, numbers,
+        [(mapping, list(names)) for mapping, names in globals_.values()], [*held.values()],
     )  # fmt: skip
 
 
@@ -350,6 +397,17 @@ def frozen(value: Any, words: frozenset[str] = frozenset(), depth: int = 3) -> A
     if not isinstance(held, dict):
         return OTHER
     return type(value), tuple((k, frozen(v, words, depth - 1)) for k, v in held.items() if k in words)
+
+
+def _within(value: Any, words: frozenset[str]) -> Any:
+    """As `frozen`, of what all copies share: a class stands for what it holds, a large table for its size."""
+    if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > LARGE:
+        return type(value), len(value)
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return OTHER
+    if isinstance(value, type) and value.__module__.partition(".")[0] not in ("torch", "builtins"):
+        return value, tuple((k, frozen(v, words, 2)) for k, v in vars(value).items() if k in words)
+    return frozen(value, words)
 
 
 def _global_hooks() -> str | None:

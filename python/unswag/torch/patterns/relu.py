@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unswag.torch.patterns.activation import seen_as
+from unswag.torch.patterns.activation import elsewhere, seen_as
 from unswag.torch.patterns.pattern import (
     Candidate,
     foreign_forward,
@@ -23,7 +23,7 @@ from unswag.torch.patterns.pattern import (
     stock,
     stock_class,
 )
-from unswag.torch.patterns.probing import Writes, own_forward, takes_one_argument, twin
+from unswag.torch.patterns.probing import AUTOCAST, PLAIN, Writes, own_forward, takes_one_argument, twin
 from unswag.torch.patterns.proof import Proof
 from unswag.torch.rectified import rectified, squared
 from unswag.torch.stash import Stash
@@ -63,7 +63,7 @@ class Relu:
             return f"its forward was already replaced by {other}"
         reasons = []
         for call in (_relu, _squared):
-            if (reason := _differs(module, call)) is None:
+            if (reason := _differs(module, call) or _elsewhere(module, call)) is None:
                 candidate.parts |= {"call": call, "covers": ()}
                 return None
             reasons.append(reason)
@@ -145,6 +145,17 @@ def _differs(module: nn.Module, call: Call) -> str | None:
         if not +kept:
             return "it keeps something else"
     return None
+
+
+def _elsewhere(module: nn.Module, call: Call) -> str | None:
+    """As `_differs`, of other shapes and modes. relu's values are the module's own anyway."""
+
+    def ours(module: nn.Module, x: Tensor) -> Tensor:
+        return call(module, x, Counter())
+
+    modes = (PLAIN, AUTOCAST) if call is _squared else ()
+    reasons = (elsewhere(module, ours, torch.empty(0), torch.float32, mode) for mode in modes)
+    return next((reason for reason in reasons if reason), None)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -222,3 +223,124 @@ def test_a_module_that_knows_its_model_has_a_twin():
     model[1].__dict__["parents"] = [model]
     made = twin(model[1])
     assert made.parents[0] is not model and made.parents[0][1] is made and made.parents[0][0].weight is not model[0].weight
+
+
+# ---- where users go ---------------------------------------------------------------------------------------------------------
+
+
+class OwnGated(nn.Module):
+    def __init__(self, before, factor):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.act, self.before, self.factor = nn.SiLU(), Hidden(before), Hidden(factor)
+
+    def forward(self, x):
+        z = self.before.f(x)
+        return self.down(self.act(self.gate(z)) * self.up(z)) * self.factor.f(x)
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, before, factor):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(16)), 1e-6
+        self.before, self.factor = Hidden(before), Hidden(factor)
+
+    def forward(self, x):
+        z = self.before.f(x)
+        return self.weight * (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + self.eps)) * self.factor.f(x)
+
+
+class OwnLayerNorm(nn.LayerNorm):
+    def __init__(self, before, factor):
+        super().__init__(16)
+        self.before, self.factor = Hidden(before), Hidden(factor)
+
+    def forward(self, x):
+        return super().forward(self.before.f(x)) * self.factor.f(x)
+
+
+class OwnSwish(nn.Module):
+    def __init__(self, before, factor):
+        super().__init__()
+        self.before, self.factor = Hidden(before), Hidden(factor)
+
+    def forward(self, x):
+        z = self.before.f(x)
+        return z * torch.sigmoid(z) * self.factor.f(x)
+
+
+class Hidden:
+    """Holds a function that is no part of a module."""
+
+    def __init__(self, f):
+        self.f = f
+
+
+def same(x):
+    return x
+
+
+def one(x):
+    return 1
+
+
+OWN = {"gated_mlp": OwnGated, "norm": OwnNorm, "layer_norm": OwnLayerNorm, "activation": OwnSwish}
+PATHS = {
+    "1-D": (same, lambda x: 1 + (x.dim() == 1)),
+    "3-D": (same, lambda x: 1 + (x.dim() == 3)),
+    "4-D": (same, lambda x: 1 + (x.dim() == 4)),
+    "one row": (same, lambda x: 1 + (x.shape[0] == 1)),
+    "many rows": (same, lambda x: 1 + (x.shape[0] > 1000)),
+    "strides": (same, lambda x: 1 + (not x.is_contiguous())),
+    "without grad": (same, lambda x: 1 + (not torch.is_grad_enabled())),
+    "inference": (same, lambda x: 1 + torch.is_inference_mode_enabled()),
+    "frozen": (same, lambda x: 1 + (torch.is_grad_enabled() and not x.requires_grad)),
+    "in evaluation without grad": (same, lambda x: 1 + (x.dim() == 3 and not torch.is_grad_enabled())),
+    "clamp": (lambda x: x.clamp(-500, 500), one),
+    "NaN": (torch.nan_to_num, one),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", OWN)
+def test_a_module_that_computes_something_else_elsewhere_is_left(name, path):
+    model = nn.Sequential(nn.Linear(16, 16), OWN[name](*PATHS[path]), nn.Linear(16, 4))
+    assert ("1", name) not in apply_unswag_surgery(model).patched
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_same_module_without_another_path_is_found(name):
+    model = nn.Sequential(nn.Linear(16, 16), OWN[name](same, one), nn.Linear(16, 4))
+    assert ("1", name) in apply_unswag_surgery(model).patched
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_numbers_of_rows_that_the_code_names_are_tried(name):
+    class More(OWN[name]):
+        def forward(self, x):
+            return super().forward(x) * (1 + (x.shape[0] > 5000))
+
+    class JustSoMany(OWN[name]):
+        def forward(self, x):
+            return super().forward(x) * (1 + (x.shape[0] == 77))
+
+    for cls in (More, JustSoMany):
+        model = nn.Sequential(nn.Linear(16, 16), cls(same, one), nn.Linear(16, 4))
+        assert ("1", name) not in apply_unswag_surgery(model).patched
+
+
+@pytest.mark.parametrize("width", [16, 7])
+def test_a_width_that_an_activation_treats_otherwise(width):
+    model = nn.Sequential(nn.Linear(16, width), OwnSwish(same, lambda x: 1 + (x.shape[-1] == width)), nn.Linear(width, 4))
+    assert ("1", "activation") not in apply_unswag_surgery(model).patched
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_another_path_under_autocast(name):
+    stock = nn.Sequential(nn.Linear(16, 16), OWN[name](same, lambda x: 1 + torch.is_autocast_enabled("cpu")), nn.Linear(16, 4))
+    ours = copy.deepcopy(stock)
+    apply_unswag_surgery(ours)
+    x = torch.randn(5, 16)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(ours(x), stock(x))

@@ -9,6 +9,7 @@ import io
 import pickle
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -500,3 +501,64 @@ def test_a_look_takes_microseconds():
             proof.holds(module)
         times.append((time.perf_counter() - start) / 20)
     assert min(times) < 20e-6
+
+
+# ---- what modules share -----------------------------------------------------------------------------------------------------
+
+SCALE, TABLE, THING = 1.0, {"scale": [1.0]}, SimpleNamespace(scale=1.0)
+
+
+class Settings:
+    scale = 1.0
+
+
+def swish(factor):
+    class Swish(nn.Module):
+        table = {"scale": 1.0}  # noqa: RUF012
+
+        def forward(self, x):
+            return x * torch.sigmoid(x) * factor(self)
+
+    return Swish()
+
+
+def enclosed():
+    cell = 1.0
+
+    def set_(value):
+        nonlocal cell
+        cell = value
+
+    return (lambda self: cell), set_
+
+
+SHARED = {
+    "a global": (lambda self: SCALE, lambda m, patch: patch.setitem(globals(), "SCALE", 3.0)),
+    "a global table": (lambda self: TABLE["scale"][0], lambda m, patch: patch.setitem(TABLE, "scale", [3.0])),
+    "a list in a global table": (lambda self: TABLE["scale"][0], lambda m, patch: TABLE["scale"].__setitem__(0, 3.0)),
+    "a global object": (lambda self: THING.scale, lambda m, patch: patch.setattr(THING, "scale", 3.0)),
+    "a global class": (lambda self: Settings.scale, lambda m, patch: patch.setattr(Settings, "scale", 3.0)),
+    "a table of the class": (lambda self: self.table["scale"], lambda m, patch: patch.setitem(m.table, "scale", 3.0)),
+    "an attribute that the class gets": (
+        lambda self: getattr(type(self), "alpha", 1.0),
+        lambda m, patch: patch.setattr(type(m), "alpha", 3.0, raising=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*SHARED, "a variable of a closure"])
+def test_what_modules_share_is_compared_too(name, monkeypatch):
+    factor, change = SHARED[name] if name in SHARED else enclosed()
+    stock = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), swish(factor), nn.Tanh())
+    ours, x = copy.deepcopy(stock), batch()
+    assert ("1", "activation") in apply_unswag_surgery(ours).patched
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (ours, copy.deepcopy(ours)):
+            assert same(outcome(model, x), outcome(stock, x))
+    change(stock[1], monkeypatch) if name in SHARED else change(3.0)
+    with pytest.warns(UserWarning, match="changed|SCALE was replaced|got a alpha"):
+        have = outcome(ours, x)
+    want = outcome(stock, x)
+    TABLE["scale"][:] = [1.0]
+    assert same(have, want)
