@@ -91,8 +91,10 @@ class Experts:
         def apply_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
             return gated_halves(gate_up, act, gate_first, codes_of(self))
 
+        theirs = _registered()
+
         def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
-            if kwargs or len(args) != 3 or not _ordinary(self, *args):
+            if kwargs or len(args) != 3 or not _ordinary(self, *args) or _registered() is not theirs:
                 result: Tensor = stock(self, *args, **kwargs)
                 return result
             return grouped(*args, self.gate_up_proj, self.down_proj, act, gate_first, codes_of(self))
@@ -103,6 +105,13 @@ class Experts:
         replace(candidate.module, CODES, Codes())
         if candidate.parts["whole"]:
             replace_forward(candidate.module, forward, proof)
+
+
+def _registered() -> Any:
+    """What transformers calls for experts by "grouped_mm"; anybody may register another one."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS.get("grouped_mm")
 
 
 def _implementation(module: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from families import distance
 from torch import nn
 from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.patterns import experts
@@ -101,6 +102,27 @@ def test_in_bfloat16_no_gradient_is_further_from_the_truth_than_stock():
     for ours, theirs, true in zip(step(module, *data), stock, truth, strict=True):
         limit = 1.25 * distance(theirs, true) + 2.0**-8 / 4  # a rounding to bfloat16, whatever sums the products
         assert ours.dtype == theirs.dtype and distance(ours, true) <= limit
+
+
+def test_experts_registered_later_are_what_runs():
+    module, data = build(), inputs()
+    found = candidate(module)
+    assert probe(found) is None and found.parts["whole"]
+    Experts().apply(found)
+    called, grouped_mm = [], ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def other(*args, **kwargs):
+        called.append(args)
+        return grouped_mm(*args, **kwargs)
+
+    module(*data)
+    assert not called
+    ALL_EXPERTS_FUNCTIONS["grouped_mm"] = other
+    try:
+        module(*data)
+    finally:
+        ALL_EXPERTS_FUNCTIONS["grouped_mm"] = grouped_mm
+    assert called
 
 
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (13, 1), (7, 2)])
