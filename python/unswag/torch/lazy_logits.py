@@ -37,8 +37,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.loss import LossOptions, head_cross_entropy, linear_cross_entropy
-from unswag.torch.stash import is_plain
+from unswag.torch.stash import dense_stride, is_plain
 
+LABELS = (torch.int64, torch.uint8)  # dtypes that F.cross_entropy takes
 REMEDY = "run the forward under unswag.torch.loss.keep_logits()"
 
 
@@ -279,7 +280,7 @@ class _Node:
             raise RuntimeError(_EDITED)
 
     def is_contiguous(self) -> bool:
-        return self.stride == _contiguous(self.shape)
+        return self.stride == dense_stride(self.shape)
 
 
 _EDITED = (
@@ -350,7 +351,7 @@ def _add(node: _Node) -> LazyLogits:
 def defer(head: Head, hidden: Tensor, frame: Frame) -> Tensor:
     """head(hidden), put off in `frame`."""
     shape = (*hidden.shape[:-1], head.classes)
-    return _add(_Node(Deferral(head, hidden, frame), shape, _contiguous(shape), head.dtype))
+    return _add(_Node(Deferral(head, hidden, frame), shape, dense_stride(shape), head.dtype))
 
 
 # ---- the tensor -----------------------------------------------------------------------------------------------------------
@@ -506,14 +507,6 @@ _WAITS: set[Any] = {Tensor.register_hook, Tensor.retain_grad, getattr(Tensor.gra
 # ---- the chain ------------------------------------------------------------------------------------------------------------
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    stride, total = [], 1
-    for size in reversed(shape):
-        stride.append(total)
-        total *= max(size, 1)
-    return tuple(reversed(stride))
-
-
 def _then(
     node: _Node,
     method: str,
@@ -523,7 +516,7 @@ def _then(
     dtype: torch.dtype | None = None,
 ) -> _Node:
     shape = node.shape if shape is None else shape
-    new = _Node(node.deferral, shape, _contiguous(shape) if stride is None else stride, dtype or node.dtype)
+    new = _Node(node.deferral, shape, dense_stride(shape) if stride is None else stride, dtype or node.dtype)
     new.parent, new.step = node, (method, arguments)
     return new
 
@@ -678,7 +671,7 @@ def _as_stock(
         or size_average is not None
         or reduce is not None
         or type(target) not in (Tensor, FakeTensor)
-        or target.dtype not in (torch.int64, torch.uint8)  # what stock takes
+        or target.dtype not in LABELS
         or target.shape != logits.shape[:1]
     ):
         return None

@@ -37,7 +37,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -815,7 +815,7 @@ class Stash:
             if cell is None or mark.version != t._version:
                 packed = codecs.encode(mark.codec, whole, self._draws)
                 about = _About(mark.role, self._model)
-                layout = mark.layout if _fills(mark.layout) else mark.layout._replace(stride=_dense_stride(mark.layout.size))
+                layout = mark.layout if _fills(mark.layout) else mark.layout._replace(stride=dense_stride(mark.layout.size))
                 kept = tuple(_Kept(part, about) for part in packed)
                 cell = _Cell(_decode, kept, {"codec": mark.codec, "layout": layout}, layout, self._recent)
                 mark.cell, mark.version = weakref.ref(cell), t._version
@@ -962,7 +962,7 @@ def _fills(layout: _Layout) -> bool:
     return True
 
 
-def _dense_stride(size: torch.Size) -> tuple[int, ...]:
+def dense_stride(size: Sequence[int]) -> tuple[int, ...]:
     """Of a contiguous tensor of that size."""
     strides, step = [], 1
     for n in reversed(size):

@@ -14,7 +14,7 @@ from unswag.torch.lora import Adapter, add_lora
 from unswag.torch.patterns.gated_mlp import Drawn
 from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock, stock_class
 from unswag.torch.patterns.probing import Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
-from unswag.torch.patterns.proof import Proof, _global_hooks
+from unswag.torch.patterns.proof import Proof, others_global_hooks
 
 ROWS = 32  # of each probe
 # The probes run at this shape: wiring and rounding show at any size, and 210 probes at the sizes of a model take a minute.
@@ -121,7 +121,7 @@ def _ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
     dtypes = {module.lora_A[name].weight.dtype for name in names}
     if len(dtypes) > 1 or (not getattr(module, "cast_input_dtype_enabled", True) and dtypes != {x.dtype}):
         return False
-    reason = next(filter(None, (_unlike(module, name) for name in names)), None) or _global_hooks()
+    reason = next(filter(None, (_unlike(module, name) for name in names)), None) or others_global_hooks()
     if reason is not None:
         proof.say(module, reason)
     return reason is None

@@ -29,12 +29,11 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.nn.modules import module as global_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from unswag.torch.lazy_logits import Frame, Head, LazyLogits, defer, frames, inside_forward
+from unswag.torch.lazy_logits import LABELS, Frame, Head, LazyLogits, defer, frames, inside_forward
 from unswag.torch.loss import check_labels, logits_are_kept
 from unswag.torch.patterns.pattern import (
     METHODS,
@@ -43,7 +42,6 @@ from unswag.torch.patterns.pattern import (
     cannot_operate,
     foreign_forward,
     is_plain,
-    maker,
     no_kernel,
     replace,
     replace_forward,
@@ -53,6 +51,7 @@ from unswag.torch.patterns.pattern import (
     wrap_method,
 )
 from unswag.torch.patterns.probing import HOOKS, has_hooks, setting
+from unswag.torch.patterns.proof import others_global_hooks
 
 STATE = "_unswag_loss"  # head.__dict__[STATE]: _State
 
@@ -260,15 +259,11 @@ def _trains(head: nn.Module, hidden: Any) -> bool:
     )
 
 
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-
-
 def _real_because(head: nn.Module, state: _State, frame: Frame) -> str | None:
     """Why a training forward with labels needs the head's real logits, or None.  What the surgery saw may have changed."""
     if not frame.is_here():
         return "a checkpoint, or other hooks of saved tensors, around the output embedding"
-    listening = [hook for hooks in _GLOBAL_HOOKS for hook in getattr(global_hooks, hooks).values()]
-    if any(map(has_hooks, head.modules())) or not all(maker(hook).startswith("unswag.") for hook in listening):
+    if any(map(has_hooks, head.modules())) or others_global_hooks():
         return "hooks on the output embedding"
     if torch.is_anomaly_enabled():
         return "anomaly mode"
@@ -342,8 +337,7 @@ def _chunked_loss(
             shifted, targets = 1, F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = targets.to(logits.device)
         several = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1
-        known = targets.dtype in (torch.int64, torch.uint8)  # what stock takes
-        if targets.numel() == logits.shape[:-1].numel() and known and not several:
+        if targets.numel() == logits.shape[:-1].numel() and targets.dtype in LABELS and not several:
             if not is_fake(targets):
                 check_labels(targets, vocab_size, ignore_index, shifted=shifted)
             loss = logits.cross_entropy(

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from unswag.torch.patterns.pattern import HOOKS, Candidate, stock_class
+from unswag.torch.patterns.pattern import HOOKS, Candidate, maker, stock_class
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.layout, torch.memory_format)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
@@ -82,7 +82,7 @@ class Proof:
         what = self._facts.changed(module)
         for name, whole in self._unseen:
             what = what or whole.changed(module._modules.get(name), name)
-        return what or (_global_hooks() if self._unseen else None)
+        return what or (others_global_hooks() if self._unseen else None)
 
     def say(self, module: nn.Module, what: str) -> None:
         """A warning, once for each kind of module and change."""
@@ -410,10 +410,10 @@ def _within(value: Any, words: frozenset[str]) -> Any:
     return frozen(value, words)
 
 
-def _global_hooks() -> str | None:
+def others_global_hooks() -> str | None:
     """The audit's own hooks look at modules that are called, and mind no other."""
     for hooks in GLOBAL_HOOKS:
         for hook in getattr(torch_module, hooks, {}).values():
-            if not (getattr(hook, "__module__", None) or "").startswith("unswag."):
+            if not maker(hook).startswith("unswag."):
                 return "a global module hook was registered"
     return None
