@@ -52,7 +52,7 @@ def measure(tokens: int) -> dict:
     import torch
 
     from unswag import apply_unswag_surgery
-    from unswag.torch import codecs
+    from unswag.torch.stash import codecs
 
     run = Prepared(Job(side="stock", dtype="fp32", tokens=tokens))
 

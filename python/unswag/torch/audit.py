@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unswag.ledger import Ledger, Row, role_of
-from unswag.torch import stash
-from unswag.torch.stash import Stash
+from unswag.torch import loss_buffers, stash
+from unswag.torch.stash import Stash, storages
 
 
 def audit(model: nn.Module, *, backward: bool = False, **batch: Any) -> Ledger:
@@ -79,7 +79,7 @@ class LiveStorages(TorchDispatchMode):
         return self._split()[0]
 
     def peak(self) -> int:
-        """The highest that `bytes` was after any op, outside the loss (`stash.inside_loss`)."""
+        """The highest that `bytes` was after any op, outside the loss (`loss_buffers.inside_loss`)."""
         return self._peak
 
     def loss_buffers(self) -> int:
@@ -100,7 +100,7 @@ class LiveStorages(TorchDispatchMode):
 
     def is_apart(self, key: int) -> bool:
         """Whether that storage, alive, is not counted by `bytes`."""
-        return self.is_fixed(key) or self.is_weight_copy(key) or stash.is_loss_buffer(key)
+        return self.is_fixed(key) or self.is_weight_copy(key) or loss_buffers.is_loss_buffer(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -113,7 +113,7 @@ class LiveStorages(TorchDispatchMode):
             if known is None or known.expired() or size != s.nbytes():
                 self._made[s._cdata] = (StorageWeakRef(s), s.nbytes())
                 self._total += s.nbytes()
-        if self._peaks and self._total > self._peak and not stash.is_inside_loss():
+        if self._peaks and self._total > self._peak and not loss_buffers.is_inside_loss():
             self._peak = max(self._peak, self._split()[0])
         return out
 
@@ -126,27 +126,13 @@ class LiveStorages(TorchDispatchMode):
         for key, (_, size) in self._made.items():
             if key in gradients:
                 continue
-            if stash.is_loss_buffer(key):
+            if loss_buffers.is_loss_buffer(key):
                 buffers += size
             elif self.is_weight_copy(key):
                 copies += size
             else:
                 activations += size
         return activations, buffers, copies
-
-
-def storages(t: Any) -> list[torch.UntypedStorage]:
-    """The storages that hold the data of `t`: one for a plain tensor, those of its parts for a sparse tensor or a wrapper
-    subclass (DTensor and its like), none for what is no tensor."""
-    if not isinstance(t, torch.Tensor):
-        return []
-    if hasattr(type(t), "__tensor_flatten__"):
-        return [s for name in t.__tensor_flatten__()[0] for s in storages(getattr(t, name))]  # type: ignore[attr-defined]
-    if t.layout is torch.sparse_coo:
-        return [*storages(t._indices()), *storages(t._values())]
-    if t.layout is torch.strided:
-        return [t.untyped_storage()]
-    return []
 
 
 class _Watch(Stash):
@@ -162,7 +148,7 @@ class _Recorder:
     """Turns what passes the doors into rows of a ledger: of what is still kept when the forward has ended."""
 
     def __init__(self, ledger: Ledger, live: LiveStorages) -> None:
-        self.holds: dict[Any, Any] = {}
+        self.leases: dict[Any, Any] = {}
         self.module = ""
         self._ledger = ledger
         self._live = live
@@ -189,7 +175,7 @@ class _Recorder:
     def finish(self) -> None:
         self._ledger.rows += [row for owner, row in self._rows if owner() is not None]
         self._rows.clear()
-        self.holds.clear()
+        self.leases.clear()
 
 
 @contextlib.contextmanager

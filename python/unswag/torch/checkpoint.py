@@ -1,19 +1,17 @@
-"""Gradient checkpointing under the stash: what a checkpointed layer recomputes passes a door too.
+"""Gradient checkpointing under the stash: the recompute of a checkpointed layer runs under a stash of its own.
 
-Only the innermost saved-tensor hooks run, so a stash around the model sees nothing of what a checkpointed layer saves.
-In the layer's first forward that is right: nothing of it is kept but the inputs, which do pass the model's door. In the
-recompute it is not: without recipes and sharing a layer would again keep everything twice. `prepare` therefore wraps the
-function that the model calls to checkpoint a layer (`_gradient_checkpointing_func`, in transformers and what follows its
-custom):
+PyTorch runs only the innermost saved-tensor hooks, so the stash around the model does not see what a checkpointed layer saves.
+In the layer's first forward that is right: only the layer's inputs are kept, and those do pass the model's stash. In the
+recompute it is not: without recipes and sharing, a layer would again keep everything twice. `prepare` therefore wraps the
+function that the model calls to checkpoint a layer (`_gradient_checkpointing_func` in transformers and in libraries that
+follow its convention):
 
 * non-reentrant: a `context_fn` whose two contexts put a pair of hooks before the checkpoint's own and delegate to them,
-  so that counting, early stop and the check of metadata go on as in torch;
+  so that counting, early stop and the check of metadata go on as in PyTorch;
 * reentrant: the layer's function runs inside a stash of its own when it is recomputed.
 
-Inside the recompute everything is kept exactly, whatever the policy: it lives for one layer's backward only. What the policy's
-role "checkpoint" encodes is what a layer is recomputed from.
-
-A layer that is too large to recompute whole will be recomputed in tiles of tokens by a function with the same place here.
+Inside the recompute everything is kept exactly, whatever the policy: it lives for one layer's backward only. The policy's role
+"checkpoint" says how the inputs are kept from which a layer is recomputed.
 """
 
 from __future__ import annotations
@@ -31,46 +29,46 @@ from torch import nn
 from unswag.torch import stash
 from unswag.torch.stash import Stash
 
-_NAME = "_gradient_checkpointing_func"
+ATTRIBUTE = "_gradient_checkpointing_func"  # of a module: the function that it calls to checkpoint a layer
 
 
 def prepare(model: nn.Module) -> list[str]:
-    """Makes the model's checkpointed layers recompute under a stash. Call it before each forward: trainers put in a new
+    """Makes the model's checkpointed layers recompute under a stash. Call it before each forward: trainers install a new
     checkpoint function whenever they switch checkpointing on. Idempotent.
 
-    Returns what was left as it is and why, one sentence each, for the report.
+    Returns one sentence for each kind of checkpoint function that was not wrapped, with the reason, for the report.
     """
     notes: dict[str, None] = {}
     for module in model.modules():
-        plain = vars(module).get(_NAME)
+        plain = vars(module).get(ATTRIBUTE)
         if plain is None or isinstance(plain, StashedCheckpoint):
             continue
         reason = _reason_to_leave(plain)
         if reason is None:
-            setattr(module, _NAME, StashedCheckpoint(plain))
+            setattr(module, ATTRIBUTE, StashedCheckpoint(plain))
         elif getattr(module, "gradient_checkpointing", True):
-            notes[f"checkpointing is left as it is: {reason}"] = None
+            notes[f"checkpointing is not changed: {reason}"] = None
     return list(notes)
 
 
 def release(model: nn.Module) -> None:
     """Undoes `prepare`."""
     for module in model.modules():
-        function = vars(module).get(_NAME)
+        function = vars(module).get(ATTRIBUTE)
         if isinstance(function, StashedCheckpoint):
-            setattr(module, _NAME, function.plain)
+            setattr(module, ATTRIBUTE, function.plain)
 
 
 def _reason_to_leave(plain: Any) -> str | None:
     function, settings = _parts(plain)
     if getattr(function, "__module__", None) != "torch.utils.checkpoint" or function.__name__ != "checkpoint":
-        return f"{getattr(function, '__qualname__', function)!s} is not torch's checkpoint (with offload=True it never is)"
+        return f"{getattr(function, '__qualname__', function)!s} is not torch's checkpoint (it never is with offload=True)"
     if settings.get("use_reentrant") is False:
         if "context_fn" in settings:
-            return "it has a context_fn of its own"
+            return "it has a context_fn of its own, and there can be only one"
         if _debugs(settings):
-            return "debug=True takes no context_fn"
-        if not _delegation_works():
+            return "debug=True does not allow a context_fn, which UnSwag needs"
+        if not delegation_works():
             return f"the hooks of torch {torch.__version__}'s checkpoint cannot be wrapped"
     return None
 
@@ -102,7 +100,7 @@ class StashedCheckpoint:
         if torch.compiler.is_compiling() or "context_fn" in kwargs or _debugs(settings) or Stash.current() is None:
             return self.plain(function, *args, **kwargs)
         stash.plays("checkpoint", *(a for a in args if isinstance(a, torch.Tensor) and a.requires_grad))
-        with stash.role("checkpoint"):  # the layer's own saved tensors do not pass a door in its first forward
+        with stash.role("checkpoint"):  # in the first forward only the layer's inputs pass the door
             if settings.get("use_reentrant") is False:
                 return self.plain(function, *args, context_fn=_contexts, **kwargs)
             return self.plain(functools.partial(_run_stashed, function), *args, **kwargs)
@@ -118,8 +116,8 @@ def _run_stashed(function: Callable[..., Any], *args: Any) -> Any:
 # they collect the tensors, which the first pair's unpack then hands out. We let them collect handles of a stash.
 
 
-class _Stand(NamedTuple):
-    """Stands for a recomputed tensor in the checkpoint's records: its handle, and the metadata that is compared."""
+class _Placeholder(NamedTuple):
+    """Takes the place of a recomputed tensor in the checkpoint's records: its handle, and the metadata that is compared."""
 
     handle: Any
     shape: torch.Size
@@ -129,7 +127,7 @@ class _Stand(NamedTuple):
 
 
 class _Link:
-    """What the two contexts of one checkpointed call know of each other."""
+    """Shared by the two contexts of one checkpointed call: whether hooks were in place to delegate to."""
 
     def __init__(self) -> None:
         self.delegated = False
@@ -142,7 +140,7 @@ def _contexts() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _first_forward(link: _Link) -> Iterator[None]:
-    hooks = stash._top_hooks()
+    hooks = stash.top_hooks()
     if hooks is None:
         yield
         return
@@ -159,7 +157,7 @@ class _Recompute:
         self.link = link
 
     def __enter__(self) -> None:
-        hooks = stash._top_hooks()
+        hooks = stash.top_hooks()
         if hooks is None or not self.link.delegated:
             stash.step_aside()
         else:
@@ -172,19 +170,19 @@ class _Recompute:
 
 def _pack_recomputed(door: Callable[[torch.Tensor, int], Any], collect: Callable[[Any], Any], t: torch.Tensor) -> Any:
     handle = door(t, 2)
-    collect(_Stand(handle, t.shape, t.dtype, t.device))
+    collect(_Placeholder(handle, t.shape, t.dtype, t.device))
     return handle
 
 
 def _unpack_recomputed(unpack: Callable[[Any], Any], packed: Any) -> torch.Tensor:
     recomputed = unpack(packed)
-    return stash.unpack(recomputed.handle) if isinstance(recomputed, _Stand) else recomputed
+    return stash.unpack(recomputed.handle) if isinstance(recomputed, _Placeholder) else recomputed
 
 
 @functools.cache
-def _delegation_works() -> bool:
-    """Whether this torch's checkpoint lets itself be wrapped: tried once on a small function, in a thread of its own so
-    that neither hooks nor modes of the caller take part."""
+def delegation_works() -> bool:
+    """Whether the checkpoint of this PyTorch can be wrapped. Tried once on a small function, in a thread of its own so that
+    the caller's hooks and modes play no part."""
     tried: list[bool] = []
     thread = threading.Thread(target=lambda: tried.append(_try_delegation()))
     thread.start()
@@ -207,7 +205,7 @@ def _try_delegation() -> bool:
             context_fn=lambda: (_first_forward(link), _Recompute(link)),
         )  # fmt: skip
         (ours,) = torch.autograd.grad(y.sum(), x)
-    except Exception:  # whatever a later torch makes of it: then its checkpoint is used as it is
+    except Exception:  # a later PyTorch may fail in any way; its checkpoint is then not wrapped
         return False
     (plain,) = torch.autograd.grad(function(x).sum(), x)
     return link.delegated and len(calls) == 3 and torch.equal(ours, plain)

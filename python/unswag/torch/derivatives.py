@@ -1,5 +1,5 @@
-"""The derivative of an activation as a code of 1 to 4 bits (docs/format.md sections 5 and 7): what is kept instead of its input
-where a lossy policy, or the caller, says so.
+"""The derivative of an activation as a code of 1 to 4 bits (docs/format.md sections 5 and 7), which is kept instead of the
+activation's input under a lossy policy, or when the caller asks for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Code(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """By a codebook."""
+    """Codes by a codebook."""
 
     book: Codebook
 
@@ -51,7 +51,7 @@ class Levels:
 
 @dataclasses.dataclass(frozen=True)
 class Dithered:
-    """With subtractive dither, drawn again in the backward: right in the mean, whatever x is."""
+    """Codes with subtractive dither, which is drawn again in the backward: unbiased for every x."""
 
     bits: int
     seed: int
@@ -81,23 +81,27 @@ def code(act: str, bits: int | None, codebook: str | Codebook | None) -> Code:
 
 
 class Codes:
-    """The codebook of one activation of a model under the policy "2bit": made in its first forward, and kept."""
+    """The codebook of one activation of a model under the policy "2bit". `made` in its first forward, then unchanged."""
 
     def __init__(self) -> None:
-        self._made: tuple[Policy, str, Levels] | None = None
+        self.made: tuple[Policy, str, Levels] | None = None
 
     def code(self, policy: Policy, act: str, x: Tensor, up: Tensor | None) -> Code:
         if policy.codebook == DITHER:
             return Dithered(2, draw_seed())
         if is_fake(x):  # surgery's dry run: no values to measure
             return Levels(codebooks.codebook(act, 2))
-        if self._made is None or self._made[:2] != (policy, act):
-            self._made = (policy, act, Levels(_book(policy, act, x, up)))
-        return self._made[2]
+        if self.made is None or self.made[:2] != (policy, act):
+            self.made = (policy, act, Levels(_book(policy, act, x, up)))
+        return self.made[2]
 
 
 def current(codes: Codes | None, act: str, x: Tensor, up: Tensor | None = None) -> Code | None:
-    """How the policy in use keeps act'(x), of a unit gated by it or alone; None where it keeps x."""
+    """The code by which the policy in use keeps act'(x), None where it keeps x.
+
+    codes  the codebook of this place in the model; None for one that is used once
+    up     in a gated unit, what act(x) is multiplied with
+    """
     if torch.compiler.is_compiling():
         return None
     stash = Stash.current()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from unswag.torch import ops, stash
+from unswag.torch import loss_buffers, ops
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.functional import check_integer, check_number
 
@@ -443,7 +443,7 @@ class _ReducedLoss(torch.autograd.Function):
         hidden: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        with stash.inside_loss():
+        with loss_buffers.inside_loss():
             sweep = make(hidden, parameters, ctx.needs_input_grad[4:])
             scale = 1 / denominator if denominator else math.inf
             # In float16, softmax / rows is below the smallest number for most classes: there the division comes last.
@@ -452,7 +452,7 @@ class _ReducedLoss(torch.autograd.Function):
             buffers = sweep.gradients(late)
         for buffer in buffers:
             if buffer is not None:
-                stash.mark_loss_buffer(buffer)
+                loss_buffers.mark_loss_buffer(buffer)
         ctx.save_for_backward(*buffers)
         ctx.set_materialize_grads(False)
         ctx.late = late
@@ -460,7 +460,7 @@ class _ReducedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(sources_are_saved=False)
-    @stash.inside_loss()
+    @loss_buffers.inside_loss()
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, *dparameters = ctx.saved_tensors
         scale = float(dloss)
@@ -502,12 +502,12 @@ class _RowLosses(torch.autograd.Function):
         ctx.make, ctx.options = make, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, hidden, *parameters)
-        with stash.inside_loss():
+        with loss_buffers.inside_loss():
             return _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
 
     @staticmethod
     @once_differentiable
-    @stash.inside_loss()
+    @loss_buffers.inside_loss()
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         labels, hidden, *parameters = ctx.saved_tensors
         sweep = ctx.make(hidden, parameters, ctx.needs_input_grad[3:])

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import unswag
 from unswag.ledger import Ledger
-from unswag.torch import checkpoint, stash
-from unswag.torch.audit import LiveStorages, audit, storages
+from unswag.torch import checkpoint, loss_buffers, stash
+from unswag.torch.audit import LiveStorages, audit
+from unswag.torch.stash import storages, thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` 
 def one_thread():
     torch.set_num_threads(1)
     yield
-    assert stash._thread.recorder is None and stash._thread.role is None and not stash._thread.frames
+    assert thread.idle()
 
 
 class Mlp(nn.Module):
@@ -152,7 +153,7 @@ def test_loss_buffers_stand_on_a_line_of_their_own():
         @staticmethod
         def forward(ctx, x, w):
             dx = torch.ones_like(x)
-            stash.mark_loss_buffer(dx)
+            loss_buffers.mark_loss_buffer(dx)
             ctx.save_for_backward(dx)
             return x.sum() + 0 * w.sum()
 
@@ -211,7 +212,7 @@ def test_hooks_are_removed_when_the_model_fails():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         audit(model, x=torch.randn(5, 5))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    assert stash._top_hooks() is None
+    assert stash.top_hooks() is None
 
 
 def test_auditing_changes_no_gradient():
@@ -271,7 +272,7 @@ def test_live_storages_leaves_gradients_out():
 def test_peaks_inside_the_loss_do_not_count():
     with LiveStorages() as live:
         torch.zeros(100)
-        with stash.inside_loss():
+        with loss_buffers.inside_loss():
             torch.zeros(1000)
         assert live.peak() == 400
         torch.zeros(200)

@@ -18,7 +18,7 @@ from torch import nn
 
 from unswag.torch import checkpoint, stash
 from unswag.torch.audit import LiveStorages
-from unswag.torch.stash import Stash
+from unswag.torch.stash import Stash, hooks, thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 KINDS = pytest.mark.parametrize("reentrant", [False, True])
@@ -27,13 +27,13 @@ KINDS = pytest.mark.parametrize("reentrant", [False, True])
 @pytest.fixture(autouse=True)
 def no_help_from_gc():
     torch.set_num_threads(1)
-    stash._warned.clear()
+    hooks.warned.clear()
     made.clear()
     gc.disable()
     yield
     gc.enable()
-    assert not stash._thread.frames
-    assert stash._top_hooks() is None
+    assert thread.idle()
+    assert stash.top_hooks() is None
 
 
 def checkpointed(model, reentrant=False, **settings):
@@ -155,7 +155,7 @@ def test_after_an_exception_in_the_recompute_the_next_step_is_right(reentrant):
     with pytest.raises(KeyboardInterrupt):
         loss.backward()
     hook.remove()
-    assert stash._top_hooks() is None and not stash._thread.frames
+    assert stash.top_hooks() is None and thread.idle()
     assert_same(step(model, data)[1], step(checkpointed(with_recipes(tiny_llama()), reentrant), data)[1])
 
 
@@ -176,7 +176,7 @@ def test_prepared_again_each_forward_and_only_once():
     assert isinstance(model.model.layers[0]._gradient_checkpointing_func, checkpoint.StashedCheckpoint)
     checkpoint.release(model)
     assert model.model.layers[0]._gradient_checkpointing_func is not plain
-    assert not any(isinstance(vars(m).get(checkpoint._NAME), checkpoint.StashedCheckpoint) for m in model.modules())
+    assert not any(isinstance(vars(m).get(checkpoint.ATTRIBUTE), checkpoint.StashedCheckpoint) for m in model.modules())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -264,24 +264,24 @@ def test_checkpoint_debugging_switched_on_for_a_while():
 
 def test_a_checkpoint_that_cannot_be_wrapped_is_used_as_it_is(monkeypatch):
     """As with a torch whose private hooks have changed."""
-    checkpoint._delegation_works.cache_clear()
-    monkeypatch.setattr(stash, "_top", None)
+    checkpoint.delegation_works.cache_clear()
+    monkeypatch.setattr(hooks, "torch_top_hooks", None)
     try:
         model = checkpointed(with_recipes(tiny_llama()))
         notes = checkpoint.prepare(model)
         assert len(notes) == 1 and "cannot be wrapped" in notes[0]
     finally:
-        checkpoint._delegation_works.cache_clear()
+        checkpoint.delegation_works.cache_clear()
     monkeypatch.undo()
-    assert checkpoint._delegation_works()
+    assert checkpoint.delegation_works()
 
 
 def test_the_self_test_touches_nothing_of_the_caller():
-    checkpoint._delegation_works.cache_clear()
+    checkpoint.delegation_works.cache_clear()
     seen = []
     state = torch.get_rng_state()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.detach(), lambda t: t), torch.no_grad():
-        assert checkpoint._delegation_works()
+        assert checkpoint.delegation_works()
     assert not seen and torch.equal(state, torch.get_rng_state())
 
 

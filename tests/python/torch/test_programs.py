@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unswag.torch import apply_unswag_surgery, functional
 from unswag.torch.checkpoint import StashedCheckpoint
-from unswag.torch.rectified import rectified, squared
 from unswag.torch.stash import Stash
+from unswag.torch.stash.rectified import rectified, squared
 
 PROGRAMS = int(os.environ.get("UNSWAG_PROGRAMS", "2000"))
 SEED = int(os.environ.get("UNSWAG_SEED", "0"))

@@ -676,10 +676,10 @@ def test_checkpointing_that_is_left_is_in_the_report(when):
         report = operate(model)
         assert report.notes == [] and "checkpoint" not in shown(report)
         checkpoint_in_a_way_of_its_own(model)
-        with pytest.warns(UserWarning, match="checkpointing is left as it is"):
+        with pytest.warns(UserWarning, match="checkpointing is not changed"):
             step(model, plain())
     assert len(report.notes) == 1 and "it has a context_fn of its own" in report.notes[0]
-    assert "left: checkpointing is left as it is" in shown(report)
+    assert "left: checkpointing is not changed" in shown(report)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="unswag")
         assert_close(step(model, plain()), stock, FP32)  # said once

@@ -25,8 +25,8 @@ from unswag.torch.patterns.pattern import (
 )
 from unswag.torch.patterns.probing import AUTOCAST, PLAIN, Writes, own_forward, takes_one_argument, twin
 from unswag.torch.patterns.proof import Proof
-from unswag.torch.rectified import rectified, squared
 from unswag.torch.stash import Stash
+from unswag.torch.stash.rectified import rectified, squared
 
 KEPT = "_unswag_kept"  # module.__dict__[KEPT]: how often its output was kept as what, since the surgery
 FUNCTIONS = (F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_)

@@ -114,7 +114,7 @@ class Doors:
 
         def counting(this: stash.Stash, t: torch.Tensor, depth: int = 1) -> Any:
             handle = door(this, t, depth + 1)
-            again = isinstance(handle, stash._Again)
+            again = isinstance(handle, stash.Recomputed)
             self.again += again
             self.kept += not again
             return handle

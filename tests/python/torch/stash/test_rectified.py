@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 from collections import Counter
 
 import pytest
@@ -13,25 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unswag.torch import audit, ops, stash
+from unswag.torch import audit, ops
 from unswag.torch import checkpoint as stashed
 from unswag.torch.audit import LiveStorages
-from unswag.torch.rectified import MASK, NONZEROS, OUTPUT, RECIPE, _rows, rectified, squared
 from unswag.torch.stash import Stash, remember
+from unswag.torch.stash.rectified import MASK, NONZEROS, OUTPUT, RECIPE, rectified, rows, squared
 
 DTYPES = (torch.float32, torch.bfloat16)
 SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -1e-45, 1.0])
-
-
-@pytest.fixture(autouse=True)
-def no_help_from_gc():
-    """Nothing here may wait for the garbage collector, and no test may leave a door open."""
-    stash._warned.clear()
-    gc.disable()
-    yield
-    gc.enable()
-    assert not stash._thread.frames and stash._thread.kept is None
-    assert stash._top_hooks() is None
 
 
 def same_bits(a, b):
@@ -414,13 +402,13 @@ def test_the_ledger_says_in_how_many_bits_and_counts_what_is_alive(trained, dens
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 def test_signs_and_non_zeros_of_any_number_of_elements_are_packed_without_gaps(dtype, n):
     y = SPECIAL[torch.arange(n) % 8].to(dtype)
-    rows = _rows(n)
-    assert rows[0] * rows[1] == n
-    packed = ops.signs_encode(y.view(rows))
+    shape = rows(n)
+    assert shape[0] * shape[1] == n
+    packed = ops.signs_encode(y.view(shape))
     assert packed.numel() == 4 * ((n + 31) // 32)
-    assert torch.equal(ops.signs_decode(packed, rows, dtype).view(n), (~(y <= 0)).to(dtype))
-    assert same_bits(ops.nonzero_decode(*ops.nonzero_encode(y.view(rows)), rows).view(n), y)
+    assert torch.equal(ops.signs_decode(packed, shape, dtype).view(n), (~(y <= 0)).to(dtype))
+    assert same_bits(ops.nonzero_decode(*ops.nonzero_encode(y.view(shape)), shape).view(n), y)
 
 
 def test_offsets_are_few():
-    assert _rows(64 * 56 * 56) == [49, 4096] and _rows(2048 * 768) == [384, 4096] and _rows(32 * 131) == [1, 32 * 131]
+    assert rows(64 * 56 * 56) == [49, 4096] and rows(2048 * 768) == [384, 4096] and rows(32 * 131) == [1, 32 * 131]

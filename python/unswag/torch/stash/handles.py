@@ -1,0 +1,259 @@
+"""Handles: what autograd keeps in place of a saved tensor, by reference or as a recipe that recomputes it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from unswag.torch.stash.layout import Layout, storage_key, storages, version_counter
+
+MAX_RESULTS = 2  # recomputed tensors that one stash holds for another reader, at most
+_NOTHING = torch.empty(0)
+
+Model = weakref.ref[nn.Module] | None  # asked for names in error messages only
+
+
+class Handle:
+    """Stands for one saved tensor between forward and backward. `Stash.door` makes one, `open` gives the tensor back.
+
+    Ownership. A handle belongs to the autograd node that saved the tensor, or to a recipe of which it is an input, and to
+    nobody else. No handle refers to the graph. So what it holds is freed with the node, by reference counting alone.
+
+    tier   what it costs: "device" (the storage, or what was packed in its place, is in device memory because of this handle),
+           "shared" (another handle holds that storage already), "parameter" (the model holds it) or "recipe" (recomputed)
+    bytes  of device memory that this handle adds: of whole storages, each counted at the handle that took it first; 0 for the
+           tiers other than "device". The inputs of a recipe are handles, which count for themselves.
+    """
+
+    __slots__ = ()
+
+    tier: str
+
+    @property
+    def bytes(self) -> int:
+        raise NotImplementedError
+
+    def open(self) -> torch.Tensor:
+        """The saved tensor: same size, dtype and device, and the same values (with a codec: the decoded ones), without a graph.
+        Strides are the same, too; only a decoded tensor whose elements had gaps comes back contiguous.
+
+        May be called any number of times, from any thread, in any autograd mode, in the CUDA stream of the forward. Several
+        threads may call it at once; a recipe may then run more than once. The result may be shared with other readers. If one
+        of them writes into it, whoever opens a handle on it afterwards gets a fresh tensor or an error, never what was written.
+
+        Raises RuntimeError if what it needs was overwritten since it was saved.
+        """
+        raise NotImplementedError
+
+
+class ByReference(Handle):
+    """Holds the tensor itself: an alias with its storage and version counter, and the version it was saved with.
+
+    Where something smaller turns out to do, another handle can take its place (`replace_with`).
+    """
+
+    __slots__ = ("__weakref__", "alias", "lease", "model", "replacement", "role", "tier", "version")
+
+    def __init__(self, t: torch.Tensor, tier: str, role: str | None, model: Model, lease: Lease | None = None) -> None:
+        self.alias = t.detach()  # never t itself: an op that saves its own output would own itself
+        self.version = t._version
+        self.tier = tier
+        self.role = role
+        self.model = model
+        self.lease = lease
+        self.replacement: Handle | None = None
+
+    @property
+    def bytes(self) -> int:
+        if self.replacement is not None:
+            return self.replacement.bytes
+        return sum(s.nbytes() for s in storages(self.alias)) if self.tier == "device" else 0
+
+    def replace_with(self, replacement: Handle) -> None:
+        """Lets go of the tensor; `replacement` is opened from now on."""
+        self.replacement, self.tier, self.lease, self.alias = replacement, replacement.tier, None, _NOTHING
+
+    def open(self) -> torch.Tensor:
+        if self.replacement is not None:
+            return self.replacement.open()
+        if self.alias._version != self.version:
+            raise _overwritten(self.alias, self.alias.shape, self.version, self._description())
+        return self.alias
+
+    def _description(self) -> str:
+        if self.tier == "parameter":
+            name = self._parameter_name()
+            return "a parameter" if name is None else f"the parameter {name!r}"
+        return "saved for backward" if self.role is None else f"saved for backward as {self.role}"
+
+    def _parameter_name(self) -> str | None:
+        model = self.model() if self.model is not None else None
+        named = () if model is None else model.named_parameters(remove_duplicate=False)
+        return next((name for name, parameter in named if storage_key(parameter) == storage_key(self.alias)), None)
+
+
+def _overwritten(t: torch.Tensor, shape: torch.Size, version: int, description: str) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{t.type()} {list(shape)}], which is {description}, is at version {t._version}; "
+        f"expected version {version} instead. Hint: UnSwag holds it by reference until the backward pass; "
+        "do not modify it between forward and backward, or clone it first."
+    )
+
+
+class VersionGuard:
+    """Checks that a tensor was not overwritten since, without holding its memory."""
+
+    __slots__ = ("counter", "role", "shape", "version")
+
+    def __init__(self, t: torch.Tensor, role: str) -> None:
+        self.counter, self.version, self.shape, self.role = version_counter(t), t._version, t.shape, role
+
+    def check(self) -> None:
+        if self.counter._version != self.version:
+            raise _overwritten(self.counter, self.shape, self.version, f"saved for backward as {self.role}")
+
+
+class Lease:
+    """What all handles by reference on one storage share. It ends with the last of them.
+
+    replaceable  those handles that may be replaced later; None where no output waits for that (`PendingOutput`)
+    writers      the autograd Functions of others among those who save the storage: their backward may write into it, and
+                 PyTorch accepts that if nobody reads it after them
+    checked      False while checkpoints alone save the storage: PyTorch accepts a change if they are never recomputed
+    """
+
+    __slots__ = ("__weakref__", "checked", "replaceable", "writers")
+
+    def __init__(self, checked: bool = True) -> None:
+        self.replaceable: list[weakref.ref[ByReference]] | None = None
+        self.writers: tuple[type, ...] = ()
+        self.checked = checked
+
+    def protects(self, node: Any) -> bool:
+        """Whether no program that PyTorch accepts changes the content before the backward; the Function of `node` is
+        trusted."""
+        return self.checked and all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
+
+
+Leases = dict[int, tuple[StorageWeakRef, weakref.ref[Lease]]]  # by storage
+
+
+class Recipe:
+    """A tensor that is not held but recomputed: `function(*inputs, **constants)`, where `inputs` are handles or None.
+
+    Run once for all its readers: the result stays until every handle alive has read it (`waiting` is empty), until its
+    handles die, until two younger results push it out, or until a reader writes into it (`result` has its version); then it
+    would be run again. `alive` and `waiting` hold ids of live handles (a handle leaves both when it dies) and change by single
+    set operations, so that backward threads need no lock.
+    """
+
+    __slots__ = ("__weakref__", "alive", "constants", "function", "inputs", "layout", "result", "results", "waiting")
+
+    def __init__(
+        self, function: Callable[..., torch.Tensor], inputs: tuple[Any, ...], constants: dict[str, Any], layout: Layout,
+        results: Results,
+    ) -> None:  # fmt: skip
+        self.function, self.inputs, self.constants, self.layout, self.results = function, inputs, constants, layout, results
+        self.alive: set[int] = set()
+        self.waiting: set[int] = set()
+        self.result: tuple[torch.Tensor, int] | None = None
+
+    def read(self, reader: int) -> torch.Tensor:
+        """The tensor, for the handle with that id."""
+        before = self.result
+        if before is None or before[0]._version != before[1]:
+            result = self._run()
+            self.waiting = (self.alive if before is None else self.waiting) - {reader}
+            self.result = (result, result._version) if self.waiting else None
+            if self.waiting:
+                self.results.push(self)
+            return result
+        self.waiting.discard(reader)
+        if not self.waiting:
+            self.result = None
+        return before[0]
+
+    def leave(self, reader: int) -> None:
+        """The handle with that id is gone."""
+        self.alive.discard(reader)
+        self.waiting.discard(reader)
+        if not self.waiting:
+            self.result = None
+
+    def _run(self) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():  # the result has a version, whatever mode its reader is in
+            with torch.inference_mode(False):
+                return self._run()
+        with torch.no_grad():
+            result = self.function(*[None if x is None else x.open() for x in self.inputs], **self.constants)
+            if (result.size(), result.dtype, result.device) != (self.layout.size, self.layout.dtype, self.layout.device):
+                name = getattr(self.function, "__name__", str(self.function))
+                raise RuntimeError(
+                    f"the recipe {name} made {result.dtype} {list(result.shape)} on {result.device}, but its output was "
+                    f"{self.layout.dtype} {list(self.layout.size)} on {self.layout.device}; a recipe must give the same "
+                    "tensor whenever it is called"
+                )
+            if result.stride() != self.layout.stride:
+                result = result.new_empty_strided(result.size(), self.layout.stride).copy_(result)
+            return result
+
+
+class Results:
+    """The recipes of one stash that hold a result for another reader: at most `MAX_RESULTS`, known weakly."""
+
+    __slots__ = ("recipes",)
+
+    def __init__(self) -> None:
+        self.recipes: list[weakref.ref[Recipe]] = []
+
+    def push(self, recipe: Recipe) -> None:
+        """`recipe` holds a result now; the oldest beyond the limit lets go of its own."""
+        holding = [
+            ref for ref in self.recipes if (other := ref()) is not None and other.result is not None and other is not recipe
+        ]
+        for ref in holding[: 1 - MAX_RESULTS]:
+            oldest = ref()
+            if oldest is not None:
+                oldest.result = None
+        self.recipes = [*holding[1 - MAX_RESULTS :], weakref.ref(recipe)]
+
+
+class Recomputed(Handle):
+    """A recipe's tensor, or a view of it that starts `offset` elements behind its start."""
+
+    __slots__ = ("__weakref__", "guard", "offset", "recipe", "size", "stride")
+
+    tier = "recipe"
+
+    def __init__(self, recipe: Recipe, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
+        self.recipe, self.size, self.stride, self.offset = recipe, size, stride, offset
+        self.guard: VersionGuard | None = None  # where the tensor itself must not have been overwritten since
+        recipe.alive.add(id(self))
+        if recipe.result is not None:
+            recipe.waiting.add(id(self))
+
+    @classmethod
+    def view(cls, recipe: Recipe, t: torch.Tensor, offset: int) -> Recomputed | None:
+        """For `t`, a view that starts `offset` elements into the recipe's (dense) tensor; None if it reaches outside."""
+        return cls(recipe, t.size(), t.stride(), offset) if recipe.layout.contains(t, offset) else None
+
+    @property
+    def bytes(self) -> int:
+        return 0
+
+    def open(self) -> torch.Tensor:
+        if self.guard is not None:
+            self.guard.check()
+        result = self.recipe.read(id(self))
+        if self.size == result.size() and self.stride == result.stride():
+            return result
+        return result.as_strided(self.size, self.stride, result.storage_offset() + self.offset)
+
+    def __del__(self) -> None:
+        self.recipe.leave(id(self))
