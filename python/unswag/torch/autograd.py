@@ -1,4 +1,4 @@
-"""What the backwards of our `autograd.Function`s have in common: none has a second derivative, and none makes up a gradient."""
+"""What our `autograd.Function`s share: a second derivative is an error, and where no gradient arrives none is passed on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def once_differentiable(
 ) -> Callable[..., Any]:
     """Makes a second derivative a NotImplementedError, always. A decorator for `backward`.
 
-    torch.autograd.function.once_differentiable looks at the incoming gradients only: where they are constants, as in a
-    gradient penalty on y.sum(), it lets the penalty's gradient vanish without a word. Here the gradients hang in the graph of
-    the saved tensors too, and differentiating them is the error; create_graph=True alone is none.
+    torch.autograd.function.once_differentiable looks at the incoming gradients only. Where they are constants, as in a
+    gradient penalty on y.sum(), it silently drops the penalty's gradient. Here the computed gradients are connected to the
+    saved tensors in the graph, so differentiating them raises; create_graph=True alone does not.
 
-    sources_are_saved=False: the gradients were made in the forward, and what they depend on is not among the saved tensors.
-    Then there is nothing to hang them on, and create_graph=True itself is the error.
+    sources_are_saved=False: the gradients were computed in the forward, and what they depend on is not among the saved tensors.
+    Then there is nothing to connect them to, and create_graph=True itself raises.
 
-    Where no gradient comes (of a checkpoint that gives none, say), none goes on, as in PyTorch's own functions: a parameter's
-    .grad stays None, and is not 0. For that the forward calls `ctx.set_materialize_grads(False)`.
+    Where no gradient arrives (from a checkpoint that has none, say), none is passed on, as in PyTorch's own functions: a
+    parameter's .grad stays None instead of 0. For that the forward calls `ctx.set_materialize_grads(False)`.
     """
     if backward is None:
         return functools.partial(once_differentiable, sources_are_saved=sources_are_saved)
@@ -53,7 +53,7 @@ def once_differentiable(
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on gradients, in the graph of what they were made from, where differentiating again is an error."""
+    """The identity on gradients, with their sources as inputs in the graph; differentiating it is an error."""
 
     generate_vmap_rule = True
 

@@ -1,5 +1,5 @@
-"""Where random draws come from, and never the draws themselves: seeds of Philox streams (docs/format.md section 3), and the
-state of torch's own generator."""
+"""Seeds and generator states from which random draws can be repeated, so that the draws themselves need not be kept: Philox
+streams (docs/format.md section 3) and PyTorch's own generator."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ALIGNMENT = 128  # bytes: more than a thread of CUDA loads at once, and less tha
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator of the CPU, so that nobody waits for a device: `torch.manual_seed` gives the same again,
-    and so does a checkpoint, which restores the generator before it recomputes."""
+    """A seed from PyTorch's CPU generator, so that no device has to be waited for. `torch.manual_seed` makes it repeat, and so
+    does a checkpoint, which restores the generator before it recomputes."""
     return int(torch.randint(1 << 62, (), device="cpu"))
 
 
@@ -27,7 +27,7 @@ class Draws:
     offset: int = 0
 
     def next(self) -> tuple[int, int]:
-        """(seed, offset) of a stream that is 2^42 draws from the next."""
+        """(seed, offset) of a new stream, 2^42 draws away from the next one."""
         self.offset += 1 << 40  # blocks of four
         return self.seed, self.offset
 
@@ -66,7 +66,7 @@ class DropoutInput(NamedTuple):
 
     def draw(self, ps: Sequence[float]) -> tuple[list[Mask | None], Tensor]:
         """The masks of F.dropout(x, p) for one p after the other, None for p = 0, and the random state before. Afterwards
-        torch's generator of the device is where those calls leave it. A copy of it draws, so that the draws are those of the
+        PyTorch's generator of the device is where those calls leave it. A copy of it draws, so that the draws are those of the
         state whatever other threads draw meanwhile."""
         own = _generator(self.device)
         generator = own.clone_state()
@@ -76,7 +76,7 @@ class DropoutInput(NamedTuple):
         return masks, state
 
     def draw_again(self, ps: Sequence[float], state: Tensor) -> list[Mask | None]:
-        """The masks that `draw` gave; torch's generator stays as it is."""
+        """The masks that `draw` gave; PyTorch's generator is not changed."""
         generator = _generator(self.device).clone_state()
         generator.set_state(state)
         return [self._mask(p, generator) for p in ps]

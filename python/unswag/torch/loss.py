@@ -3,12 +3,13 @@
     logits = hidden weight^T + bias,   z = softcap tanh(logit_scale logits / softcap)   (softcap 0: z = logit_scale logits)
     loss   = cross_entropy(z, labels)
 
-The forward visits the rows once.  For each chunk it makes the logits, lets the native op write d loss / d logits over them,
+The forward visits the rows once.  For each chunk it makes the logits, lets the native op overwrite them with d loss / d logits,
 and at once turns that into dhidden and dweight; the backward only scales these by the incoming gradient.  Rows whose label is
-`ignore_index` are left out altogether: their gradient is zero.
+`ignore_index` are skipped: their gradient is zero.  Under transforms of torch.func and in forward mode the logits are made and
+the loss is the formula above (`_formula`).
 
-lazy_logits.py does the same for the logits of a model in training.  Under transforms of torch.func and in forward mode the loss
-is the formula above, with logits: `_formula`.
+This module takes hidden states, weights and labels.  lazy_logits.py stands in for the logits of a model in training and calls
+`linear_cross_entropy` or `head_cross_entropy` once it knows what the model makes of them.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def linear_cross_entropy(
     is NaN for "mean" without `num_items`, else 0, and the gradients are zero, as in PyTorch.
 
     Saved for the backward: dhidden (H elements per row, in the dtype of the products), dweight and dbias in their own dtype,
-    each only if its gradient is asked for; for "none": hidden, weight and labels by reference, and the backward makes the
-    logits again.  dweight of 16-bit products is summed in float32.
+    each only if its gradient is needed; for "none": hidden, weight and labels by reference, and the backward recomputes the
+    logits.  dweight of 16-bit products is summed in float32.
 
     Under transforms of torch.func and in forward mode the logits are made, by PyTorch's own functions, and any derivative
     works.  Elsewhere a second derivative is a NotImplementedError.
@@ -120,7 +121,7 @@ def head_cross_entropy(
     """
     if options.reduction == "none":
         raise ValueError('head_cross_entropy: reduction "none" is not supported; use "mean" or "sum"')
-    _check_labels(hidden, labels, classes, options)
+    check_inputs(hidden, labels, classes, options)
     if _is_transformed(hidden, *parameters):
         return _formula(head(hidden), labels, options)
     make = functools.partial(_HeadSweep, head, classes)
@@ -181,10 +182,12 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
                 f"linear_cross_entropy: {name} has shape {tuple(vector.shape)}; one value per class is needed: "
                 f"({weight.shape[0]},)"
             )
-    _check_labels(hidden, labels, weight.shape[0], options)
+    check_inputs(hidden, labels, weight.shape[0], options)
 
 
-def _check_labels(hidden: Tensor, labels: Tensor, classes: int, options: LossOptions) -> None:
+def check_inputs(hidden: Tensor, labels: Tensor, classes: int, options: LossOptions) -> None:
+    """Raises ValueError or TypeError for options and labels that do not fit; see `linear_cross_entropy`.  Reads the values of
+    labels, and of no other tensor."""
     op = "linear_cross_entropy"
     if options.reduction not in _REDUCTIONS:
         raise ValueError(f'reduction is {options.reduction!r}; use "mean", "sum" or "none"')
@@ -332,7 +335,7 @@ def _finished(total: Tensor | None, scale: float, dtype: torch.dtype | None) -> 
 
 
 def _kept_for_the_chunk() -> Any:
-    """What a head saves lives no longer than its chunk: it does not pass the hooks around the model.
+    """Hooks under which what a head saves lives no longer than its chunk, and does not pass the hooks around the model.
 
     Detached, because a hook that keeps an operation's own output would make a cycle that is never freed.
     """
@@ -348,7 +351,7 @@ def _sweep(
     row_scale: Tensor | None = None,
     write_gradient: bool = False,
 ) -> Tensor:
-    """Visits the rows that have a label; returns the loss of each row, 0 for the others."""
+    """Visits the rows that have a label in chunks; returns the loss of each row, 0 for those without one."""
     losses = sweep.x.new_zeros(labels.shape, dtype=sweep.sum_dtype)
     class_weight = None if options.class_weight is None else options.class_weight.to(sweep.sum_dtype)
     kept = (labels != options.ignore_index).nonzero().squeeze(1)
@@ -377,7 +380,7 @@ def _sweep(
 
 
 def _formula(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
-    """The loss as the head of this file writes it."""
+    """The loss by the formula at the head of this file, with logits."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.logit_scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
@@ -420,13 +423,14 @@ def _loss(
     denominator = _denominator(labels, options)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, *parameters)):
         losses = _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
-        return losses.view(shape) if options.reduction == "none" else _reduced(losses, denominator)
+        return losses.view(shape) if options.reduction == "none" else reduced(losses, denominator)
     if options.reduction == "none":
         return _RowLosses.apply(make, labels, options, hidden, *parameters).view(shape)
     return _ReducedLoss.apply(make, labels, options, denominator, hidden, *parameters)
 
 
-def _reduced(losses: Tensor, denominator: float) -> Tensor:
+def reduced(losses: Tensor, denominator: float) -> Tensor:
+    """The sum of the rows' losses, taken in float64, over `denominator`; a scalar of their dtype."""
     return (losses.sum(dtype=torch.float64) / denominator).to(losses.dtype)  # over nothing: 0 / 0 = NaN, as in PyTorch
 
 
@@ -456,7 +460,7 @@ class _ReducedLoss(torch.autograd.Function):
         ctx.save_for_backward(*buffers)
         ctx.set_materialize_grads(False)
         ctx.late = late
-        return _reduced(losses, denominator)
+        return reduced(losses, denominator)
 
     @staticmethod
     @once_differentiable(sources_are_saved=False)
@@ -472,8 +476,8 @@ class _ReducedLoss(torch.autograd.Function):
 
 
 def _scaled(buffer: Tensor | None, scale: float) -> Tensor | None:
-    """scale * buffer.  The buffer itself is given away only when no later backward will ask for it: a leaf takes what it is
-    given as its `.grad` and adds to it in place."""
+    """scale * buffer.  The buffer itself is returned only when no later backward needs it: a leaf takes the tensor that it gets
+    as its `.grad` and adds to it in place."""
     if buffer is None:
         return None
     if scale != 1:
@@ -488,7 +492,7 @@ def _graph_is_kept() -> bool:
 
 
 class _RowLosses(torch.autograd.Function):
-    """One loss per row.  What the rows' gradients are multiplied with is known in the backward only, so it sweeps again."""
+    """One loss per row.  The incoming gradient of each row is known in the backward only, which therefore sweeps again."""
 
     @staticmethod
     def forward(
@@ -515,14 +519,14 @@ class _RowLosses(torch.autograd.Function):
         return (None, None, None, *sweep.gradients(1.0))
 
 
-# ---- logits that are not made unless somebody looks at them -----------------------------------------------------------------
+# ---- whether a model in training makes its logits ---------------------------------------------------------------------------
 
 _keep_logits: contextvars.ContextVar[bool] = contextvars.ContextVar("unswag_keep_logits", default=False)
 
 
 @contextlib.contextmanager
 def keep_logits() -> Iterator[None]:
-    """Within this context a patched model in training makes its logits as stock does."""
+    """A context manager within which a patched model in training makes its logits, as the original model does."""
     token = _keep_logits.set(True)
     try:
         yield
@@ -531,4 +535,5 @@ def keep_logits() -> Iterator[None]:
 
 
 def logits_are_kept() -> bool:
+    """Whether this context is inside `keep_logits()`."""
     return _keep_logits.get()

@@ -11,12 +11,12 @@ import os
 import pickle
 import types
 import warnings
-import weakref
 
 import pytest
 import torch
 from tests.python.torch.patterns.test_loss import assert_close, batch, lazy, make, patch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -392,16 +392,18 @@ def test_what_would_wait_for_the_losss_gradient_is_an_error(wait):
 
 
 def test_hidden_states_are_freed_with_the_outputs():
-    _, out = returned()
-    hidden = weakref.ref(out.logits._node.deferral.hidden)
+    model, hidden = make(), []
+    watch = model.model.register_forward_hook(lambda *a: hidden.append(StorageWeakRef(a[-1][0].untyped_storage())))
+    _, out = returned(model)
+    watch.remove()
     gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert out.logits[0].sum() and hidden() is not None
+            assert out.logits[0].sum() and not hidden[0].expired()
         out.loss.backward()
         del out
-        assert hidden() is None
+        assert hidden[0].expired()
     finally:
         gc.enable()
 

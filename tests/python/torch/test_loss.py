@@ -100,7 +100,7 @@ def test_only_what_is_asked_for_is_made(frozen, monkeypatch):
     _, gradients = in_float64(leaves["hidden"], leaves["weight"], labels, leaves["bias"])
     leaves[frozen].requires_grad_(False)
     kept = []
-    monkeypatch.setattr(loss_module.stash, "mark_loss_buffer", kept.append)
+    monkeypatch.setattr(loss_module.loss_buffers, "mark_loss_buffer", kept.append)
     loss = linear_cross_entropy(leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"])
     assert [t.shape for t in kept] == [t.shape for name, t in leaves.items() if name != frozen]
     loss.backward()
@@ -272,7 +272,7 @@ def test_no_items_at_all_is_no_gradient_of_zero():
 
 def test_losses_are_summed_in_float64():
     losses = torch.tensor([2.0**24, 1, 1, 1, 1])
-    assert loss_module._reduced(losses, 1.0) == 2.0**24 + 4
+    assert loss_module.reduced(losses, 1.0) == 2.0**24 + 4
 
 
 @pytest.mark.native
@@ -536,7 +536,7 @@ def test_any_number_of_items_divides_as_in_transformers(num_items):
 
 
 def test_the_value_of_num_items_is_not_looked_at_by_the_checks():
-    loss_module._check_labels(torch.ones(2, 3), torch.tensor([0, 1]), 2, LossOptions(num_items=torch.ones(1, device="meta")))
+    loss_module.check_inputs(torch.ones(2, 3), torch.tensor([0, 1]), 2, LossOptions(num_items=torch.ones(1, device="meta")))
 
 
 def test_tensor_subclass_is_refused():

@@ -1,4 +1,4 @@
-"""The door of a stash: what becomes of each tensor that autograd saves while a model runs (see the package)."""
+"""The door of a stash: its pack hook, which chooses a handle for each tensor that autograd saves (see the package)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def remember(
 
     Call it on what `Function.apply` returned (inside `forward` autograd is off and this does nothing). `recompute` is an op
     or a module-level function, independent of autocast and of random state; it must not write to its inputs. Inputs may
-    be parameters, activations, outputs remembered before, or None. A program may change in place what nobody saves; so where
-    the op itself does not save such an input, and nobody else does, a copy of it is held if that is smaller than `output`, or
+    be parameters, activations, outputs remembered before, or None. A program may overwrite an input that neither the op nor
+    anybody else saves, and PyTorch would not notice; then a copy of the input is held if that is smaller than `output`, or
     else `output` is. Costs nothing unless `output` is saved for backward.
     Does nothing when no stash is active on this thread, so that ops can always call it.
     """
@@ -52,7 +52,8 @@ def remember(
 
 
 def plays(role: str, *tensors: torch.Tensor) -> None:
-    """Says that `tensors` play `role`: whoever saves one of them while this stash is active keeps it as the policy says.
+    """Says that `tensors` play `role` (one of `policy.ROLES`): whoever saves one of them while this stash is active keeps it in
+    the form that the policy names for that role.
 
     An op calls it before its `Function.apply`, for what it will save and what others may save of it. Does nothing when no stash
     is active on this thread or its policy keeps the role exactly.
@@ -272,9 +273,9 @@ class Stash:
             entry = self._waiting(PendingOutput(output, layout, self, recompute, handles, constants), inputs)
         else:
             entry = RememberedOutput(output, layout, Recipe(recompute, tuple(handles), constants, layout, self.results))
-        self.enter(key, entry, output.grad_fn)
+        self.add_output(key, entry, output.grad_fn)
 
-    def enter(self, key: int, entry: RememberedOutput, node: Any) -> None:
+    def add_output(self, key: int, entry: RememberedOutput, node: Any) -> None:
         """Puts an output of the autograd node `node` (None if it has none) into the registry, by its storage."""
         self._outputs[key] = entry
         if node is not None:
@@ -412,7 +413,8 @@ def _writers(saver: types.FrameType) -> tuple[type, ...]:
 
 
 def _guard(t: torch.Tensor, handle: Handle) -> None:
-    """What a checkpoint recomputes from must be as it was, as in PyTorch: what it saves inside is checked by nobody."""
+    """Makes it an error if `t`, from which a checkpoint recomputes, is overwritten, as in PyTorch: nobody checks what is saved
+    inside the checkpoint."""
     if isinstance(handle, Recomputed):
         handle.guard = VersionGuard(t, "checkpoint")
 

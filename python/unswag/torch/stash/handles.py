@@ -26,8 +26,8 @@ class Handle:
 
     tier   what it costs: "device" (the storage, or what was packed in its place, is in device memory because of this handle),
            "shared" (another handle holds that storage already), "parameter" (the model holds it) or "recipe" (recomputed)
-    bytes  of device memory that this handle adds: of whole storages, each counted at the handle that took it first; 0 for the
-           tiers other than "device". The inputs of a recipe are handles, which count for themselves.
+    bytes  of device memory that this handle adds: of whole storages, each counted when its first handle is made, whoever else
+           holds it; 0 for the tiers other than "device". The inputs of a recipe are handles, which count for themselves.
     """
 
     __slots__ = ()

@@ -27,7 +27,7 @@ def output_of(node: Any) -> RememberedOutput | None:
     return None if ref is None else ref()
 
 
-class Door(Protocol):
+class OpenStash(Protocol):
     """What an output asks of the stash that remembers it (see `Stash`)."""
 
     results: Results
@@ -145,14 +145,14 @@ class PendingOutput(RememberedOutput):
     hold the output until then are replaced. `inputs` are handles, None or unsaved; the handle of the copy of an unsaved one is
     in `copied`, by its place."""
 
-    __slots__ = ("constants", "copied", "door", "function", "inputs", "replaceable")
+    __slots__ = ("constants", "copied", "function", "inputs", "replaceable", "stash")
 
     def __init__(
-        self, output: torch.Tensor, layout: Layout, door: Door, function: Callable[..., torch.Tensor], inputs: list[Any],
+        self, output: torch.Tensor, layout: Layout, stash: OpenStash, function: Callable[..., torch.Tensor], inputs: list[Any],
         constants: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__(output, layout, None)
-        self.door, self.function, self.inputs, self.constants = door, function, inputs, constants
+        self.stash, self.function, self.inputs, self.constants = stash, function, inputs, constants
         self.copied: dict[int, weakref.ref[ByReference]] = {}
         # Leases on the output or a cast of it; of a cast, where it starts in its storage.
         self.replaceable: list[tuple[weakref.ref[Lease], int | None]] = []
@@ -165,8 +165,8 @@ class PendingOutput(RememberedOutput):
             handles = list(self.inputs)
             for i, x in enumerate(handles):
                 if isinstance(x, UnsavedInput) and (copy := x.copy()) is not None:
-                    lease = self.door.lease(copy, copy.untyped_storage()._cdata)
-                    handles[i] = self.door.by_reference(copy, lease, "device")
+                    lease = self.stash.lease(copy, copy.untyped_storage()._cdata)
+                    handles[i] = self.stash.by_reference(copy, lease, "device")
                     self.copied[i] = weakref.ref(handles[i])
                     x.alias = None
             self._set_recipe(handles)
@@ -177,7 +177,7 @@ class PendingOutput(RememberedOutput):
         for i, x in enumerate(self.inputs):
             if not isinstance(x, UnsavedInput) or x.key != key or (again := x.found_in(t)) is None:
                 continue
-            handle = self.door.reliable(again, key)
+            handle = self.stash.reliable(again, key)
             if handle is None:
                 continue
             self.inputs[i] = handle
@@ -191,16 +191,16 @@ class PendingOutput(RememberedOutput):
                 for reference in (lease and lease.replaceable) or ():
                     self._replace(reference(), cast)
             self.replaceable.clear()
-            self.door.awaited.discard(self)
+            self.stash.awaited.discard(self)
 
     def replace_later(self, lease: Lease, cast: int | None) -> None:
         """What `lease` holds, the output or a cast of it, is to be replaced once there is a recipe."""
         lease.replaceable = []
         self.replaceable.append((weakref.ref(lease), cast))
-        self.door.awaited.add(self)
+        self.stash.awaited.add(self)
 
     def _set_recipe(self, handles: list[Any]) -> None:
-        self.recipe = Recipe(self.function, tuple(handles), self.constants, self.layout, self.door.results)
+        self.recipe = Recipe(self.function, tuple(handles), self.constants, self.layout, self.stash.results)
 
     def _replace(self, reference: ByReference | None, cast: int | None) -> None:
         if reference is None or reference.alias._version != reference.version:

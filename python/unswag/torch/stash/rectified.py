@@ -47,16 +47,16 @@ def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | 
     If `relu` turns out to do something else, its result is returned and its saved tensors are kept as the stash keeps any.
     Without a stash in use this is a plain call.
     """
-    door = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else Stash.current()
-    if door is None or door.passive:
+    stash = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else Stash.current()
+    if stash is None or stash.passive:
         return relu(x)
     kept = Counter() if kept is None else kept
     edge = (x.grad_fn, x.output_nr)
     source, chained = None, False
     if x.grad_fn is not None:
-        source = door.free(x)
+        source = stash.free(x)
         if source is None:
-            source, chained = _sum(door, x), True
+            source, chained = _sum(stash, x), True
     with collecting_references() as references:
         y = relu(x)
     node, key = y.grad_fn, storage_key(y)
@@ -66,17 +66,17 @@ def rectified(relu: Callable[[Tensor], Tensor], x: Tensor, kept: Counter[str] | 
     if y.requires_grad and (own is None or node is None or node.name() != NODE):
         return y
     if source is None or node is None or own is None or node.next_functions != (edge,) or _is_in_place(source, key):
-        entry: RememberedOutput = _RectifiedOutput(door, y, own, kept)
+        entry: RememberedOutput = _RectifiedOutput(stash, y, own, kept)
     else:
-        recipe = Recipe(torch.relu, (source,), {}, Layout.of(y), door.results)
+        recipe = Recipe(torch.relu, (source,), {}, Layout.of(y), stash.results)
         entry = RememberedOutput(y, Layout.of(y), recipe, chained)
         own.replace_with(Recomputed(recipe, y.size(), y.stride(), 0))
         kept[RECIPE] += 1
-    door.enter(key, entry, node)
+    stash.add_output(key, entry, node)
     return y
 
 
-def _sum(door: Stash, x: Tensor) -> Recomputed | None:
+def _sum(stash: Stash, x: Tensor) -> Recomputed | None:
     """A handle for x = a + b where both cost nothing, as in a residual block: the output of BatchNorm, and that of a ReLU which
     is kept anyway. Neither may be such a sum's, so that recomputing one never recomputes a chain of others."""
     node: Any = x.grad_fn
@@ -95,7 +95,7 @@ def _sum(door: Stash, x: Tensor) -> Recomputed | None:
         handles.append(Recomputed(entry.recipe, layout.size, layout.stride, 0))
     if not written and x._version:  # changed since
         return None
-    return Recomputed(Recipe(torch.add, tuple(handles), {}, Layout.of(x), door.results), x.size(), x.stride(), 0)
+    return Recomputed(Recipe(torch.add, tuple(handles), {}, Layout.of(x), stash.results), x.size(), x.stride(), 0)
 
 
 def _alike(layout: Layout, x: Tensor) -> bool:
@@ -119,11 +119,11 @@ class _RectifiedOutput(RememberedOutput):
     """The registry's entry for the output of a ReLU. `own` is the handle of ReLU itself, None if it needs no gradient."""
 
     recomputable = False
-    __slots__ = ("door", "kept", "mask", "own")
+    __slots__ = ("kept", "mask", "own", "stash")
 
-    def __init__(self, door: Stash, y: Tensor, own: ByReference | None, kept: Counter[str]) -> None:
+    def __init__(self, stash: Stash, y: Tensor, own: ByReference | None, kept: Counter[str]) -> None:
         super().__init__(y, Layout.of(y), None)
-        self.door, self.kept = door, kept
+        self.stash, self.kept = stash, kept
         self.own: weakref.ref[ByReference] | None = None
         self.mask: weakref.ref[ByReference] | None = None
         if own is not None:
@@ -151,7 +151,7 @@ class _RectifiedOutput(RememberedOutput):
             return False
         parts = self._packed(t, *packed)
         constants = {"size": self.layout.size, "stride": self.layout.stride}
-        self.recipe = Recipe(_decode_nonzeros, parts, constants, self.layout, self.door.results)
+        self.recipe = Recipe(_decode_nonzeros, parts, constants, self.layout, self.stash.results)
         if own is not None and mask is not None:
             plain = torch.equal(mask.open(), packed[0])  # else there is a -0 in y, which is kept and stops the gradient
             if plain:
@@ -164,13 +164,13 @@ class _RectifiedOutput(RememberedOutput):
     def _hold(self, t: Tensor) -> ByReference:
         """Holds y by reference, for both."""
         whole = t.detach().as_strided(self.layout.size, self.layout.stride, self.offset)
-        lease = self.door.lease(t, t.untyped_storage()._cdata)
-        reference = self.door.by_reference(whole, lease, "device")
+        lease = self.stash.lease(t, t.untyped_storage()._cdata)
+        reference = self.stash.by_reference(whole, lease, "device")
         own = _alive(self.own)
         if own is not None:
             own.replace_with(reference)
         self._count(OUTPUT)
-        return self.door.by_reference(t, lease, "shared")
+        return self.stash.by_reference(t, lease, "shared")
 
     def _count(self, form: str) -> None:
         if self.own is not None:
@@ -179,7 +179,7 @@ class _RectifiedOutput(RememberedOutput):
 
     def _packed(self, y: Tensor, *parts: Tensor) -> tuple[ByReference, ...]:
         """Handles of what is kept in place of y; the ledger's row lives as long as the first."""
-        handles = self.door.packed(parts, current_role())
+        handles = self.stash.packed(parts, current_role())
         if state.recorder is not None:
             state.recorder.note(y, handles[0], "device", None, parts)
         return handles
@@ -188,7 +188,7 @@ class _RectifiedOutput(RememberedOutput):
         """Handle on a tensor that is 1 where y is not (y <= 0), else 0."""
         size, stride, dtype, _ = self.layout
         constants = {"size": size, "stride": stride, "dtype": dtype}
-        return Recomputed(Recipe(_decode_signs, (bits,), constants, self.layout, self.door.results), size, stride, 0)
+        return Recomputed(Recipe(_decode_signs, (bits,), constants, self.layout, self.stash.results), size, stride, 0)
 
 
 def _has_kernels(y: Tensor) -> bool:

@@ -17,6 +17,7 @@ from tests.python.torch.stash.small_programs import (
     block,
     bytes_kept,
     doubled,
+    dropped,
     leaf,
 )
 from torch.nn import functional as F
@@ -277,3 +278,14 @@ def test_frozen_parts_keep_what_autograd_keeps_and_no_more():
         bytes_kept[name, "gradient"] = model.model.layers[1].mlp.down_proj.weight.grad
     assert bytes_kept["ours"] <= bytes_kept["plain"]
     assert torch.equal(bytes_kept["ours", "gradient"], bytes_kept["plain", "gradient"])
+
+
+def test_entries_counts_what_the_registries_know():
+    x = leaf(64, 64) * 1
+    with Stash("int8") as door:
+        y = dropped(x)  # its input is saved by nobody
+        stash.plays("mlp", x)
+        door.door(y)
+        door.door(X)
+        assert door.entries() == stash.Entries(outputs=1, marks=1, pending=1, awaited=1, leases=2)
+    assert not any(door.entries())

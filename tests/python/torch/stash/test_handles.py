@@ -1,5 +1,7 @@
 """Handles: recomputed once for all readers, freed with the graph, and an error where a tensor was overwritten."""
 
+import threading
+
 import pytest
 import torch
 from small_models import batch, made, rms_norm, tiny_llama, weight, with_recipes, with_stash
@@ -13,9 +15,11 @@ from tests.python.torch.stash.small_programs import (
     assert_equal_with_and_without,
     block,
     doubled,
+    dropped,
     grads,
     leaf,
 )
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -232,3 +236,66 @@ def test_what_a_checkpoint_recomputes_from_may_not_be_changed(make):
             loss = checkpoint(layer, make(X), use_reentrant=False).sum()
         with pytest.raises(RuntimeError, match=r"8, 16\].*is at version 1; expected version 0"):
             loss.backward()
+
+
+# What a handle costs
+
+
+def test_the_tier_of_a_handle_says_who_pays_for_the_tensor():
+    x, packed = X * 1, leaf(64, 64) * 1
+    with Stash("int8") as door:
+        stash.plays("mlp", packed)
+        first, view, whole = door.door(x), door.door(x[1:]), door.door(W)
+        recomputed, decoded = door.door(doubled(x)), door.door(packed)
+    assert [(h.tier, h.bytes) for h in (first, view, whole)] == [("device", x.nbytes), ("shared", 0), ("parameter", 0)]
+    assert [(h.tier, h.bytes) for h in (recomputed, decoded)] == [("recipe", 0), ("recipe", 0)]
+    assert [(h.tier, h.bytes) for h in decoded.recipe.inputs] == [("device", 64 * 2 * 34)]
+    first.replace_with(recomputed)
+    assert (first.tier, first.bytes) == ("recipe", 0) and torch.equal(first.open(), 2 * x)
+
+
+def all_of(handles):
+    """Handles, the inputs of their recipes, the inputs of these, …, each once."""
+    found, left = {}, list(handles)
+    while left:
+        handle = left.pop()
+        handle = getattr(handle, "replacement", None) or handle
+        if id(handle) not in found:
+            found[id(handle)] = handle
+            left += [x for x in handle.recipe.inputs if x is not None] if isinstance(handle, stash.Recomputed) else []
+    return found.values()
+
+
+@pytest.mark.parametrize("policy", ["exact", "int8"])
+@pytest.mark.parametrize("act", [lambda x: rectified(F.relu, x), squared, functional.silu, dropped], ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+def test_handles_count_every_byte_of_a_forward_once(policy, act, trained):
+    handles, x, head = [], leaf(64, 64), weight(64, 64).requires_grad_(trained)
+
+    class Watched(Stash):
+        def door(self, t, depth=1):
+            handles.append(super().door(t, depth + 1))
+            return handles[-1]
+
+    with LiveStorages(nn.ParameterList([head]), inputs=x) as live:
+        with Watched(policy):
+            h = act(x * 1)
+            loss = (h @ head).sum()
+            del h
+        assert sum(handle.bytes for handle in all_of(handles)) == live.bytes() - loss.nbytes
+    assert handles or not trained
+
+
+def test_a_handle_opens_any_number_of_times_in_any_thread():
+    with Stash() as door:
+        handles = [door.door(t) for t in (X * 1, W, doubled(X))]
+    wanted = [X.detach() * 1, W.detach(), X.detach() * 2]
+    opened = []
+    threads = [threading.Thread(target=lambda h=h: opened.append((h, stash.unpack(h)))) for h in handles * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 12
+    for handle, t in opened:
+        assert torch.equal(t, wanted[handles.index(handle)]) and not t.requires_grad
