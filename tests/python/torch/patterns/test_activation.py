@@ -7,16 +7,18 @@ import functools
 import pickle
 
 import architectures
+import matrix
 import pytest
 import torch
 from alone import Alone
 from families import distance
+from modules import Held, Quick
 from torch import nn
 from torch.nn import functional as F
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.derivatives import Codes
-from unswag.torch.patterns.activation import Activation, Held
+from unswag.torch.patterns.activation import Activation, HeldActivation
 
 alone = Alone(Activation())
 H, HIDDEN = 13, 29
@@ -67,6 +69,16 @@ def results(model, x):
     return [y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *model.parameters()])]
 
 
+def examples():
+    kinds = {
+        "torch's": nn.GELU,
+        "of Python": Quick,
+        "held": lambda: Held(F.gelu),
+        "held, partial": lambda: Held(functools.partial(F.gelu, approximate="tanh")),
+    }
+    return {name: matrix.between(make) for name, make in kinds.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("act", "make"), CASES)
 def test_every_spelling_is_found_and_the_results_equal(act, make, dtype):
@@ -89,7 +101,7 @@ def test_a_function_that_a_module_holds_is_replaced_there(function):
     x = torch.randn(2, H)
     stock = results(model, x)
     alone.apply(found)
-    assert isinstance(model.act, Held)
+    assert isinstance(model.act, HeldActivation)
     for ours, theirs in zip(results(model, x), stock, strict=True):
         assert distance(ours, theirs) <= 1e-6
     assert results(pickle.loads(pickle.dumps(model)), x)[0].shape == (2, H)
@@ -99,8 +111,8 @@ def test_a_function_that_a_module_holds_is_replaced_there(function):
 
 def test_a_function_called_with_more_is_the_stock_one():
     y = torch.randn(3)
-    assert Held(F.silu, "silu", Codes())(y, inplace=True) is y
-    assert torch.equal(Held(F.gelu, "gelu", Codes())(y, approximate="tanh"), F.gelu(y, approximate="tanh"))
+    assert HeldActivation(F.silu, "silu", Codes())(y, inplace=True) is y
+    assert torch.equal(HeldActivation(F.gelu, "gelu", Codes())(y, approximate="tanh"), F.gelu(y, approximate="tanh"))
 
 
 class Near(nn.Module):

@@ -12,6 +12,7 @@ import threading
 import warnings
 
 import families
+import matrix
 import pytest
 import torch
 from alone import Alone, released
@@ -63,6 +64,13 @@ SPARSE = dict(
     moe_intermediate_size=48,
 )  # fmt: skip
 BATCHES = {"plain": plain, "padded": padded, "packed": packed}
+
+
+def examples():
+    return {
+        name: matrix.Example(lambda: families.build("llama"), lambda _, batch=batch: batch(), "")
+        for name, batch in {"padded": padded, "packed": packed}.items()
+    }
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)

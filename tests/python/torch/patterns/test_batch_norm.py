@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import matrix
 import pytest
 import torch
 from alone import Alone
@@ -31,6 +32,13 @@ def drawn(module):
             if t.is_floating_point():
                 t.copy_(torch.rand(t.shape, generator=generator) + 0.1)
     return module
+
+
+def examples():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).train()
+
+    return {"of images": matrix.Example(build, lambda dtype: {"input": torch.randn(4, 3, 9, 9).to(dtype)}, "1", apart=0)}
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import architectures
+import matrix
 import pytest
 import torch
 from alone import Alone
@@ -27,6 +28,11 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+def examples():
+    """With a rate so small that nothing is dropped: ours draws otherwise than PyTorch."""
+    return {"of nothing": matrix.between(lambda: nn.Dropout(1e-9), dropout="redrawn")}
 
 
 def test_it_is_asked_for():

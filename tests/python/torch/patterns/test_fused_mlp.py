@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import architectures
+import matrix
 import pytest
 import torch
 from alone import Alone
 from families import distance
+from modules import Fused
 from torch import nn
 from torch.nn import functional as F
 
@@ -54,6 +56,10 @@ KNOWN = [
     (lambda: UpFirst(F.silu), "silu False drop None"),
     (Inline, "gelu_tanh True None drop"),
 ]
+
+
+def examples():
+    return {"gelu": matrix.between(Fused)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

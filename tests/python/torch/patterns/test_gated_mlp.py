@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import matrix
 import pytest
 import torch
 from alone import Alone
 from families import distance
+from modules import Gated, T5Gated
 from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
@@ -63,6 +65,11 @@ KNOWN = [
     (Function, "gate_proj up_proj down_proj relu"),
 ]
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+def examples():
+    kinds = {"module": Gated, "function": lambda: Gated(F.silu), "T5's": T5Gated}
+    return {name: matrix.between(make) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ import copy
 import weakref
 
 import families
+import matrix
 import pytest
 import torch
 from alone import Alone
@@ -85,6 +86,11 @@ KNOWN = {
     "in float": (lambda: InFloat(COLS), ("weight", "bias", "eps")),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def examples():
+    kinds = {"torch's": lambda: nn.LayerNorm(matrix.WIDTH), "without bias": lambda: nn.LayerNorm(matrix.WIDTH, bias=False)}
+    return {name: matrix.between(make) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

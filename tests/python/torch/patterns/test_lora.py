@@ -9,6 +9,7 @@ import threading
 import types
 import warnings
 
+import matrix
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -24,7 +25,7 @@ import unswag
 from unswag.torch.draws import DropoutInput
 from unswag.torch.lora import TILE
 from unswag.torch.patterns.lora import Lora, is_ordinary
-from unswag.torch.patterns.pattern import Candidate, replaced, restore
+from unswag.torch.patterns.pattern import Candidate, replaced
 from unswag.torch.patterns.probing import ulps
 from unswag.torch.patterns.proof import Proof
 
@@ -105,6 +106,18 @@ def kept(function):
 
 
 DTYPES = [(F64, F64), (F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F32, BF16)]
+
+
+def examples():
+    def build():
+        before, after = nn.Linear(48, 48, dtype=BF16), nn.Linear(40, 8, dtype=BF16)
+        return nn.Sequential(before, peft_linear(BF16, F32, dropout=0.1), after).train()
+
+    return {
+        "of float32 beside bfloat16": matrix.Example(
+            build, lambda dtype: {"input": torch.randn(6, 48).to(dtype)}, "1", dtype=BF16, apart=2e-2
+        )
+    }
 
 
 @pytest.mark.parametrize("base_dtype, dtype", DTYPES, ids=str)
@@ -247,13 +260,6 @@ def test_a_variant_added_later_runs_as_pefts_own():
         nn.init.normal_(m.lora_B["dora"].weight, generator=torch.Generator().manual_seed(1))
     x = torch.randn(6, 48)
     assert torch.equal(ours(x), layer(x)) and not torch.equal(layer(x), layer.base_layer(x))
-
-
-def test_restored():
-    layer = peft_linear()
-    assert operate(layer) == {} and replaced(layer)
-    restore(layer)
-    assert "forward" not in vars(layer) and not replaced(layer)
 
 
 def test_probe_changes_nothing():

@@ -5,6 +5,7 @@ import os
 import warnings
 from contextlib import contextmanager
 
+import matrix
 import pytest
 import torch
 from alone import Alone, released
@@ -111,6 +112,11 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="unswag")
         yield
+
+
+def examples():
+    halves = (torch.bfloat16, torch.float16)  # of float64 the loss is float64; stock casts the logits to float32
+    return {"Llama's": matrix.Example(make, lambda _: batch(), "lm_head", casts=halves)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

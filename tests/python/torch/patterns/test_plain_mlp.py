@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import matrix
 import pytest
 import torch
 from alone import Alone
 from families import distance
+from modules import Plain
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,6 +48,10 @@ def square():
 
 
 KNOWN = [(Mlp, "fc1 fc2 gelu None None"), (Dropping, "fc1 fc2 silu dropout1 dropout2"), (square, "fc2 fc1 gelu_tanh None None")]
+
+
+def examples():
+    return {"gelu": matrix.between(Plain)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import matrix
 import pytest
 import torch
 from alone import Alone
+from modules import Held
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +72,11 @@ SPELLINGS = [
     ("_relu", Called()),
     ("_squared", Squared()),
 ]
+
+
+def examples():
+    kinds = {"module": nn.ReLU, "held": lambda: Held(F.relu), "squared": Squared}
+    return {name: matrix.between(make, apart=0) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize(("call", "module"), SPELLINGS, ids=["module", "in place", "function", "square"])

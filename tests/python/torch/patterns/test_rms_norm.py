@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import matrix
 import pytest
 import torch
 from alone import Alone
 from families import distance
+from modules import Norm, T5Norm
 from odd_weights import halved
 from torch import nn
 
@@ -70,6 +72,16 @@ KNOWN = {
     Bare: (None, "eps", 0.0, True, False),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def examples():
+    kinds = {
+        "Llama's": lambda: Llama(matrix.WIDTH),
+        "Gemma's": Norm,
+        "T5's": T5Norm,
+        "torch's": lambda: nn.RMSNorm(matrix.WIDTH, eps=1e-6),
+    }
+    return {name: matrix.between(make) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
