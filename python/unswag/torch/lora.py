@@ -112,13 +112,14 @@ class _How(NamedTuple):
         ps = [0.0 if kind.seed is not None else kind.p for kind in self.kinds]
         return self.drawn.draw(ps) if state is None else (self.drawn.draw_again(ps, state), state)
 
-    def tiles(self, rows: int, cols: int, on_cuda: bool) -> list[slice]:
-        """Of x [rows, cols]. 16-bit products take all rows at once: they cast x to nothing wider, and one product sums in
-        float32."""
-        step = max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
-        if self.compute.itemsize < 4:
-            step = max(rows, 1)
-        return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[slice]:
+    """The rows of x [rows, cols] that are done at once. 16-bit products take all: they cast x to nothing wider, and one product
+    sums in float32."""
+    step = max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
+    if compute.itemsize < 4:
+        step = max(rows, 1)
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 class _AddLora(torch.autograd.Function):
@@ -130,7 +131,7 @@ class _AddLora(torch.autograd.Function):
         total = torch.promote_types(base.dtype, how.compute)
         parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]
         products = [xs.new_empty(xs.shape[0], a.shape[0], dtype=how.compute) for a in parts[::3]]
-        for tile in how.tiles(xs.shape[0], xs.shape[1], x.is_cuda):
+        for tile in tiles(xs.shape[0], xs.shape[1], how.compute, x.is_cuda):
             x_tile, sum_ = xs[tile].to(how.dtype), bases[tile]
             for kind, mask, a, b, bias, xa in zip(
                 how.kinds, masks, parts[::3], parts[1::3], parts[2::3], products, strict=True
@@ -169,7 +170,7 @@ class _AddLora(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             parts = [(a.to(how.compute), b.to(how.compute)) for a, b in weights]
             masks = how.masks(state)[0] if state is not None else [None] * n
-            for tile in how.tiles(dys.shape[0], ctx.x_shape[-1], dy.is_cuda):
+            for tile in tiles(dys.shape[0], ctx.x_shape[-1], how.compute, dy.is_cuda):
                 x_tile = None if xs is None else xs[tile].to(how.dtype)
                 dx_tile: Any = None
                 for i in reversed(range(n)):  # the order in which autograd sums

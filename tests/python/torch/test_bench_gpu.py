@@ -229,7 +229,7 @@ def test_models_run_and_our_losses_are_stocks():
     assert len(pieces) == 4
     for r in pieces.values():
         assert failed(r["checks"]) == [] and len(r["losses"]) == 2 and r["losses"][1] < r["losses"][0]
-    assert {"norm", "gated_mlp", "loss", "stash"} <= pieces["dry, full, bfloat16, 64 tokens, ours"]["patched"].keys()
+    assert {"rms_norm", "gated_mlp", "loss", "stash"} <= pieces["dry, full, bfloat16, 64 tokens, ours"]["patched"].keys()
     checks = model.checks(pieces)
     assert sum(c["must"] for c in checks.values()) == 2
     assert not [f for f in failed(checks) if "goal" not in f]

@@ -426,7 +426,7 @@ def zoos(dtype):
         operated[dropout] = copy.deepcopy(stock)
         with contextlib.redirect_stdout(io.StringIO()):
             report = apply_unswag_surgery(operated[dropout], dropout=dropout)
-        assert {"norm", "gated_mlp", "relu", "stash"} <= {pattern for _, pattern in report.patched}, report
+        assert {"rms_norm", "gated_mlp", "relu", "stash"} <= {pattern for _, pattern in report.patched}, report
     return stock, operated
 
 

@@ -220,7 +220,7 @@ def test_peft(when):
     model = adapt(model)
     if when in ("after", "both"):
         report = operate(model)
-        assert counts(report)["norm"] == 5 and counts(report)["gated_mlp"] == 2
+        assert counts(report)["rms_norm"] == 5 and counts(report)["gated_mlp"] == 2
     assert_close(step(model, plain()), stock, FP32)
     assert unswag.audit(model, **plain()).alive < 0.9 * unswag.audit(adapt(build()), **plain()).alive
     unswag.remove_unswag_surgery(model)
@@ -272,7 +272,7 @@ def test_modules_that_others_patched_are_left():
         "model.layers.0.mlp",
         "model.layers.1.input_layernorm",
     }
-    assert counts(report)["gated_mlp"] == 1 and counts(report)["norm"] == 4
+    assert counts(report)["gated_mlp"] == 1 and counts(report)["rms_norm"] == 4
     assert (vars(mlp)["forward"], vars(norm)["forward"]) == theirs
 
 
@@ -459,7 +459,7 @@ class Raises(nn.Module):
 def test_what_a_find_or_a_probe_raises_is_a_reason():
     model = nn.Sequential(nn.Linear(8, 64), Raises(), nn.LayerNorm(64), nn.GELU())
     report = operate(model)
-    assert ("1", "norm: not an RMSNorm: its forward raises KeyError: 'no forward'") in report.skipped
+    assert ("1", "rms_norm: not an RMSNorm: its forward raises KeyError: 'no forward'") in report.skipped
     model.append(nn.Sequential(Raises()))
     report = operate(model)
     assert ("", "gated_mlp: the search for it raises RuntimeError: no features") in report.skipped
@@ -501,8 +501,8 @@ def test_no_module(operation):
 
 def test_verify_false_trusts_modules_of_the_same_kind(monkeypatch):
     probes = []
-    original = patterns.norm.Norm.probe
-    monkeypatch.setattr(patterns.norm.Norm, "probe", lambda self, c: (probes.append(c.name), original(self, c))[1])
+    original = patterns.rms_norm.RmsNorm.probe
+    monkeypatch.setattr(patterns.rms_norm.RmsNorm, "probe", lambda self, c: (probes.append(c.name), original(self, c))[1])
     model = families.build("qwen3")
     model.model.layers[1].post_attention_layernorm.variance_epsilon = 1e-5
     full = operate(model)
@@ -519,7 +519,7 @@ def test_verify_false_trusts_modules_of_the_same_kind(monkeypatch):
 def test_it_prints_what_it_patched_what_it_left_and_why(capsys):
     report = operate(families.build("bitnet"))
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "BitNetForCausalLM" in said and "norm" in said and "left: gated_mlp: it has more" in said
+    assert "BitNetForCausalLM" in said and "rms_norm" in said and "left: gated_mlp: it has more" in said
     before, after = report.bytes_per_token
     assert f"{before:,.0f} before, {after:,.0f} after" in said
 

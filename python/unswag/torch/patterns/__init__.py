@@ -13,13 +13,13 @@ from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.layer_norm import LayerNorm
 from unswag.torch.patterns.lora import Lora
 from unswag.torch.patterns.loss import Loss
-from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.pattern import Candidate, Pattern, replace, replace_forward, replaced, restore
 from unswag.torch.patterns.plain_mlp import PlainMlp
 from unswag.torch.patterns.relu import Relu
+from unswag.torch.patterns.rms_norm import RmsNorm
 
 ALL: tuple[Pattern, ...] = (  # in the order in which they are tried
-    Norm(),
+    RmsNorm(),
     LayerNorm(),
     GatedMlp(),
     FusedMlp(),

@@ -14,28 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unswag.torch import ops
 from unswag.torch.derivatives import Codes
 from unswag.torch.functional import activation
-from unswag.torch.patterns.gated_mlp import ACTIVATIONS, CODES, SAME, activation_distance, codes_of
+from unswag.torch.patterns.mlp import (
+    ACTIVATIONS,
+    CODES,
+    KEEP_INPUT,
+    SAME,
+    activation_distance,
+    codes_of,
+    differs_elsewhere,
+)
 from unswag.torch.patterns.pattern import (
     Candidate,
-    foreign_forward,
-    is_plain,
+    floating_parameter,
     no_kernel,
+    ops_take,
     ordinary_call,
+    reason_to_leave,
     replace,
-    replace_forward,
+    replace_unary_forward,
     replace_view,
     stock,
 )
 from unswag.torch.patterns.probing import (
     AUTOCAST,
-    MODES,
-    NO_GRAD,
-    PLAIN,
     Writes,
-    differs_in_use,
     distance,
     kind,
     own_forward,
@@ -43,14 +47,11 @@ from unswag.torch.patterns.probing import (
     twin,
     value_and_gradients,
 )
-from unswag.torch.patterns.proof import Proof, frozen, lengths
+from unswag.torch.patterns.proof import Proof, seen_as
 
-OURS = tuple(act for act in ACTIVATIONS if act not in ("relu", "relu2"))  # which need less than their input: `patterns.relu`
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a module is compared with ours
 NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
 Kind = tuple[torch.dtype, bool]  # of x; under autocast
-WIDTHS = (((), 1), ((), 7), ((1,), 16), ((64,), 24), ((2, 3), 16), ((2, 1, 3), 8), ((2, 3, 4), 5), ((2, 1, 2, 3), 4))
-SCALES = (1e-3, 1.0, 10.0, 1e2, 1e3, 3e4, 1e30)  # of a sweep over x
 HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
 
 
@@ -60,7 +61,7 @@ class Activation:
     saves = "its input, 16 bits per element in a 16-bit dtype; stock keeps the output too, and more where it is Python"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        like = floating_parameter(model)
         nearest: dict[Hashable, tuple[float, str]] = {}  # by kind, as long as the model lives
         proven: dict[Hashable, dict[Kind, str | None]] = {}
         for name, module in model.named_modules():
@@ -69,24 +70,24 @@ class Activation:
                 if same not in nearest:
                     nearest[same] = _nearest(module)
                 apart, act = nearest[same]
-                if apart <= NEAR and act in OURS:
+                if apart <= NEAR and act in KEEP_INPUT:
                     yield Candidate(name, module, {"act": act, "apart": apart, "like": like, "same": same, "proven": proven})
                     continue
             held = {k: act for k, v in vars(module).items() if _is_function(v) for apart, act in [_nearest(v)] if apart <= SAME}
-            if held := {k: act for k, act in held.items() if act in OURS}:
+            if held := {k: act for k, act in held.items() if act in KEEP_INPUT}:
                 yield Candidate(name, module, {"held": held, "like": like})
 
     def probe(self, candidate: Candidate) -> str | None:
         module, like = candidate.module, candidate.parts["like"]
-        if reason := no_kernel(like):
-            return reason
         if "held" in candidate.parts:
+            if reason := no_kernel(like):
+                return reason
             reasons = [_differs(getattr(module, k), act, like, like.dtype) for k, act in candidate.parts["held"].items()]
             return next((reason for reason in reasons if reason), None)
-        if other := foreign_forward(module):
-            return f"its forward was already replaced by {other}"
+        if reason := reason_to_leave(module, like):
+            return reason
         if candidate.parts["apart"] > SAME:
-            return f"it is none of {', '.join(OURS)}"
+            return f"it is none of {', '.join(KEEP_INPUT)}"
         if getattr(module, "inplace", False):
             return "it works in place"
         same, proven = candidate.parts["same"], candidate.parts["proven"]
@@ -104,9 +105,8 @@ class Activation:
             return
         act, proven, proof = candidate.parts["act"], candidate.parts["proven"], Proof(candidate)
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
-            (x,) = (*args, *kwargs.values())
-            if not ordinary(x):
+        def forward(self: nn.Module, x: Tensor) -> Any:
+            if not ops_take(x):
                 return stock(self, x)
             autocast = torch.is_autocast_enabled(x.device.type)
             if (x.dtype, autocast) not in proven:
@@ -115,27 +115,15 @@ class Activation:
             return activation(x, act, codes_of(self))
 
         replace(candidate.module, CODES, Codes())
-        replace_forward(candidate.module, forward, proof)
+        replace_unary_forward(candidate.module, forward, proof)
 
 
-def seen_as(
-    function: Callable[..., Any], held: Callable[[nn.Module, Callable[..., Any]], Any]
-) -> Callable[[nn.Module, Any], Any]:
-    """For `replace_view`: `held(module, function)` as long as the attribute holds `function`, or a copy of it."""
-    known = frozen(function)
-
-    def seen(module: nn.Module, value: Any) -> Any:
-        return held(module, value) if value is function or frozen(value) == known else value
-
-    return seen
-
-
-def _held(name: str, act: str, module: nn.Module, function: Callable[..., Tensor]) -> Held:
-    return Held(function, act, vars(module).get(CODES + name))
+def _held(name: str, act: str, module: nn.Module, function: Callable[..., Tensor]) -> HeldActivation:
+    return HeldActivation(function, act, vars(module).get(CODES + name))
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldActivation:
     """What is seen in an attribute in place of the function `stock`."""
 
     stock: Callable[..., Tensor]
@@ -143,14 +131,9 @@ class Held:
     codes: Codes | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs or len(args) != 1 or not (ordinary(args[0]) and ordinary_call()):  # e.g. inplace=True
+        if kwargs or len(args) != 1 or not (ops_take(args[0]) and ordinary_call()):  # e.g. inplace=True
             return self.stock(*args, **kwargs)
         return activation(args[0], self.act, self.codes)
-
-
-def ordinary(x: Any) -> bool:
-    """Whether the ops take `x`: what a stranger's forward hands on may be anything."""
-    return isinstance(x, Tensor) and is_plain(x) and x.layout is torch.strided and x.dtype in ops.DTYPES
 
 
 def _is_function(value: Any) -> bool:
@@ -176,34 +159,9 @@ def _reasons(module: nn.Module, act: str, like: Tensor) -> dict[Kind, str | None
 
     for dtype in dict.fromkeys((like.dtype, *FLOATS)):
         reason = _differs(functools.partial(own_forward, twin(module)), act, like, dtype)
-        reasons[dtype, False] = reason or elsewhere(module, ours, like, dtype)
-        reasons[dtype, True] = reason or elsewhere(module, ours, like, dtype, AUTOCAST)
+        reasons[dtype, False] = reason or differs_elsewhere(module, ours, like, dtype)
+        reasons[dtype, True] = reason or differs_elsewhere(module, ours, like, dtype, AUTOCAST)
     return reasons
-
-
-def elsewhere(
-    module: nn.Module, ours: Callable[[nn.Module, Tensor], Tensor], like: Tensor, dtype: torch.dtype, mode: str = PLAIN
-) -> str | None:
-    """How `ours` differs from the module in other shapes, modes and numbers, and for many rows; or None."""
-
-    def draw(*shape: int) -> Tensor:  # not where y is next to nothing: of a single number, its rounding would be the result
-        return 3 * torch.randn(*shape, device=like.device).clamp(-2 / 3, 2)
-
-    def differs(inputs: list[Tensor], *modes: str) -> str | None:
-        return differs_in_use(twin(module), ours, inputs, dtype, modes)
-
-    usual = [draw(*shape, cols) for shape, cols in WIDTHS] + [draw(24, 5).T, draw(1)[0]]
-    if mode == AUTOCAST:
-        return differs(usual, mode)
-    most = torch.finfo(dtype)
-    sweeps = [torch.linspace(-scale, scale, 385, dtype=torch.float64).clamp(-most.max, most.max) for scale in SCALES]
-    odd = [torch.tensor([[v, 1.0]]) for v in (0.0, -0.0, float("nan"), float("inf"), -float("inf"))]
-    small = [torch.tensor([v], dtype=torch.float64) for v in (most.tiny, -most.tiny)]
-    reason = differs(usual, PLAIN) or differs([x.to(like.device) for x in (*sweeps, *odd, *small)], PLAIN)
-    if reason is None and dtype in (like.dtype, torch.float32):
-        named = [draw(*shape) for n in lengths(module) for shape in ((n, 2), (2, n))]
-        reason = differs(usual, *(mode for mode in MODES if mode not in (PLAIN, AUTOCAST))) or differs(named, PLAIN, NO_GRAD)
-    return reason
 
 
 def _differs(theirs: Callable[[Tensor], Tensor], act: str, like: Tensor, dtype: torch.dtype) -> str | None:

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unswag.torch import stash
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, replace_forward, stock
+from unswag.torch.patterns.pattern import Candidate, reason_to_leave, replace_unary_forward, stock
 from unswag.torch.patterns.probing import twin
 from unswag.torch.patterns.proof import Proof
-from unswag.torch.stash import is_plain
 
 HALVES = (torch.bfloat16, torch.float16)  # beside the module's own dtype, for the inputs of the probe
 SPACES = ((7, 5, 3), (8, 16, 2))
@@ -36,21 +35,18 @@ class BatchNorm:
                 yield Candidate(name, module)
 
     def probe(self, candidate: Candidate) -> str | None:
-        if other := foreign_forward(candidate.module):
-            return f"its forward was already replaced by {other}"
-        return _differs(candidate.module)
+        return reason_to_leave(candidate.module) or _differs(candidate.module)
 
     def apply(self, candidate: Candidate) -> None:
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            recipe = _recipe(self, x)
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            recipe = recipe_of(self, x)
             y: Tensor = stock(self, x)
             if recipe is not None:
                 stash.remember(y, batch_norm_again, x, *recipe[0], **recipe[1])
             return y
 
         reads = ("eps", "momentum", "affine", "track_running_stats", "num_features")
-        replace_forward(candidate.module, forward, Proof(candidate, reads=reads))
+        replace_unary_forward(candidate.module, forward, Proof(candidate, reads=reads))
 
 
 def batch_norm_again(
@@ -65,10 +61,10 @@ def batch_norm_again(
     return F.batch_norm(x, mean, var, weight, bias, trains, 0.0, eps)
 
 
-def _recipe(module: Any, x: Tensor) -> Recipe | None:
+def recipe_of(module: Any, x: Tensor) -> Recipe | None:
     """(inputs beside x, constants) for `batch_norm_again` of the call that comes, or None where its bits could be others."""
     weight, bias, mean, var = module.weight, module.bias, module.running_mean, module.running_var
-    if not all(t is None or is_plain(t) for t in (x, weight, bias)):
+    if not all(t is None or stash.is_plain(t) for t in (x, weight, bias)):
         return None
     if module.training or mean is None or var is None:
         # torch's sums over a channel whose elements do not follow each other depend on the number of threads
@@ -99,7 +95,7 @@ def _differs(module: Any) -> str | None:
         for space in SPACES:
             x = draw(2, channels, *space[:size], dtype=dtype)
             try:
-                recipe = _recipe(copy, x)
+                recipe = recipe_of(copy, x)
                 y = type(module).forward(copy, x)
             except Exception:  # not this dtype, not so many dimensions
                 continue

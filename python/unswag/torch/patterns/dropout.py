@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import dropout
-from unswag.torch.patterns.activation import ordinary
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, no_kernel, replace_forward, stock
+from unswag.torch.patterns.pattern import Candidate, floating_parameter, ops_take, reason_to_leave, replace_forward, stock
 from unswag.torch.patterns.proof import Proof
 
 
@@ -19,16 +18,14 @@ class Dropout:
     saves = "a seed; the next Linear's input is made again too; stock keeps a mask, 8 bits per element, and the output"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        like = floating_parameter(model)
         for name, module in model.named_modules():
             if type(module) is nn.Dropout and module.p > 0:
                 yield Candidate(name, module, {"like": like})
 
     def probe(self, candidate: Candidate) -> str | None:
         module = candidate.module
-        if other := foreign_forward(module):
-            return f"its forward was already replaced by {other}"
-        if reason := no_kernel(candidate.parts["like"]):
+        if reason := reason_to_leave(module, candidate.parts["like"]):
             return reason
         if module.inplace:
             return "it works in place"
@@ -36,7 +33,7 @@ class Dropout:
 
     def apply(self, candidate: Candidate) -> None:
         def forward(self: nn.Dropout, input: Tensor) -> Tensor:
-            if not (self.training and 0 < self.p < 1 and ordinary(input)) or not _draws(input):
+            if not (self.training and 0 < self.p < 1 and ops_take(input)) or not _draws(input):
                 result: Tensor = stock(self, input)
                 return result
             return dropout(input, self.p)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from unswag.torch.functional import gated_halves
-from unswag.torch.patterns.gated_mlp import choose, codes_of, finish, install, is_linear, others_of
+from unswag.torch.patterns.mlp import choose, codes_of, finish, install, is_linear, others_of
 from unswag.torch.patterns.pattern import Candidate
 from unswag.torch.patterns.probing import takes_one_argument
 

@@ -11,9 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from unswag.torch.functional import layer_norm
-from unswag.torch.patterns.norm import ELEMENTS, FEW, FLOATS, SCALES, Case, Dtypes, elsewhere, run, unproven
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock
-from unswag.torch.patterns.probing import Writes, ignores_the_mean, kind, own_forward, takes_one_argument, twin
+from unswag.torch.patterns.norms import (
+    ELEMENTS,
+    FEW,
+    FLOATS,
+    SCALES,
+    Case,
+    Dtypes,
+    differs_elsewhere,
+    run,
+    unproven,
+    unreadable,
+    vectors_of,
+    width_of,
+)
+from unswag.torch.patterns.pattern import (
+    Candidate,
+    floating_parameter,
+    is_plain,
+    reason_to_leave,
+    replace_unary_forward,
+    stock,
+)
+from unswag.torch.patterns.probing import Writes, ignores_the_mean, kind, own_forward, twin
 from unswag.torch.patterns.proof import Proof
 
 EPS = (1e-5, 1e-6, 1e-12)  # tried where no attribute holds it: those in use
@@ -67,43 +87,33 @@ class LayerNorm:
     saves = "x, which the residual stream keeps anyway, and 8 bytes per row; stock keeps y too, for the Linear that reads it"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        like = floating_parameter(model)
         proven: dict[Hashable, Variant] = {}  # by kind, as long as the candidates live
         for name, module in model.named_modules():
-            parameters = dict(module.named_parameters(recurse=False))
             settings = [k for k, v in vars(module).items() if isinstance(v, float) and 0 < v <= 1e-2]
-            if (
-                (settings or hasattr(module, "normalized_shape"))
-                and not module._modules
-                and not module._buffers
-                and len(parameters) <= 2
-                and all(p.is_floating_point() for p in parameters.values())
-                and takes_one_argument(module)
-                and (isinstance(module, nn.LayerNorm) or ignores_the_mean(module, like))
-            ):
-                vectors = list(parameters)
-                parts = {"vectors": vectors, "eps": settings or list(EPS), "proven": proven}
-                yield Candidate(name, module, parts | {"like": parameters[vectors[0]] if vectors else like})
+            if not (settings or hasattr(module, "normalized_shape")) or (vectors := vectors_of(module, 2)) is None:
+                continue
+            if isinstance(module, nn.LayerNorm) or ignores_the_mean(module, like):
+                parts = {"vectors": list(vectors), "eps": settings or list(EPS), "proven": proven}
+                yield Candidate(name, module, parts | {"like": next(iter(vectors.values()), like)})
 
     def probe(self, candidate: Candidate) -> str | None:
         module, parts = candidate.module, candidate.parts
         vectors, like = parts["vectors"], parts["like"]
-        if other := foreign_forward(module):
-            return f"its forward was already replaced by {other}"
-        if reason := no_kernel(like):
+        if reason := reason_to_leave(module, like):
             return reason
         shape = getattr(module, "normalized_shape", (0,))
         if len(shape) != 1 or any(getattr(module, v).ndim != 1 for v in vectors):
             return f"it normalises over {len(shape)} dimensions, {list(shape)}; the kernels over the last alone"
-        if odd := next((v for v in vectors if not is_plain(getattr(module, v))), None):
-            return f"its {odd} is a {type(getattr(module, odd)).__name__}, which only the module itself can read"
+        if reason := unreadable(module, vectors):
+            return reason
         same = kind(module)
         known: Variant | None = parts["proven"].get(same)
         try:
-            if known is not None and not any(c.differs(known) for c in _cases(module, vectors, like, FEW)):
+            if known is not None and not any(c.differs(known) for c in cases_of(module, vectors, like, FEW)):
                 parts["variant"] = known
                 return None
-            cases = list(_cases(module, vectors, like, ELEMENTS))
+            cases = list(cases_of(module, vectors, like, ELEMENTS))
             dtypes = frozenset((c.x.dtype, next(c.twin.parameters(recurse=False), c.x).dtype, c.autocast) for c in cases)
         except Writes as error:
             return str(error)
@@ -116,7 +126,7 @@ class LayerNorm:
             variant = Variant(weight, bias, eps, promotes, widens, dtypes)
             failed = next(((i, why) for i, case in enumerate(cases) if (why := case.differs(variant))), None)
             if failed is None:
-                reason = elsewhere(module, vectors, like, lambda dtypes: variant if dtypes in variant.proven else None)  # noqa: B023
+                reason = differs_elsewhere(module, vectors, like, lambda dtypes: variant if dtypes in variant.proven else None)  # noqa: B023
                 if reason is None:
                     parts["variant"] = parts["proven"][same] = variant
                 return reason
@@ -129,8 +139,7 @@ class LayerNorm:
             candidate, reads=("normalized_shape", variant.eps) if isinstance(variant.eps, str) else ("normalized_shape",)
         )
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
-            (x,) = (*args, *kwargs.values())
+        def forward(self: nn.Module, x: Tensor) -> Any:
             dtypes = variant.dtypes(self, x)
             if dtypes in variant.proven:
                 return variant(self, x)
@@ -138,7 +147,7 @@ class LayerNorm:
                 proof.say(self, unproven(dtypes))
             return stock(self, x)
 
-        replace_forward(candidate.module, forward, proof)
+        replace_unary_forward(candidate.module, forward, proof)
 
 
 def _roles(vectors: list[str]) -> list[tuple[str | None, str | None]]:
@@ -148,8 +157,8 @@ def _roles(vectors: list[str]) -> list[tuple[str | None, str | None]]:
     return [(vectors[0], None), (None, vectors[0])] if vectors else [(None, None)]
 
 
-def _cases(module: nn.Module, vectors: list[str], like: Tensor, elements: int) -> Iterator[LayerNormCase]:
-    cols = like.numel() if vectors else getattr(module, "normalized_shape", (256,))[-1]
+def cases_of(module: nn.Module, vectors: list[str], like: Tensor, elements: int) -> Iterator[LayerNormCase]:
+    cols = width_of(module, vectors, like)
     rows = max(2, elements // cols)
     own = like.dtype
     generator = torch.Generator(like.device).manual_seed(2)

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from unswag.torch.draws import draw_seed
 from unswag.torch.lora import Adapter, add_lora
-from unswag.torch.patterns.gated_mlp import Drawn
-from unswag.torch.patterns.pattern import Candidate, foreign_forward, is_plain, no_kernel, replace_forward, stock, stock_class
-from unswag.torch.patterns.probing import Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
+from unswag.torch.patterns.pattern import (
+    Candidate,
+    floating_parameter,
+    is_plain,
+    no_kernel,
+    reason_to_leave,
+    replace_forward,
+    stock,
+    stock_class,
+)
+from unswag.torch.patterns.probing import Drawn, Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
 from unswag.torch.patterns.proof import Proof, others_global_hooks
 
 ROWS = 32  # of each probe
@@ -48,8 +56,8 @@ class Lora:
 
     def probe(self, candidate: Candidate) -> str | None:
         module: Any = candidate.module
-        if other := foreign_forward(module):
-            return f"its forward was already replaced by {other}"
+        if reason := reason_to_leave(module):
+            return reason
         if missing := [k for k in STATE if not hasattr(module, k)]:
             return f"not PEFT's LoRA as we know it: it has no {', '.join(missing)}"
         reasons = {name: _unlike(module, name) for name in module.lora_A}
@@ -72,7 +80,7 @@ class Lora:
         proof = Proof(candidate, reads=READS)
 
         def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args or kwargs or not _ordinary(self, x, proof):  # e.g. adapter_names: another adapter for each row
+            if args or kwargs or not is_ordinary(self, x, proof):  # e.g. adapter_names: another adapter for each row
                 return stock(self, x, *args, **kwargs)
             return _forward(self, x, how)
 
@@ -109,7 +117,7 @@ def _drops(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
+def is_ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
     """Whether this call is one that `_forward` computes: adapters neither disabled nor merged, the active ones plain. Else
     PEFT's own forward runs, as it does under torch.compile, and with dropout in a CUDA graph, where every replay would draw
     what the capture drew. `proof` says once what of an adapter is not plain."""
@@ -211,7 +219,7 @@ def _casts_under_autocast(module: Any, names: list[str]) -> bool:
 def _dtypes(module: Any, names: list[str]) -> tuple[torch.dtype, torch.dtype]:
     """Of the base, and so of x, and of the adapters."""
     a = module.lora_A[names[0]].weight
-    return next((p.dtype for p in module.base_layer.parameters() if p.is_floating_point()), a.dtype), a.dtype
+    return floating_parameter(module.base_layer, a).dtype, a.dtype
 
 
 def _small(
@@ -220,7 +228,7 @@ def _small(
     """A twin with all the named adapters active and small weights, the list of what its dropouts get, an input, and all that
     has a gradient."""
     x_dtype, dtype = dtypes
-    device = next((p for p in module.base_layer.parameters() if p.is_floating_point()), module.lora_A[names[0]].weight).device
+    device = floating_parameter(module.base_layer, module.lora_A[names[0]].weight).device
     base = Drawn(STAND_IN, 1.0, x_dtype, device)
     pairs = {name: _drawn(module.lora_B[name], dtype, device) for name in names}
     seen: list[Tensor] = []

@@ -36,10 +36,12 @@ from torch.utils._device import DeviceContext
 from unswag.torch.lazy_logits import LABELS, Frame, Head, LazyLogits, defer, frames, inside_forward
 from unswag.torch.loss import check_labels, logits_are_kept
 from unswag.torch.patterns.pattern import (
+    HOOKS,
     METHODS,
     RECORD,
     Candidate,
     cannot_operate,
+    floating_parameter,
     foreign_forward,
     is_plain,
     no_kernel,
@@ -50,7 +52,7 @@ from unswag.torch.patterns.pattern import (
     stock_class,
     wrap_method,
 )
-from unswag.torch.patterns.probing import HOOKS, has_hooks, setting
+from unswag.torch.patterns.probing import has_hooks, setting
 from unswag.torch.patterns.proof import others_global_hooks
 
 STATE = "_unswag_loss"  # head.__dict__[STATE]: _State
@@ -173,7 +175,7 @@ def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
 def _probe_head(head: Any, linear: bool) -> str | None:
     """The head makes [2, classes] of two random rows, of each row by itself what it makes of both, without a draw and without a
     trace; and, if the chunks are to use its weight, just what F.linear makes."""
-    floating = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
+    floating = floating_parameter(head)
     classes, width = _sizes(head)
     x = torch.randn(2, width or 0, device=floating.device).to(floating.dtype)
     twin = _twin(head).train()

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace as fx_trace
 
 from unswag import _core
-from unswag.torch import stash
+from unswag.torch import ops, stash
 
 if TYPE_CHECKING:
     from unswag.torch.patterns.proof import Proof
@@ -116,6 +116,11 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], proof: Proof
     replace_method(module, "forward", forward, proof)
 
 
+def replace_unary_forward(module: nn.Module, forward: Callable[[Any, torch.Tensor], Any], proof: Proof) -> None:
+    """`replace_forward` for a forward of one argument, however the caller names it: `forward(self, x)`."""
+    replace_method(module, "forward", _while_it_holds("forward", forward, proof, unary=True))
+
+
 def ordinary_call(*args: Any, **kwargs: Any) -> bool:
     """Whether a call with these arguments is one of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …),
     in forward mode, while torch.export, torch.jit, torch.fx or make_fx take down what a model does, or on the meta device:
@@ -133,7 +138,7 @@ def ordinary_call(*args: Any, **kwargs: Any) -> bool:
 _dispatch_mode, PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
-def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Callable[..., Any]:
+def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof, unary: bool = False) -> Callable[..., Any]:
     PROOFS[id(proof)] = proof
     key = id(proof)
 
@@ -142,7 +147,13 @@ def _while_it_holds(name: str, function: Callable[..., Any], proof: Proof) -> Ca
             return function(self, *args, **kwargs)
         return stock_method(name, self, *args, **kwargs)
 
-    return checked
+    def checked_unary(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._unswag_holds(key) if torch.compiler.is_compiling() else proof.holds(self):
+            (x,) = (*args, *kwargs.values())
+            return function(self, x)
+        return stock_method(name, self, *args, **kwargs)
+
+    return checked_unary if unary else checked
 
 
 PROOFS: weakref.WeakValueDictionary[int, Proof] = weakref.WeakValueDictionary()  # of the methods in use, by id
@@ -403,6 +414,26 @@ def maker(forward: Callable[..., Any]) -> str:
 def is_plain(tensor: torch.Tensor | None) -> bool:
     """As `stash.is_plain`; None is."""
     return tensor is None or stash.is_plain(tensor)
+
+
+def ops_take(x: Any) -> bool:
+    """Whether the ops take `x`, which may be anything that a stranger's forward hands on."""
+    return isinstance(x, torch.Tensor) and stash.is_plain(x) and x.layout is torch.strided and x.dtype in ops.DTYPES
+
+
+def floating_parameter(module: nn.Module, otherwise: torch.Tensor | None = None) -> torch.Tensor:
+    """The first floating parameter of `module`, whose dtype and device stand for the rest; without one `otherwise`, or an
+    empty tensor."""
+    found = next((p for p in module.parameters() if p.is_floating_point()), otherwise)
+    return torch.empty(0) if found is None else found
+
+
+def reason_to_leave(module: nn.Module, *tensors: torch.Tensor | None) -> str | None:
+    """The reason why no pattern may replace this module's forward, or None: somebody else has replaced it, or the ops cannot
+    run on these tensors."""
+    if other := foreign_forward(module):
+        return f"its forward was already replaced by {other}"
+    return no_kernel(*tensors)
 
 
 def no_kernel(*tensors: torch.Tensor | None) -> str | None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from unswag.torch.functional import activation
-from unswag.torch.patterns.activation import OURS
-from unswag.torch.patterns.gated_mlp import choose, codes_of, finish, install, is_linear, others_of
+from unswag.torch.patterns.mlp import KEEP_INPUT, choose, codes_of, finish, install, is_linear, others_of
 from unswag.torch.patterns.pattern import Candidate
 from unswag.torch.patterns.probing import takes_one_argument
 
@@ -61,7 +60,7 @@ class PlainMlp:
             return f"its activation {others.held} is called as it is"
         wirings = (
             Wiring(fc1, fc2, act, None, on_h, on_y)
-            for (on_h, on_y), (fc1, fc2), act in itertools.product(others.places(), itertools.permutations(linears), OURS)
+            for (on_h, on_y), (fc1, fc2), act in itertools.product(others.places(), itertools.permutations(linears), KEEP_INPUT)
         )
         return choose(candidate, wirings, others, "fc2(act(fc1(x)))")
 

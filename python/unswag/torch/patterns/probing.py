@@ -204,6 +204,51 @@ def setting(value: Any) -> Hashable:
     return id(value)
 
 
+# ---- a stand-in for Linears -------------------------------------------------------------------------------------------------
+
+
+class Drawn(nn.Module):
+    """Stands in for a Linear of any kind (LoRA, 4-bit, sharded) in a probe: y[j] = x[index[j]] scale[j] + shift[j]. It has
+    the shapes of the Linear it stands for, or a part of them, and costs next to nothing at any size. Its weight says its dtype
+    and nothing else."""
+
+    def __init__(self, linear: Any, shifts: float, dtype: torch.dtype, device: torch.device, part: int = 1) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features // part, linear.out_features // part
+        n = self.out_features
+        self.index = torch.randint(self.in_features, (n,), device=device)
+        self.scale = nn.Parameter(torch.randn(n, device=device).to(dtype))
+        self.shift = nn.Parameter(
+            (shifts * torch.linspace(-1, 1, n, device=device)[torch.randperm(n, device=device)]).to(dtype)
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        return self.scale.detach().as_subclass(Unread)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale: Tensor = self.scale
+        shift: Tensor = self.shift
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, scale.dtype):
+            x, scale, shift = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, scale, shift))
+        if x.dtype != scale.dtype:
+            raise TypeError(f"a Linear of {scale.dtype} got {x.dtype}")
+        return x[..., self.index] * scale + shift
+
+
+class Unread(Tensor):
+    """A weight of which only the dtype may be asked."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function != Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            raise TypeError("it reads the weight of a Linear")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+# ---- what a module is -------------------------------------------------------------------------------------------------------
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in HOOKS)
 

@@ -399,6 +399,18 @@ def frozen(value: Any, words: frozenset[str] = frozenset(), depth: int = 3) -> A
     return type(value), tuple((k, frozen(v, words, depth - 1)) for k, v in held.items() if k in words)
 
 
+def seen_as(
+    function: Callable[..., Any], held: Callable[[nn.Module, Callable[..., Any]], Any]
+) -> Callable[[nn.Module, Any], Any]:
+    """For `replace_view`: `held(module, function)` as long as the attribute holds `function`, or a copy of it."""
+    known = frozen(function)
+
+    def seen(module: nn.Module, value: Any) -> Any:
+        return held(module, value) if value is function or frozen(value) == known else value
+
+    return seen
+
+
 def _within(value: Any, words: frozenset[str]) -> Any:
     """As `frozen`, of what all copies share: a class stands for what it holds, a large table for its size."""
     if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > LARGE:

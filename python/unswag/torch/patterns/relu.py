@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unswag.torch.patterns.activation import elsewhere, seen_as
+from unswag.torch.patterns.mlp import differs_elsewhere
 from unswag.torch.patterns.pattern import (
     Candidate,
-    foreign_forward,
     ordinary_call,
+    reason_to_leave,
     replace,
-    replace_forward,
+    replace_unary_forward,
     replace_view,
     stock,
     stock_class,
 )
 from unswag.torch.patterns.probing import AUTOCAST, PLAIN, Writes, own_forward, takes_one_argument, twin
-from unswag.torch.patterns.proof import Proof
+from unswag.torch.patterns.proof import Proof, seen_as
 from unswag.torch.stash import Stash
 from unswag.torch.stash.rectified import rectified, squared
 
@@ -59,8 +59,8 @@ class Relu:
         module = candidate.module
         if "held" in candidate.parts:
             return None  # it is torch's own
-        if other := foreign_forward(module):
-            return f"its forward was already replaced by {other}"
+        if reason := reason_to_leave(module):
+            return reason
         reasons = []
         for call in (_relu, _squared):
             if (reason := _differs(module, call) or _elsewhere(module, call)) is None:
@@ -79,19 +79,18 @@ class Relu:
             return
         call: Call = candidate.parts["call"]
 
-        def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-            (x,) = (*args, *kwargs.values())
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
             return call(self, x, vars(self)[KEPT])
 
-        replace_forward(module, forward, proof)
+        replace_unary_forward(module, forward, proof)
 
 
-def _held(module: nn.Module, function: Callable[..., Tensor]) -> Held:
-    return Held(function, vars(module)[KEPT])
+def _held(module: nn.Module, function: Callable[..., Tensor]) -> HeldRelu:
+    return HeldRelu(function, vars(module)[KEPT])
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldRelu:
     """What is seen in an attribute in place of torch's relu."""
 
     stock: Callable[..., Tensor]
@@ -154,7 +153,7 @@ def _elsewhere(module: nn.Module, call: Call) -> str | None:
         return call(module, x, Counter())
 
     modes = (PLAIN, AUTOCAST) if call is _squared else ()
-    reasons = (elsewhere(module, ours, torch.empty(0), torch.float32, mode) for mode in modes)
+    reasons = (differs_elsewhere(module, ours, torch.empty(0), torch.float32, mode) for mode in modes)
     return next((reason for reason in reasons if reason), None)
 
 

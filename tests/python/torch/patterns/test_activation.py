@@ -7,17 +7,20 @@ import functools
 import pickle
 
 import architectures
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
+from modules import Held, Quick
 from torch import nn
 from torch.nn import functional as F
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.derivatives import Codes
-from unswag.torch.patterns.activation import Activation, Held
-from unswag.torch.patterns.probing import sealed
+from unswag.torch.patterns.activation import Activation, HeldActivation
 
+alone = Alone(Activation())
 H, HIDDEN = 13, 29
 
 
@@ -60,26 +63,31 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def candidates(model):
-    with sealed():
-        return [(found, Activation().probe(found)) for found in Activation().find(model)]
-
-
 def results(model, x):
     x = x.clone().requires_grad_()
     y = model(x)
     return [y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *model.parameters()])]
 
 
+def examples():
+    kinds = {
+        "torch's": nn.GELU,
+        "of Python": Quick,
+        "held": lambda: Held(F.gelu),
+        "held, partial": lambda: Held(functools.partial(F.gelu, approximate="tanh")),
+    }
+    return {name: matrix.between(make) for name, make in kinds.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("act", "make"), CASES)
 def test_every_spelling_is_found_and_the_results_equal(act, make, dtype):
     model = Mlp(make()).to(dtype)
-    ((found, reason),) = candidates(model)
+    ((found, reason),) = alone.tried(model)
     assert (found.name, found.parts["act"], reason) == ("act", act, None)
     x = (3 * torch.randn(2, 5, H)).to(dtype)
     stock = results(model, x)
-    Activation().apply(found)
+    alone.apply(found)
     tolerance = max(8 * torch.finfo(dtype).eps, 1e-9)
     for ours, theirs in zip(results(model, x), stock, strict=True):
         assert ours.dtype == theirs.dtype and distance(ours, theirs) <= tolerance
@@ -88,12 +96,12 @@ def test_every_spelling_is_found_and_the_results_equal(act, make, dtype):
 @pytest.mark.parametrize("function", [F.gelu, F.silu, functools.partial(F.gelu, approximate="tanh")])
 def test_a_function_that_a_module_holds_is_replaced_there(function):
     model = Mlp(function)
-    ((found, reason),) = candidates(model)
+    ((found, reason),) = alone.tried(model)
     assert (found.name, reason) == ("", None)
     x = torch.randn(2, H)
     stock = results(model, x)
-    Activation().apply(found)
-    assert isinstance(model.act, Held)
+    alone.apply(found)
+    assert isinstance(model.act, HeldActivation)
     for ours, theirs in zip(results(model, x), stock, strict=True):
         assert distance(ours, theirs) <= 1e-6
     assert results(pickle.loads(pickle.dumps(model)), x)[0].shape == (2, H)
@@ -103,8 +111,8 @@ def test_a_function_that_a_module_holds_is_replaced_there(function):
 
 def test_a_function_called_with_more_is_the_stock_one():
     y = torch.randn(3)
-    assert Held(F.silu, "silu", Codes())(y, inplace=True) is y
-    assert torch.equal(Held(F.gelu, "gelu", Codes())(y, approximate="tanh"), F.gelu(y, approximate="tanh"))
+    assert HeldActivation(F.silu, "silu", Codes())(y, inplace=True) is y
+    assert torch.equal(HeldActivation(F.gelu, "gelu", Codes())(y, approximate="tanh"), F.gelu(y, approximate="tanh"))
 
 
 class Near(nn.Module):
@@ -134,7 +142,7 @@ LEFT = {
 
 @pytest.mark.parametrize(("make", "why"), LEFT.items())
 def test_what_is_nearly_one_of_ours_is_left_with_the_reason(make, why):
-    ((found, reason),) = candidates(Mlp(make()).bfloat16())
+    ((found, reason),) = alone.tried(Mlp(make()).bfloat16())
     assert found.name == "act" and why in reason
 
 
@@ -151,13 +159,13 @@ def test_what_is_nearly_one_of_ours_is_left_with_the_reason(make, why):
     ],
 )
 def test_other_modules_and_functions_are_no_candidates(make):
-    assert not candidates(Mlp(make()))
+    assert not alone.tried(Mlp(make()))
 
 
 def test_a_forward_of_somebody_else_is_left():
     model = Mlp(nn.SiLU())
     model.act.forward = lambda x: x
-    ((_, reason),) = candidates(model)
+    ((_, reason),) = alone.tried(model)
     assert "already replaced" in reason
 
 
@@ -177,16 +185,16 @@ class Chunks(nn.Module):
 )
 def test_any_layout(x):
     model = Chunks()
-    ((found, _),) = candidates(model)
+    ((found, _),) = alone.tried(model)
     want = model(x)
-    Activation().apply(found)
+    alone.apply(found)
     torch.testing.assert_close(model(x), want)
 
 
 def test_an_input_that_is_no_plain_tensor_goes_to_the_stock_forward():
     model = Chunks()
-    ((found, _),) = candidates(model)
-    Activation().apply(found)
+    ((found, _),) = alone.tried(model)
+    alone.apply(found)
     with pytest.raises(RuntimeError, match="not implemented for 'Int'"):
         model(torch.ones(3, dtype=torch.int32))
     sub = torch.randn(3).as_subclass(type("Sub", (torch.Tensor,), {}))
@@ -197,9 +205,9 @@ def test_hooks_still_run():
     model = Mlp(nn.SiLU())
     seen = []
     model.act.register_forward_hook(lambda m, args, y: seen.append(y.shape))
-    ((found, reason),) = candidates(model)
+    ((found, reason),) = alone.tried(model)
     assert reason is None
-    Activation().apply(found)
+    alone.apply(found)
     model(torch.randn(2, H))
     assert seen == [(2, HIDDEN)]
 

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import copy
 
+import matrix
 import pytest
 import torch
+from alone import Alone
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unswag.torch import apply_unswag_surgery, audit
-from unswag.torch.patterns import batch_norm
-from unswag.torch.patterns.batch_norm import BatchNorm, batch_norm_again
-from unswag.torch.patterns.probing import sealed
+from unswag.torch.patterns.batch_norm import BatchNorm, batch_norm_again, recipe_of
+from unswag.torch.patterns.relu import KEPT
 from unswag.torch.stash import Stash
 
+alone = Alone(BatchNorm())
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def candidate(module):
-    (found,) = BatchNorm().find(nn.Sequential(nn.Linear(3, 3), module))
-    return found
-
-
-def probe(found):
-    with sealed():
-        return BatchNorm().probe(found)
 
 
 def same_bits(a, b):
@@ -42,16 +34,23 @@ def drawn(module):
     return module
 
 
+def examples():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).train()
+
+    return {"of images": matrix.Example(build, lambda dtype: {"input": torch.randn(4, 3, 9, 9).to(dtype)}, "1", apart=0)}
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 5, 4, 9), (1, 5, 2, 3, 4)], ids=str)
 def test_the_output_made_again_has_its_bits(shape, settings, training, dtype):
     module = drawn((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 3](5, **settings).to(dtype)).train(training)
-    assert probe(candidate(module)) is None
+    assert alone.probe(alone.candidate(module)) is None
     x = torch.randn(shape).to(dtype)
     x.view(-1)[:2] = torch.tensor([float("inf"), -0.0])
-    recipe = batch_norm._recipe(module, x)
+    recipe = recipe_of(module, x)
     buffers = copy.deepcopy(list(module.buffers()))
     y = module(x)
     changed = not all(same_bits(a, b) for a, b in zip(buffers, module.buffers(), strict=True))
@@ -64,7 +63,7 @@ def test_the_output_made_again_has_its_bits(shape, settings, training, dtype):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_number_of_threads_does_not_matter(training):
     module, x = drawn(nn.BatchNorm2d(64)).train(training), torch.randn(8, 64, 14, 14)
-    recipe, y = batch_norm._recipe(module, x), module(x)
+    recipe, y = recipe_of(module, x), module(x)
     torch.set_num_threads(2)  # the fixture takes it back
     assert same_bits(batch_norm_again(x, *recipe[0], **recipe[1]), y)
 
@@ -72,11 +71,11 @@ def test_the_number_of_threads_does_not_matter(training):
 def test_no_recipe_where_sums_depend_on_threads():
     module = nn.BatchNorm2d(8)
     x = torch.randn(2, 8, 5, 5)
-    assert batch_norm._recipe(module, x) is not None
+    assert recipe_of(module, x) is not None
     for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), torch.randn(2, 8, 1, 1)):
-        assert batch_norm._recipe(module, other) is None
-    assert batch_norm._recipe(nn.BatchNorm1d(8), torch.randn(9, 8)) is None
-    assert batch_norm._recipe(module.eval(), x.contiguous(memory_format=torch.channels_last)) is not None
+        assert recipe_of(module, other) is None
+    assert recipe_of(nn.BatchNorm1d(8), torch.randn(9, 8)) is None
+    assert recipe_of(module.eval(), x.contiguous(memory_format=torch.channels_last)) is not None
 
 
 def test_others_are_left():
@@ -163,7 +162,7 @@ def test_every_other_sum_of_a_residual_chain_is_made_again():
     ours = Net()
     apply_unswag_surgery(ours)
     step(ours, data())
-    kept = [dict(+block.relu._unswag_kept) for block in ours.blocks]
+    kept = [dict(+vars(block.relu)[KEPT]) for block in ours.blocks]
     # the ReLU after bn1 always; that after the sum where the block's input is kept, and is itself no such sum
     assert kept == [{"recipe": 1, "bitmap + non-zeros": 1}, {"recipe": 2}, {"recipe": 1, "mask": 1}]
 
@@ -209,7 +208,7 @@ def test_a_sum_is_made_again_only_from_what_it_was_made_of(way):
     stock, ours = Odd(way), Odd(way)
     apply_unswag_surgery(ours)
     loss = ours(x)
-    recipes = ours.block.relu._unswag_kept["recipe"]
+    recipes = vars(ours.block.relu)[KEPT]["recipe"]
     assert recipes == (2 if way in ("in place", "apart", "twice") else 1)
     if way == "operand":  # stock refuses: the ReLU's own result was changed
         with pytest.raises(RuntimeError, match="inplace"):
@@ -237,7 +236,7 @@ def test_statistics_changed_before_the_backward_change_no_gradient():
     want = torch.autograd.grad((F.relu(block.bn1(x)) * w).sum(), w)[0]
     with Stash():
         loss = (block.relu(block.bn1(x)) * w).sum()
-    assert block.relu._unswag_kept == {"recipe": 1}
+    assert vars(block.relu)[KEPT] == {"recipe": 1}
     before = block.bn1.running_mean.clone()
     block.bn1.train()(torch.randn(2, 16, 8, 8) + 9)
     assert not torch.equal(before, block.bn1.running_mean)

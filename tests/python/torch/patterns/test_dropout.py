@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import architectures
+import matrix
 import pytest
 import torch
+from alone import Alone
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -14,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.patterns.dropout import Dropout
-from unswag.torch.patterns.probing import sealed
 
+alone = Alone(Dropout())
 H, HIDDEN = 13, 29
 
 
@@ -28,16 +30,9 @@ class Mlp(nn.Module):
         return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
-def candidates(model):
-    with sealed():
-        return [(found, Dropout().probe(found)) for found in Dropout().find(model)]
-
-
-def patched(model):
-    for found, reason in candidates(model):
-        assert reason is None
-        Dropout().apply(found)
-    return model
+def examples():
+    """With a rate so small that nothing is dropped: ours draws otherwise than PyTorch."""
+    return {"of nothing": matrix.between(lambda: nn.Dropout(1e-9), dropout="redrawn")}
 
 
 def test_it_is_asked_for():
@@ -57,7 +52,7 @@ def test_nothing_is_kept_behind_the_pre_activation():
 
 
 def test_the_gradient_is_that_of_what_was_drawn():
-    drop = patched(nn.Sequential(nn.Dropout(0.25)))
+    drop = alone.patched(nn.Sequential(nn.Dropout(0.25)))
     x = torch.randn(40, 50, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
     y = drop(x)
@@ -72,7 +67,7 @@ def test_the_gradient_is_that_of_what_was_drawn():
 
 
 def test_a_checkpoint_draws_the_same_again():
-    model = patched(Mlp().double())
+    model = alone.patched(Mlp().double())
     x = torch.randn(8, H, dtype=torch.float64)
     grads = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
@@ -84,7 +79,7 @@ def test_a_checkpoint_draws_the_same_again():
 
 
 def test_p_is_read_at_each_call():
-    drop = patched(nn.Sequential(nn.Dropout(0.25)))
+    drop = alone.patched(nn.Sequential(nn.Dropout(0.25)))
     x = torch.ones(100)
     drop[0].p = 1.0
     assert not drop(x).any()
@@ -98,11 +93,11 @@ class OwnDropout(nn.Dropout):
 
 def test_what_is_not_plain_dropout_stays():
     model = nn.Sequential(nn.Dropout(0.1, inplace=True), nn.Dropout(0.0), OwnDropout(0.1), nn.Dropout1d(0.1))
-    assert [(found.name, reason) for found, reason in candidates(model)] == [("0", "it works in place")]
+    assert [(found.name, reason) for found, reason in alone.tried(model)] == [("0", "it works in place")]
 
 
 def test_under_torch_func_and_compile_the_stock_dropout_draws():
-    drop = patched(nn.Sequential(nn.Dropout(0.5)))
+    drop = alone.patched(nn.Sequential(nn.Dropout(0.5)))
     x = torch.ones(4, 64)
     rows = torch.func.vmap(drop, randomness="different")(x)
     assert len({tuple(row.tolist()) for row in rows}) == 4
@@ -128,7 +123,7 @@ def test_architectures_train(name):
 
 @pytest.mark.parametrize("change", ["forward of the class", "inplace", "function of torch"])
 def test_what_changed_after_the_surgery_is_what_runs(change, monkeypatch):
-    drop = patched(nn.Dropout(0.5))
+    drop = alone.patched(nn.Dropout(0.5))
     if change == "inplace":
         drop.inplace = True
     elif change == "forward of the class":
@@ -142,7 +137,7 @@ def test_what_changed_after_the_surgery_is_what_runs(change, monkeypatch):
 
 
 def test_in_forward_mode_the_stock_dropout_draws():
-    drop, x = patched(nn.Dropout(0.5)), torch.ones(4, 8)
+    drop, x = alone.patched(nn.Dropout(0.5)), torch.ones(4, 8)
     with forward_ad.dual_level():
         y, dy = forward_ad.unpack_dual(drop(forward_ad.make_dual(x, x)))
         assert torch.equal(y, dy)

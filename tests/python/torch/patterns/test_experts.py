@@ -7,71 +7,37 @@ import types
 import warnings
 
 import architectures
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
+from packed_experts import EXPERTS, WIDTH, H, build, inputs, step
 from torch import nn
-from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.patterns import experts
 from unswag.torch.patterns.experts import Experts
 from unswag.torch.patterns.pattern import stock_class
-from unswag.torch.patterns.probing import sealed
 
-H, WIDTH, EXPERTS = 32, 24, 5
-
-
-def build(base=object, implementation="grouped_mm", dtype=torch.float32, act=None, **settings):
-    """Experts as transformers' decorator makes them; `base` may bring an `_apply_gate`."""
-    from transformers.integrations import use_experts_implementation
-
-    class Packed(base if base is not object else nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.num_experts = EXPERTS
-            self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH, H) / H**0.5)
-            self.down_proj = nn.Parameter(torch.randn(EXPERTS, H, WIDTH) / WIDTH**0.5)
-            self.act_fn = act or nn.SiLU()
-
-        def forward(self, hidden, index, weights):
-            y = torch.zeros_like(hidden)
-            for e in range(EXPERTS):
-                row, place = torch.where(index == e)
-                gate, up = F.linear(hidden[row], self.gate_up_proj[e]).chunk(2, dim=-1)
-                out = F.linear(self.act_fn(gate) * up, self.down_proj[e]) * weights[row, place, None]
-                y = y.index_add(0, row, out.to(y.dtype))
-            return y
-
-    config = types.SimpleNamespace(_experts_implementation=implementation)
-    return use_experts_implementation(Packed, **settings)(config).to(dtype)
+alone = Alone(Experts())
 
 
-def inputs(tokens=11, k=3, dtype=torch.float32, weight_dtype=None, seed=1):
-    """Expert 4 gets no token."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
-    index = (
-        torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(tokens)]) if tokens else torch.empty(0, k).long()
-    )
-    weights = torch.rand(tokens, k, generator=generator).to(weight_dtype or dtype).requires_grad_()
-    return hidden, index, weights
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = build()
+
+    def forward(self, x, index, weights):
+        return self.experts(x, index, weights)
 
 
-def candidate(module):
-    (found,) = Experts().find(nn.Sequential(module))
-    return found
+def examples():
+    def batch(dtype):
+        return dict(zip(("x", "index", "weights"), inputs(dtype=dtype), strict=True))
 
-
-def probe(found):
-    with sealed():
-        return Experts().probe(found)
-
-
-def step(module, hidden, index, weights):
-    y = module(hidden, index, weights)
-    return [y.detach(), *torch.autograd.grad(y.float().sin().sum(), [hidden, weights, *module.parameters()])]
+    return {"of four": matrix.Example(Model, batch, "experts")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,36 +45,20 @@ def step(module, hidden, index, weights):
 @pytest.mark.parametrize("act", [nn.SiLU, nn.GELU, nn.ReLU])
 def test_results_equal(implementation, dtype, act):
     module = build(implementation=implementation, dtype=dtype, act=act())
-    found = candidate(module)
-    assert probe(found) is None and found.parts["whole"] == (implementation == "grouped_mm")
+    found = alone.candidate(module)
+    assert alone.probe(found) is None and found.parts["whole"] == (implementation == "grouped_mm")
     data = inputs(dtype=dtype)
     stock = step(module, *data)
-    Experts().apply(found)
+    alone.apply(found)
     for ours, theirs in zip(step(module, *data), stock, strict=True):
         assert ours.dtype == theirs.dtype and distance(ours, theirs) <= 16 * torch.finfo(dtype).eps
 
 
-def test_in_bfloat16_no_gradient_is_further_from_the_truth_than_stock():
-    module = build(dtype=torch.bfloat16)
-    data = inputs(tokens=200, dtype=torch.bfloat16, weight_dtype=torch.float32)
-    exact = copy.deepcopy(module).double()
-    exact.config._experts_implementation = "eager"
-    truth = step(exact, *(x.detach().double().requires_grad_() if x.is_floating_point() else x for x in data))
-    exact.config._experts_implementation = "grouped_mm"
-    stock = step(module, *data)
-    found = candidate(module)
-    assert probe(found) is None
-    Experts().apply(found)
-    for ours, theirs, true in zip(step(module, *data), stock, truth, strict=True):
-        limit = 1.25 * distance(theirs, true) + 2.0**-8 / 4  # a rounding to bfloat16, whatever sums the products
-        assert ours.dtype == theirs.dtype and distance(ours, true) <= limit
-
-
 def test_experts_registered_later_are_what_runs():
     module, data = build(), inputs()
-    found = candidate(module)
-    assert probe(found) is None and found.parts["whole"]
-    Experts().apply(found)
+    found = alone.candidate(module)
+    assert alone.probe(found) is None and found.parts["whole"]
+    alone.apply(found)
     called, grouped_mm = [], ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
     def other(*args, **kwargs):
@@ -123,33 +73,6 @@ def test_experts_registered_later_are_what_runs():
     finally:
         ALL_EXPERTS_FUNCTIONS["grouped_mm"] = grouped_mm
     assert called
-
-
-@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (13, 1), (7, 2)])
-def test_odd_sizes(tokens, k):
-    module, data = build(), inputs(tokens, k)
-    found = candidate(module)
-    assert probe(found) is None and found.parts["whole"]
-    stock = step(module, *data)
-    Experts().apply(found)
-    for ours, theirs in zip(step(module, *data), stock, strict=True):
-        assert distance(ours, theirs) <= 2e-6
-
-
-@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj", "hidden", "weights"])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_theirs(frozen):
-    module, data = build(), inputs()
-    found = candidate(module)
-    assert probe(found) is None and found.parts["whole"]
-    stock = step(module, *data)
-    Experts().apply(found)
-    names = ["hidden", "weights", "gate_up_proj", "down_proj"]
-    leaves = dict(zip(names, [data[0], data[2], *module.parameters()], strict=True))
-    leaves[frozen].requires_grad_(False)
-    module(*data).sin().sum().backward()
-    assert leaves[frozen].grad is None
-    for name, want in zip(names, stock[1:], strict=True):
-        assert name == frozen or distance(leaves[name].grad, want) <= 2e-6
 
 
 class Clamped(nn.Module):  # GPT-OSS
@@ -173,17 +96,17 @@ class Interleaved(nn.Module):
     ],
 )
 def test_other_gates_and_loops_are_left_with_the_reason(make, why):
-    assert why in probe(candidate(make()))
+    assert why in alone.probe(alone.candidate(make()))
 
 
 def test_with_more_parts_only_the_gate_is_ours():
     module = build(has_post_expert_norm=True)
     module.post_expert_norm = nn.LayerNorm(H)
-    found = candidate(module)
-    assert probe(found) is None and not found.parts["whole"]
+    found = alone.candidate(module)
+    assert alone.probe(found) is None and not found.parts["whole"]
     data = inputs()
     stock = step(module, *data)
-    Experts().apply(found)
+    alone.apply(found)
     assert "forward" not in vars(module)
     for ours, theirs in zip(step(module, *data), stock, strict=True):
         assert distance(ours, theirs) <= 2e-6
@@ -191,9 +114,9 @@ def test_with_more_parts_only_the_gate_is_ours():
 
 def test_another_implementation_chosen_later_is_the_one_that_runs(monkeypatch):
     module, data = build(), inputs()
-    found = candidate(module)
-    assert probe(found) is None
-    Experts().apply(found)
+    found = alone.candidate(module)
+    assert alone.probe(found) is None
+    alone.apply(found)
     runs = []
     monkeypatch.setattr(experts, "grouped", lambda *args: runs.append(1) or data[0])
     module(*data)
@@ -221,16 +144,6 @@ def test_gate_and_up_are_kept_and_indices():
     # order, token (int64) and the weight of each of the 3 * 64; the ends of the experts
     small = 3 * 64 * (8 + 8 + 2) + EXPERTS * 4
     assert audit(model, x=x, index=index, weights=weights).total == x.nbytes + 3 * 64 * 2 * WIDTH * 2 + small
-
-
-def test_double_backward_is_refused():
-    module, data = build(), inputs()
-    found = candidate(module)
-    assert probe(found) is None
-    Experts().apply(found)
-    (g,) = torch.autograd.grad(module(*data).sum(), data[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="once"):
-        g.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared"])
@@ -273,10 +186,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changed_after_the_surgery_is_what_runs(change, monkeypatch):
-    found = candidate(build())
+    found = alone.candidate(build())
     stock = copy.deepcopy(found.module)
-    assert probe(found) is None and found.parts["whole"]
-    Experts().apply(found)
+    assert alone.probe(found) is None and found.parts["whole"]
+    alone.apply(found)
     for module in (stock, found.module):
         CHANGES[change](module, monkeypatch)
     with warnings.catch_warnings(record=True) as said:
@@ -288,16 +201,9 @@ def test_what_changed_after_the_surgery_is_what_runs(change, monkeypatch):
         assert distance(a, b) < 1e-5
 
 
-def test_a_copy_has_its_own_weights_and_torch_func_works_as_stock():
-    found = candidate(build())
-    stock = copy.deepcopy(found.module)
-    assert probe(found) is None
-    Experts().apply(found)
+def test_torch_func_works_as_stock():
+    stock = build()
+    ours = alone.patched(copy.deepcopy(stock))
     hidden, index, weights = (t.detach() for t in inputs())
-    for module in (stock, found.module):
-        made = copy.copy(module)
-        made._parameters = {k: 2 * p for k, p in module._parameters.items()}
-        module.twice = made
-    assert distance(found.module.twice(hidden, index, weights), stock.twice(hidden, index, weights)) < 1e-6
-    grads = [torch.func.grad(lambda x, m=m: m(x, index, weights).sin().sum())(hidden) for m in (stock, found.module)]
+    grads = [torch.func.grad(lambda x, m=m: m(x, index, weights).sin().sum())(hidden) for m in (stock, ours)]
     assert distance(*grads) < 1e-6

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import architectures
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
+from modules import Fused
 from torch import nn
 from torch.nn import functional as F
 
 from unswag.torch import apply_unswag_surgery, audit
 from unswag.torch.patterns.fused_mlp import FusedMlp
-from unswag.torch.patterns.probing import sealed
 
+alone = Alone(FusedMlp())
 H, HIDDEN = 24, 37
 
 
@@ -55,21 +58,15 @@ KNOWN = [
 ]
 
 
-def candidate(module):
-    (found,) = FusedMlp().find(nn.Sequential(nn.Linear(3, 3), module))
-    return found
-
-
-def probe(found):
-    with sealed():
-        return FusedMlp().probe(found)
+def examples():
+    return {"gelu": matrix.between(Fused)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("make", "wiring"), KNOWN, ids=[w for _, w in KNOWN])
 def test_order_and_activation_are_found_and_the_results_equal(make, wiring, dtype):
-    found = candidate(make().to(dtype))
-    assert probe(found) is None
+    found = alone.candidate(make().to(dtype))
+    assert alone.probe(found) is None
     w = found.parts["wiring"]
     assert f"{w.act} {w.gate_first} {w.on_h} {w.on_y}" == wiring
     module, x = found.module, (3 * torch.randn(2, 5, H)).to(dtype).requires_grad_()
@@ -80,7 +77,7 @@ def test_order_and_activation_are_found_and_the_results_equal(make, wiring, dtyp
         return y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
 
     stock = run()
-    FusedMlp().apply(found)
+    alone.apply(found)
     for ours, theirs in zip(run(), stock, strict=True):
         assert ours.dtype == theirs.dtype and distance(ours, theirs) <= 8 * torch.finfo(dtype).eps
 
@@ -118,7 +115,7 @@ LEFT = {Interleaved: "not down", Clamped: "not down", SubNorm: "norm", DropsUp: 
 
 @pytest.mark.parametrize(("make", "why"), LEFT.items())
 def test_anything_more_is_left_with_the_reason(make, why):
-    assert why in probe(candidate(make()))
+    assert why in alone.probe(alone.candidate(make()))
 
 
 def test_the_halves_are_kept_once_and_nothing_else():

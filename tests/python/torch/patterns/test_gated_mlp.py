@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
+from modules import Gated, T5Gated
 from odd_weights import halved
 from torch import nn
 from torch.nn import functional as F
@@ -15,8 +18,8 @@ from unswag.torch.functional import gated
 from unswag.torch.patterns import gated_mlp
 from unswag.torch.patterns.gated_mlp import GatedMlp
 from unswag.torch.patterns.pattern import replaced
-from unswag.torch.patterns.probing import sealed
 
+alone = Alone(GatedMlp())
 H, HIDDEN = 24, 64
 
 
@@ -64,21 +67,16 @@ KNOWN = [
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def candidate(module, dtype=torch.float32):
-    (found,) = GatedMlp().find(nn.Sequential(nn.Linear(3, 3), module.to(dtype)))
-    return found
-
-
-def probe(found):
-    with sealed():
-        return GatedMlp().probe(found)
+def examples():
+    kinds = {"module": Gated, "function": lambda: Gated(F.silu), "T5's": T5Gated}
+    return {name: matrix.between(make) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("make", "wiring"), KNOWN, ids=[w for _, w in KNOWN])
 def test_parts_and_activation_are_found_and_the_results_equal(make, wiring, dtype):
-    found = candidate(make(), dtype)
-    assert probe(found) is None
+    found = alone.candidate(make(), dtype)
+    assert alone.probe(found) is None
     w = found.parts["wiring"]
     assert f"{w.gate} {w.up} {w.down} {w.act}" == wiring
     module = found.module
@@ -89,7 +87,7 @@ def test_parts_and_activation_are_found_and_the_results_equal(make, wiring, dtyp
         return y, *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
 
     stock = run()
-    GatedMlp().apply(found)
+    alone.apply(found)
     assert replaced(module)
     tolerance = 1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     for ours, theirs in zip(run(), stock, strict=True):
@@ -111,8 +109,8 @@ class Dropping(Mlp):
 
 
 def test_dropouts_keep_their_place_and_their_draws():
-    found = candidate(Dropping())
-    assert probe(found) is None
+    found = alone.candidate(Dropping())
+    assert alone.probe(found) is None
     assert (found.parts["wiring"].on_h, found.parts["wiring"].on_y) == ("first", "last")
     module, x = found.module, torch.randn(5, H)
 
@@ -122,7 +120,7 @@ def test_dropouts_keep_their_place_and_their_draws():
         return y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))
 
     stock = run()
-    GatedMlp().apply(found)
+    alone.apply(found)
     for ours, theirs in zip(run(), stock, strict=True):
         assert distance(ours, theirs) <= 1e-6
 
@@ -136,7 +134,7 @@ def test_a_cast_between_the_linears_is_left():
     module = Dropping().bfloat16()
     module.down_proj.float()
     (found,) = GatedMlp().find(nn.Sequential(module))
-    assert "casts between its Linears" in probe(found)
+    assert "casts between its Linears" in alone.probe(found)
 
 
 class SubNorm(Mlp):  # BitNet
@@ -225,8 +223,8 @@ LEFT = {
 
 @pytest.mark.parametrize(("make", "why"), LEFT.items(), ids=[*(k.__name__ for k in LEFT)])
 def test_anything_more_is_left_with_the_reason(make, why):
-    found = candidate(make())
-    assert why in probe(found)
+    found = alone.candidate(make())
+    assert why in alone.probe(found)
     assert "wiring" not in found.parts
 
 
@@ -236,8 +234,8 @@ def test_zero_weights_hide_nothing():
     for module in (wrong, right):
         for p in module.parameters():
             nn.init.zeros_(p)
-    assert probe(candidate(wrong)) is not None
-    assert probe(candidate(right)) is None
+    assert alone.probe(alone.candidate(wrong)) is not None
+    assert alone.probe(alone.candidate(right)) is None
 
 
 class Quantised(nn.Module):
@@ -260,11 +258,11 @@ def test_children_are_called_as_modules():
         child.register_forward_hook(lambda m, *_: called.append(m))
     x = torch.randn(4, H)
     stock = module(x)
-    found = candidate(module)
+    found = alone.candidate(module)
     called.clear()
-    assert probe(found) is None
+    assert alone.probe(found) is None
     assert not called
-    GatedMlp().apply(found)
+    alone.apply(found)
     torch.testing.assert_close(module(x), stock)
     assert called == [module.gate_proj, module.up_proj, module.down_proj]
 
@@ -272,13 +270,13 @@ def test_children_are_called_as_modules():
 def test_hooks_on_the_activation_are_not_bypassed():
     module = Mlp()
     module.act_fn.register_forward_hook(lambda *_: None)
-    assert "hooks" in probe(candidate(module))
+    assert "hooks" in alone.probe(alone.candidate(module))
 
 
 def test_the_argument_may_be_named_as_in_stock():
-    found = candidate(Inline())
-    assert probe(found) is None
-    GatedMlp().apply(found)
+    found = alone.candidate(Inline())
+    assert alone.probe(found) is None
+    alone.apply(found)
     x = torch.randn(2, H)
     assert torch.equal(found.module(hidden_states=x), found.module(x))
 
@@ -300,9 +298,9 @@ def test_attention_and_plain_mlp_are_no_candidates():
 @pytest.mark.parametrize(("make", "change"), [(Mlp, "replaced"), (Mlp, "hooked"), (Function, "replaced")])
 def test_an_activation_changed_after_the_surgery_is_the_one_that_runs(make, change):
     module = make()
-    found = candidate(module)
-    assert probe(found) is None
-    GatedMlp().apply(found)
+    found = alone.candidate(module)
+    assert alone.probe(found) is None
+    alone.apply(found)
     copied = copy.deepcopy(module)  # its activation is its own, and still the one that was proven
     name = "act_fn" if make is Mlp else "activation_fn"
     if change == "replaced":
@@ -325,9 +323,9 @@ def test_weights_are_never_read():
         getattr(module, name).weight = halved(torch.randn_like(getattr(module, name).weight))
     x = torch.randn(2, H)
     want = module(x)
-    found = candidate(module)
-    assert probe(found) is None
-    GatedMlp().apply(found)
+    found = alone.candidate(module)
+    assert alone.probe(found) is None
+    alone.apply(found)
     assert distance(module(x), want) < 1e-6
     module(x).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
@@ -351,10 +349,7 @@ class GateFirst(UpFirst):
 def test_the_linears_are_called_in_the_modules_order(kind, first):
     """They may draw (LoRA with dropout), and hooks of the user may count on it."""
     module, called = kind(), []
-    (found,) = GatedMlp().find(module)
-    with sealed():
-        assert GatedMlp().probe(found) is None
-    GatedMlp().apply(found)
+    assert alone.operate(module) == {}
     for name in ("gate", "up", "down"):
         getattr(module, name).register_forward_hook(lambda *_, name=name: called.append(name))
     module(torch.randn(3, H))

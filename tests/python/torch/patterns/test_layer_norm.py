@@ -6,8 +6,10 @@ import copy
 import weakref
 
 import families
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
 from odd_weights import halved
 from torch import nn
@@ -16,11 +18,11 @@ from torch.nn import functional as F
 import unswag
 from unswag.torch.patterns import layer_norm
 from unswag.torch.patterns.layer_norm import LayerNorm
-from unswag.torch.patterns.norm import Norm
 from unswag.torch.patterns.pattern import replaced
-from unswag.torch.patterns.probing import sealed
+from unswag.torch.patterns.rms_norm import RmsNorm
 from unswag.torch.stash import Stash
 
+alone = Alone(LayerNorm())
 pytestmark = pytest.mark.native
 
 COLS = 96
@@ -86,29 +88,16 @@ KNOWN = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def candidate(module, dtype=torch.float32):
-    found = list(LayerNorm().find(nn.Sequential(nn.Linear(3, 3, dtype=dtype), module.to(dtype))))
-    assert len(found) == 1
-    return found[0]
-
-
-def probe(found):
-    with sealed():
-        return LayerNorm().probe(found)
-
-
-def patched(module, dtype=torch.float32):
-    found = candidate(module, dtype)
-    assert probe(found) is None
-    LayerNorm().apply(found)
-    return found.module
+def examples():
+    kinds = {"torch's": lambda: nn.LayerNorm(matrix.WIDTH), "without bias": lambda: nn.LayerNorm(matrix.WIDTH, bias=False)}
+    return {name: matrix.between(make) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_variant_that_fits_is_chosen_and_equals_stock_in_value_and_gradient(name, dtype):
     build, names = KNOWN[name]
-    found = candidate(build(), dtype)
+    found = alone.candidate(build(), dtype)
     module = found.module
     with torch.no_grad():
         for p in module.parameters():
@@ -121,10 +110,10 @@ def test_the_variant_that_fits_is_chosen_and_equals_stock_in_value_and_gradient(
         return y, *torch.autograd.grad(y, [x, *module.parameters()], dy)
 
     stock = run()
-    assert probe(found) is None
+    assert alone.probe(found) is None
     v = found.parts["variant"]
     assert (v.weight, v.bias, v.eps, v.promotes, v.widens) == (*names, False, False)
-    LayerNorm().apply(found)
+    alone.apply(found)
     assert replaced(module)
     tolerance = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     for ours, theirs in zip(run(), stock, strict=True):
@@ -138,7 +127,7 @@ def test_under_autocast_y_has_the_dtype_of_stock(dtype):
     x = torch.randn(4, COLS).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         stock = module(x)
-        ours = patched(module)(x)
+        ours = alone.patched(module)(x)
     assert ours.dtype == stock.dtype and distance(ours, stock) <= 4 * torch.finfo(dtype).eps
     assert (
         ours.grad_fn is not None and "LayerNorm" in type(ours.grad_fn).__name__ and "Native" not in type(ours.grad_fn).__name__
@@ -184,8 +173,8 @@ class Scaled(Written):
 
 @pytest.mark.parametrize("kind", [Unbiased, EpsOutside, OtherEps, OnePlus, Detached, RoundedFirst, Scaled])
 def test_what_is_no_layer_norm_is_left(kind):
-    found = candidate(kind())
-    reason = probe(found)
+    found = alone.candidate(kind())
+    reason = alone.probe(found)
     assert reason and ("not one of the known LayerNorms" in reason or "not a LayerNorm: its forward raises" in reason)
     assert "variant" not in found.parts
 
@@ -196,27 +185,27 @@ class ChannelsFirst(nn.LayerNorm):
 
 
 def test_other_shapes_are_left():
-    assert "its forward raises" in probe(candidate(ChannelsFirst(COLS)))
-    assert "its forward raises" in probe(candidate(nn.GroupNorm(1, COLS)))
-    assert "over 2 dimensions, [4, 96]; the kernels over the last alone" in probe(candidate(nn.LayerNorm((4, COLS))))
+    assert "its forward raises" in alone.probe(alone.candidate(ChannelsFirst(COLS)))
+    assert "its forward raises" in alone.probe(alone.candidate(nn.GroupNorm(1, COLS)))
+    reason = alone.probe(alone.candidate(nn.LayerNorm((4, COLS))))
+    assert "over 2 dimensions, [4, 96]; the kernels over the last alone" in reason
 
 
 def test_each_norm_is_the_candidate_of_one_pattern():
     norms = nn.Sequential(nn.LayerNorm(COLS), nn.LayerNorm(COLS, bias=False), nn.RMSNorm(COLS, eps=1e-6), Cohere(), Olmo())
     others = nn.ModuleList([nn.BatchNorm1d(COLS), nn.Linear(3, 3), nn.Dropout(0.1), nn.GELU()])
     model = nn.Sequential(norms, others)
-    with sealed():
-        assert [c.name for c in LayerNorm().find(model)] == ["0.0", "0.1", "0.3", "0.4"]
-        assert [c.name for c in Norm().find(model)] == ["0.2"]
+    assert [c.name for c in alone.found(model)] == ["0.0", "0.1", "0.3", "0.4"]
+    assert [c.name for c in Alone(RmsNorm()).found(model)] == ["0.2"]
 
 
 def test_what_was_not_proven_is_stocks_affair():
-    module = patched(nn.LayerNorm(COLS))
+    module = alone.patched(nn.LayerNorm(COLS))
     x = torch.randn(3, COLS)
     assert "LayerNorm" in type(module(x).grad_fn).__name__
     with pytest.raises(RuntimeError, match=r"mixed dtype|expected"):  # of stock: it takes no float32 weights beside float64
         module(x.double())
-    bare = patched(nn.LayerNorm(COLS, elementwise_affine=False))
+    bare = alone.patched(nn.LayerNorm(COLS, elementwise_affine=False))
     with pytest.raises(RuntimeError, match="normalized_shape"):
         bare(torch.randn(3, COLS + 1))
     module.double()
@@ -224,7 +213,7 @@ def test_what_was_not_proven_is_stocks_affair():
 
 
 def test_weights_and_eps_are_read_at_each_call_and_x_may_be_named():
-    module = patched(nn.LayerNorm(COLS))
+    module = alone.patched(nn.LayerNorm(COLS))
     x = 1e-2 * torch.randn(2, COLS)
     module.eps = 1e-2
     module.weight, module.bias = nn.Parameter(torch.full((COLS,), 3.0)), None
@@ -234,7 +223,7 @@ def test_weights_and_eps_are_read_at_each_call_and_x_may_be_named():
 
 
 def test_a_weight_that_is_edited_in_place_is_an_error():
-    module = patched(nn.LayerNorm(COLS))
+    module = alone.patched(nn.LayerNorm(COLS))
     for stash in (False, True):
         x = torch.randn(3, COLS, requires_grad=True)
         with Stash("exact", model=module) if stash else torch.enable_grad():
@@ -248,7 +237,7 @@ def test_a_weight_that_is_edited_in_place_is_an_error():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["torch", "no bias", "not affine"])
 def test_under_the_stash_y_is_not_kept_and_gradients_have_the_same_bits(name, frozen):
-    model = nn.Sequential(patched(KNOWN[name][0]()), nn.Linear(COLS, 7))
+    model = nn.Sequential(alone.patched(KNOWN[name][0]()), nn.Linear(COLS, 7))
     for p in model[0].parameters():
         p.requires_grad_(not frozen)
     x = torch.randn(5, COLS, requires_grad=True)
@@ -272,9 +261,9 @@ def test_under_the_stash_y_is_not_kept_and_gradients_have_the_same_bits(name, fr
 def test_a_forward_replaced_by_others_is_left():
     module = nn.LayerNorm(COLS)
     module.forward = lambda x: x
-    assert "already replaced" in probe(candidate(module))
+    assert "already replaced" in alone.probe(alone.candidate(module))
     liger = type("LigerLayerNorm", (nn.LayerNorm,), {"__module__": "liger_kernel.transformers.layer_norm"})
-    assert "liger_kernel" in probe(candidate(liger(COLS)))
+    assert "liger_kernel" in alone.probe(alone.candidate(liger(COLS)))
 
 
 def test_the_probe_touches_nothing():
@@ -282,9 +271,9 @@ def test_the_probe_touches_nothing():
     called = []
     module.register_forward_hook(lambda *_: called.append("forward"))
     module.weight.requires_grad_(False)
-    found = candidate(module)
+    found = alone.candidate(module)
     before = (torch.get_rng_state(), dict(vars(module)), copy.deepcopy(module.state_dict()))
-    assert probe(found) is None
+    assert alone.probe(found) is None
     assert torch.equal(torch.get_rng_state(), before[0])
     assert vars(module) == before[1] and not called
     assert module.weight.grad is None and not module.weight.requires_grad
@@ -292,14 +281,14 @@ def test_the_probe_touches_nothing():
 
 
 def test_no_kernels_for_the_device():
-    assert "meta, where this build has no kernels" in probe(candidate(nn.LayerNorm(COLS, device="meta")))
+    assert "meta, where this build has no kernels" in alone.probe(alone.candidate(nn.LayerNorm(COLS, device="meta")))
 
 
 def test_a_weight_that_only_the_module_can_read_is_left_and_read_by_the_module_later():
     module = nn.LayerNorm(COLS)
     module.bias = halved(torch.randn(COLS))
-    assert probe(candidate(module)) == "its bias is a Halved, which only the module itself can read"
-    module = patched(Cohere())  # whose products know what such a weight stands for
+    assert alone.probe(alone.candidate(module)) == "its bias is a Halved, which only the module itself can read"
+    module = alone.patched(Cohere())  # whose products know what such a weight stands for
     weight, x = torch.randn(COLS), torch.randn(3, COLS)
     module.weight = nn.Parameter(weight)
     want = module(x)

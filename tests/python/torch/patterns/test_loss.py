@@ -5,8 +5,10 @@ import os
 import warnings
 from contextlib import contextmanager
 
+import matrix
 import pytest
 import torch
+from alone import Alone, released
 from bench.small import small_config, small_model
 from odd_weights import halved
 from torch import nn
@@ -24,7 +26,6 @@ from transformers.loss import loss_utils
 from unswag.torch.lazy_logits import LazyLogits, inside_forward
 from unswag.torch.loss import keep_logits
 from unswag.torch.patterns.loss import Loss, materialised
-from unswag.torch.patterns.pattern import cannot_operate, restore
 from unswag.torch.patterns.probing import sealed
 
 pytestmark = pytest.mark.native
@@ -71,20 +72,7 @@ def make(family="llama", dtype=torch.float32, **changes):
 
 def patch(model):
     """Applies the pattern; returns the reasons of what it left."""
-    loss, left = Loss(), []
-    for candidate in loss.find(model):
-        with sealed():
-            reason = cannot_operate(candidate.module) or loss.probe(candidate)
-        if reason is None:
-            loss.apply(candidate)
-        else:
-            left.append(reason)
-    return left
-
-
-def unpatch(model):
-    for module in model.modules():
-        restore(module)
+    return [*Alone(Loss()).operate(model).values()]
 
 
 def batch(seed=0, rows=2, length=17):
@@ -124,6 +112,11 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="unswag")
         yield
+
+
+def examples():
+    halves = (torch.bfloat16, torch.float16)  # of float64 the loss is float64; stock casts the logits to float32
+    return {"Llama's": matrix.Example(make, lambda _: batch(), "lm_head", casts=halves)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -611,7 +604,7 @@ def test_restore_leaves_nothing_behind():
     before = {id(m): dict(vars(m)) for m in model.modules()}
     patch(model)
     assert isinstance(model(**batch()).logits, LazyLogits)
-    unpatch(model)
+    released(model)
     assert {id(m): dict(vars(m)) for m in model.modules()} == before
     assert type(model(**batch()).logits) is torch.Tensor
 
@@ -631,7 +624,7 @@ def test_deepcopy_uses_its_own_head():
     with no_warnings():
         _, got = step(twin, **batch())
     assert model.lm_head.weight.grad is None
-    unpatch(twin)
+    released(twin)
     _, want = step(twin, **batch())
     assert_close(got, want)
     assert isinstance(model(**batch()).logits, LazyLogits)
@@ -866,7 +859,7 @@ def test_fsdp(one_rank, own_unit):
     out.loss.backward()
     assert_close({n: p.grad.full_tensor() for n, p in model.named_parameters()}, want)
     if own_unit:
-        unpatch(model)
+        released(model)
         assert patch(model) == ["it is a sharded unit of its own; shard it together with the model's root"]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
+from modules import Plain
 from torch import nn
 from torch.nn import functional as F
 
 from unswag.torch import apply_unswag_surgery, audit
 from unswag.torch.patterns.plain_mlp import PlainMlp
-from unswag.torch.patterns.probing import sealed
 
+alone = Alone(PlainMlp())
 H, HIDDEN = 13, 29
 
 
@@ -47,21 +50,15 @@ def square():
 KNOWN = [(Mlp, "fc1 fc2 gelu None None"), (Dropping, "fc1 fc2 silu dropout1 dropout2"), (square, "fc2 fc1 gelu_tanh None None")]
 
 
-def candidate(module):
-    (found,) = PlainMlp().find(nn.Sequential(nn.Linear(3, 3), module))
-    return found
-
-
-def probe(found):
-    with sealed():
-        return PlainMlp().probe(found)
+def examples():
+    return {"gelu": matrix.between(Plain)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("make", "wiring"), KNOWN, ids=[w for _, w in KNOWN])
 def test_activation_and_dropouts_are_found_and_the_results_equal(make, wiring, dtype):
-    found = candidate(make().to(dtype))
-    assert probe(found) is None
+    found = alone.candidate(make().to(dtype))
+    assert alone.probe(found) is None
     w = found.parts["wiring"]
     assert f"{w.fc1} {w.fc2} {w.act} {w.on_h} {w.on_y}" == wiring
     module, x = found.module, (3 * torch.randn(2, 5, H)).to(dtype).requires_grad_()
@@ -72,7 +69,7 @@ def test_activation_and_dropouts_are_found_and_the_results_equal(make, wiring, d
         return y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
 
     stock = run()
-    PlainMlp().apply(found)
+    alone.apply(found)
     for ours, theirs in zip(run(), stock, strict=True):
         assert ours.dtype == theirs.dtype and distance(ours, theirs) <= 8 * torch.finfo(dtype).eps
 
@@ -99,7 +96,7 @@ class Linear(Mlp):
 
 @pytest.mark.parametrize("make", [Residual, Relu, ReadsWeight, Linear])
 def test_anything_else_is_left(make):
-    assert "its forward is not fc2(act(fc1(x)))" in probe(candidate(make()))
+    assert "its forward is not fc2(act(fc1(x)))" in alone.probe(alone.candidate(make()))
 
 
 def test_an_mlp_that_holds_its_activation_is_no_candidate():

@@ -142,7 +142,7 @@ def test_a_forward_that_writes_leaves_no_trace_of_probes_and_stays(write, traini
     before = snapshot(model[1])
     report = apply_unswag_surgery(model)
     assert snapshot(model[1]) == before
-    assert report.skipped == [("1", f"norm: its forward writes to its {write}, which the replacement would not")]
+    assert report.skipped == [("1", f"rms_norm: its forward writes to its {write}, which the replacement would not")]
     model(torch.randn(3, 8))
     assert snapshot(model[1]) != before
     Log.calls = 0
@@ -284,7 +284,7 @@ def one(x):
     return 1
 
 
-OWN = {"gated_mlp": OwnGated, "norm": OwnNorm, "layer_norm": OwnLayerNorm, "activation": OwnSwish}
+OWN = {"gated_mlp": OwnGated, "rms_norm": OwnNorm, "layer_norm": OwnLayerNorm, "activation": OwnSwish}
 PATHS = {
     "1-D": (same, lambda x: 1 + (x.dim() == 1)),
     "3-D": (same, lambda x: 1 + (x.dim() == 3)),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 
+import matrix
 import pytest
 import torch
+from alone import Alone
+from modules import Held
 from torch import nn
 from torch.nn import functional as F
 
 from unswag.torch import apply_unswag_surgery, audit, remove_unswag_surgery
 from unswag.torch.patterns import relu
-from unswag.torch.patterns.probing import sealed
 from unswag.torch.patterns.relu import Relu
 from unswag.torch.stash import Stash
 
+alone = Alone(Relu())
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -63,11 +66,6 @@ def candidates(*modules):
     return list(Relu().find(nn.Sequential(*modules)))
 
 
-def probe(found):
-    with sealed():
-        return Relu().probe(found)
-
-
 SPELLINGS = [
     ("_relu", nn.ReLU()),
     ("_relu", nn.ReLU(inplace=True)),
@@ -76,16 +74,21 @@ SPELLINGS = [
 ]
 
 
+def examples():
+    kinds = {"module": nn.ReLU, "held": lambda: Held(F.relu), "squared": Squared}
+    return {name: matrix.between(make, apart=0) for name, make in kinds.items()}
+
+
 @pytest.mark.parametrize(("call", "module"), SPELLINGS, ids=["module", "in place", "function", "square"])
 def test_relu_and_its_square_are_found_in_any_spelling(call, module):
     (found,) = candidates(nn.GELU(), module, nn.Linear(2, 2))
-    assert probe(found) is None and found.parts["call"].__name__ == call
+    assert alone.probe(found) is None and found.parts["call"].__name__ == call
 
 
 @pytest.mark.parametrize("make", [Leaky, Cubed, EvalOnly, Casting, Product])
 def test_what_is_more_is_left_with_the_reason(make):
     (found,) = candidates(make())
-    assert "neither relu" in probe(found)
+    assert "neither relu" in alone.probe(found)
 
 
 def test_activations_of_other_names_are_no_candidates():
@@ -95,7 +98,7 @@ def test_activations_of_other_names_are_no_candidates():
 def test_a_relu_of_something_else_is_kept_by_its_own_output():
     """Shifted is relu for what it keeps, and not for what its output could be made from."""
     (found,) = candidates(Shifted())
-    assert probe(found) is None
+    assert alone.probe(found) is None
     x, w = torch.randn(8, 64, requires_grad=True), torch.randn(64, requires_grad=True)
 
     def run(f):
@@ -106,7 +109,7 @@ def test_a_relu_of_something_else_is_kept_by_its_own_output():
         return torch.autograd.grad(loss, [x, w])
 
     stock = run(found.module)
-    Relu().apply(found)
+    alone.apply(found)
     assert all(torch.equal(a, b) for a, b in zip(run(found.module), stock, strict=True))
     assert +vars(found.module)[relu.KEPT] == {"bitmap + non-zeros": 1}
 

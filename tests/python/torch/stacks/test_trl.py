@@ -186,7 +186,7 @@ def five_steps(folder, name, adapters, surgery):
     if surgery:
         report = unswag.apply_unswag_surgery(trainer.model)
         counts = Counter(pattern for _, pattern in report.patched)
-        assert (counts["norm"], counts["gated_mlp"], counts["attention"]) == (5, 2, 1) and not report.skipped
+        assert (counts["rms_norm"], counts["gated_mlp"], counts["attention"]) == (5, 2, 1) and not report.skipped
         assert counts["lora"] == (14 if lora else 0)
     with Recording(trainer.model) as recording:
         trainer.train()

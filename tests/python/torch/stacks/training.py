@@ -88,7 +88,7 @@ def operate(model: torch.nn.Module, **options: Any) -> unswag.SurgeryReport:
     report = unswag.apply_unswag_surgery(model, **options)
     counts = Counter(pattern for _, pattern in report.patched)
     assert not report.skipped and not report.notes, (report.skipped, report.notes)
-    assert (counts["norm"], counts["gated_mlp"], counts["attention"], counts["loss"]) == (5, 2, 1, 1)
+    assert (counts["rms_norm"], counts["gated_mlp"], counts["attention"], counts["loss"]) == (5, 2, 1, 1)
     return report
 
 

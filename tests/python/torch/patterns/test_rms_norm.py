@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 
+import matrix
 import pytest
 import torch
+from alone import Alone
 from families import distance
+from modules import Norm, T5Norm
 from odd_weights import halved
 from torch import nn
 
-from unswag.torch.patterns import norm
-from unswag.torch.patterns.norm import Norm
+from unswag.torch.patterns import rms_norm
 from unswag.torch.patterns.pattern import replaced
-from unswag.torch.patterns.probing import sealed
+from unswag.torch.patterns.rms_norm import RmsNorm
 
+alone = Alone(RmsNorm())
 COLS = 96
 
 
@@ -71,22 +74,21 @@ KNOWN = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def candidate(module, dtype=torch.float32):
-    found = list(Norm().find(nn.Sequential(nn.Linear(3, 3, dtype=dtype), module.to(dtype))))
-    assert len(found) == 1
-    return found[0]
-
-
-def probe(found):
-    with sealed():
-        return Norm().probe(found)
+def examples():
+    kinds = {
+        "Llama's": lambda: Llama(matrix.WIDTH),
+        "Gemma's": Norm,
+        "T5's": T5Norm,
+        "torch's": lambda: nn.RMSNorm(matrix.WIDTH, eps=1e-6),
+    }
+    return {name: matrix.between(make) for name, make in kinds.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KNOWN)
 def test_the_variant_that_fits_is_chosen(kind, dtype):
-    found = candidate(kind(), dtype)
-    assert probe(found) is None
+    found = alone.candidate(kind(), dtype)
+    assert alone.probe(found) is None
     variants = found.parts["variants"]
     weight, eps, offset, cast, promotes = KNOWN[kind]
     assert {(v.weight, v.eps, v.weight_offset) for v in variants.values()} == {(weight, eps, offset)}
@@ -98,7 +100,7 @@ def test_the_variant_that_fits_is_chosen(kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KNOWN)
 def test_patched_equals_stock_in_value_and_gradient(kind, dtype):
-    found = candidate(kind(), dtype)
+    found = alone.candidate(kind(), dtype)
     module = found.module
     with torch.no_grad():
         for p in module.parameters():
@@ -111,8 +113,8 @@ def test_patched_equals_stock_in_value_and_gradient(kind, dtype):
         return y, *torch.autograd.grad(y, [x, *module.parameters()], dy)
 
     stock = run()
-    assert probe(found) is None
-    Norm().apply(found)
+    assert alone.probe(found) is None
+    alone.apply(found)
     assert replaced(module)
     tolerance = 1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     for ours, theirs in zip(run(), stock, strict=True):
@@ -168,15 +170,15 @@ class DoubleRounded(Llama):  # rounds x² too: equal in fp32, not in bf16
 
 @pytest.mark.parametrize("kind", [EpsOutside, Clamped, OtherEps, Scaled, Sum, Detached])
 def test_what_is_no_rms_norm_is_left(kind):
-    found = candidate(kind())
-    assert "not one of the known RMSNorms" in probe(found)
+    found = alone.candidate(kind())
+    assert "not one of the known RMSNorms" in alone.probe(found)
     assert "variants" not in found.parts
 
 
 def test_a_dtype_in_which_no_variant_fits_is_left_to_the_module():
-    found = candidate(DoubleRounded())
-    assert probe(found) is None
-    Norm().apply(found)
+    found = alone.candidate(DoubleRounded())
+    assert alone.probe(found) is None
+    alone.apply(found)
     module = found.module.to(torch.bfloat16)
     x = torch.randn(64, COLS, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="runs its own forward: x is torch.bfloat16"):
@@ -186,24 +188,24 @@ def test_a_dtype_in_which_no_variant_fits_is_left_to_the_module():
 
 def test_layer_norms_are_no_candidates():
     norms = (nn.LayerNorm(COLS), nn.LayerNorm(COLS, bias=False), Mean(), nn.BatchNorm1d(COLS))
-    assert not list(Norm().find(nn.Sequential(*norms, nn.Linear(3, 3))))
+    assert not list(RmsNorm().find(nn.Sequential(*norms, nn.Linear(3, 3))))
 
 
 def test_torch_rms_norm_with_and_without_eps():
     for module in (nn.RMSNorm(COLS, eps=1e-5), nn.RMSNorm(COLS), nn.RMSNorm(COLS, eps=1e-5, elementwise_affine=False)):
-        found = candidate(module)
-        assert probe(found) is None
+        found = alone.candidate(module)
+        assert alone.probe(found) is None
         x = torch.randn(4, COLS)
         stock = module(x)
-        Norm().apply(found)
+        alone.apply(found)
         torch.testing.assert_close(module(x), stock)
 
 
 def test_weight_and_eps_are_read_at_each_call_and_x_may_be_named():
     module = Llama()
-    found = candidate(module)
-    probe(found)
-    Norm().apply(found)
+    found = alone.candidate(module)
+    alone.probe(found)
+    alone.apply(found)
     x = 1e-3 * torch.randn(2, COLS)
     module.variance_epsilon = 1e-2
     module.weight = nn.Parameter(torch.full((COLS,), 3.0))
@@ -215,9 +217,9 @@ def test_weight_and_eps_are_read_at_each_call_and_x_may_be_named():
 def test_a_forward_replaced_by_others_is_left():
     module = Llama()
     module.forward = lambda x: x
-    assert "already replaced" in probe(candidate(module))
+    assert "already replaced" in alone.probe(alone.candidate(module))
     liger = type("LigerRMSNorm", (Llama,), {"__module__": "liger_kernel.transformers.rms_norm"})
-    assert "liger_kernel" in probe(candidate(liger()))
+    assert "liger_kernel" in alone.probe(alone.candidate(liger()))
 
 
 def test_the_probe_touches_nothing():
@@ -225,9 +227,9 @@ def test_the_probe_touches_nothing():
     called = []
     module.register_forward_hook(lambda *_: called.append("forward"))
     module.weight.requires_grad_(False)
-    found = candidate(module)
+    found = alone.candidate(module)
     before = (torch.get_rng_state(), dict(vars(module)), module.weight.clone())
-    assert probe(found) is None
+    assert alone.probe(found) is None
     assert torch.equal(torch.get_rng_state(), before[0])
     assert vars(module) == before[1] and not called
     assert module.weight.grad is None and not module.weight.requires_grad and torch.equal(module.weight, before[2])
@@ -235,19 +237,19 @@ def test_the_probe_touches_nothing():
 
 def test_no_kernels_for_the_device():
     module = Llama().to("meta")
-    assert "meta, where this build has no kernels" in probe(candidate(module))
+    assert "meta, where this build has no kernels" in alone.probe(alone.candidate(module))
 
 
 def test_a_weight_that_only_the_module_can_read_is_left():
     module = Llama()
     module.weight = halved(torch.randn(COLS))
-    assert probe(candidate(module)) == "its weight is a Halved, which only the module itself can read"
+    assert alone.probe(alone.candidate(module)) == "its weight is a Halved, which only the module itself can read"
 
 
 def test_a_weight_that_was_sharded_after_the_surgery_is_read_by_the_module():
-    found = candidate(Llama())
-    assert probe(found) is None
-    Norm().apply(found)
+    found = alone.candidate(Llama())
+    assert alone.probe(found) is None
+    alone.apply(found)
     module, weight, x = found.module, torch.randn(COLS), torch.randn(3, COLS)
     module.weight = nn.Parameter(weight)
     want = module(x)
@@ -265,27 +267,27 @@ def test_modules_of_one_kind_are_probed_at_length_once_and_each_for_itself(monke
             return self.factor * super().forward(hidden_states)
 
     lengths = []
-    original = norm._cases
+    original = rms_norm.cases_of
 
     def cases(module, weight, like, elements, *first):
         lengths.append(elements)
         return original(module, weight, like, elements, *first)
 
-    monkeypatch.setattr(norm, "_cases", cases)
+    monkeypatch.setattr(rms_norm, "cases_of", cases)
     reasons = []
-    for found in Norm().find(nn.Sequential(Scaled(), Scaled(), Scaled(), Llama(eps=1e-5))):
+    for found in RmsNorm().find(nn.Sequential(Scaled(), Scaled(), Scaled(), Llama(eps=1e-5))):
         Scaled.factor = 2 if len(reasons) == 2 else 1
-        reasons.append(probe(found))
-    assert lengths == [norm.ELEMENTS, norm.FEW, norm.FEW, norm.ELEMENTS, norm.ELEMENTS]
+        reasons.append(alone.probe(found))
+    assert lengths == [rms_norm.ELEMENTS, rms_norm.FEW, rms_norm.FEW, rms_norm.ELEMENTS, rms_norm.ELEMENTS]
     assert [reason is None for reason in reasons] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("order", [(torch.bfloat16,), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("kind", [Llama, Gemma, Olmo, Bare])
 def test_the_saving_stays_after_a_cast_in_any_order(kind, order):
-    found = candidate(kind())
-    assert probe(found) is None
-    Norm().apply(found)
+    found = alone.candidate(kind())
+    assert alone.probe(found) is None
+    alone.apply(found)
     for dtype in order:
         found.module.to(dtype)
         for enabled in (False, True):
