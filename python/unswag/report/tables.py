@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from unswag.ledger import Comparison, Ledger
+    from unswag.torch.surgery import SurgeryReport
 
-__all__ = ["MOST_ROWS", "of_comparison", "of_ledger", "text"]
+__all__ = ["MOST_ROWS", "of_comparison", "of_ledger", "of_surgery", "text"]
 
 MOST_ROWS = 24  # of groups: a table is a page at most
 WIDTH = 120
@@ -79,6 +81,58 @@ def of_comparison(comparison: Comparison) -> Table:
         a, b = (round((ledger.total + ledger.loss_buffers) / ledger.tokens) for ledger in (one, other))
         table.add_row("per token", "", *_pair(a, b))
     return table
+
+
+def of_surgery(report: SurgeryReport) -> Table | str:
+    """What was patched, what was left and why, and what a step keeps before and after."""
+    if not report.patched and not report.skipped:
+        return f"UnSwag: no known pattern in {report.model}; the model is untouched"
+    table = Table(
+        title=f"UnSwag surgery on {report.model}" + ("" if report.patched else ": the model is untouched"),
+        caption=_figures_of_surgery(report) if report.patched else None,
+        min_width=76,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("modules", justify="right")
+    table.add_column("such as", overflow="fold")
+    table.add_column("patched as, or left because")
+    rest = [("", note) for note in report.notes]
+    for style, rows in (("", report.patched), ("dim", [*report.skipped, *rest])):
+        for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
+            names = [name or "the model" for name, _ in group]
+            table.add_row(str(len(names)), names[0], what if style == "" else f"left: {what}", style=style)
+    if report.policy != "exact":
+        table.add_row("", "", report.policy, style="yellow")
+    if made := report.logits_made:
+        uses = ", ".join(f"{use} {n}" for use, n in made.most_common())
+        table.add_row(str(made.total()), "the logits", f"made in full in training, by {uses}", style="yellow")
+    if relus := report.relus_kept:
+        ways = ", ".join(f"{way} {n}" for way, n in relus.most_common())
+        table.add_row(str(relus.total()), "outputs of ReLU", f"kept in training as: {ways}", style="dim")
+    return table
+
+
+def _figures_of_surgery(report: SurgeryReport) -> str:
+    """What a training step keeps before and after the surgery, of which batch and under which conditions."""
+    before, after = report.before, report.after
+    if before is None or after is None:
+        return (
+            f"What a training step keeps is not known: {report.unknown}. Measure it with unswag.audit(model, **batch), before "
+            "and after the surgery."
+        )
+    a, b = before.alive or 0, after.alive or 0
+    unit, n = ("token", before.tokens) if before.tokens and before.tokens == after.tokens else ("example", 1)
+    batch = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in after.batch.items() if name != "use_cache")
+    conditions = {
+        True: ", with gradient checkpointing",
+        False: ", without gradient checkpointing (to see its figures, switch it on before the surgery)",
+        None: "",
+    }
+    return (
+        f"Saved for backward, bytes per {unit}: {a / n:,.0f} before, {b / n:,.0f} after"
+        f"{f' ({a / b:.1f} x less)' if b else ''}. Computed from shapes alone ({batch}){conditions[report.checkpointing]}."
+    )
 
 
 def _pair(a: int, b: int) -> tuple[str, str, str]:
