@@ -7,9 +7,7 @@ peak is what the allocator had at most in a step, with weights and gradients; be
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import statistics
 import time
 from dataclasses import dataclass
@@ -102,8 +100,7 @@ class Model:
             from bench.smollm2 import patched
             from unswag import apply_unswag_surgery
 
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.patched = patched(apply_unswag_surgery(self.model, verify=False))
+            self.patched = patched(apply_unswag_surgery(self.model, verify=False, verbose=False))
         if job.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         vocabulary = SHAPES[job.shape]["vocab_size"]

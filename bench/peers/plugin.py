@@ -51,16 +51,17 @@ class Surgeon:
     def operate(self, model: Any) -> None:
         """Unless another model is being made around it."""
         from unswag import apply_unswag_surgery
+        from unswag.torch.dry_run import NoDryRun
 
         if self._depth or not isinstance(model, PreTrainedModel):
             return
         if any(p.is_meta for p in model.parameters()):
             self.left["on the meta device"] += 1
             return
-        dry = mock.patch("unswag.torch.surgery._dry_run", lambda model: None)
+        dry = mock.patch("unswag.torch.surgery.dry_run", side_effect=NoDryRun("left out"))
         try:
-            with self._inside(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), dry:
-                apply_unswag_surgery(model)
+            with self._inside(), dry:
+                apply_unswag_surgery(model, verbose=False)
         except Exception as error:
             self.left[_line(error)] += 1
         else:

@@ -1,4 +1,4 @@
-"""UnSwag makes training fit: it keeps what the backward pass needs in the smallest exact form, and says what it kept.
+"""UnSwag cuts the activation memory of training without changing the result, and shows what is left.
 
 Importing `unswag` imports neither torch nor jax; each public name loads its module when it is first used.
 """
@@ -6,14 +6,17 @@ Importing `unswag` imports neither torch nor jax; each public name loads its mod
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from unswag import extras
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unswag.data import prepare_data
+    from unswag.front import audit
     from unswag.jax import unswag_relu
-    from unswag.ledger import Ledger, audit
+    from unswag.ledger import Ledger
     from unswag.policy import Policy
     from unswag.torch.surgery import SurgeryReport, apply_unswag_surgery, remove_unswag_surgery
 
@@ -22,7 +25,7 @@ _HOME = {
     "remove_unswag_surgery": "unswag.torch.surgery",
     "SurgeryReport": "unswag.torch.surgery",
     "unswag_relu": "unswag.jax",
-    "audit": "unswag.ledger",
+    "audit": "unswag.front",
     "prepare_data": "unswag.data",
     "Ledger": "unswag.ledger",
     "Policy": "unswag.policy",
@@ -41,13 +44,7 @@ __all__ = [
 ]
 
 
-def _missing(what: str, error: ModuleNotFoundError, extra: str) -> NoReturn:
-    """Raises the error of `what` for which a module was missing: it says what to install, if the module is not ours."""
-    if error.name is None or error.name.partition(".")[0] == "unswag":
-        raise error
-    raise ModuleNotFoundError(
-        f"{what} needs the module {error.name!r}, which is not installed: pip install 'unswag[{extra}]'", name=error.name
-    ) from error
+_missing = extras.missing  # what unswag.data still calls it
 
 
 def __getattr__(name: str) -> Any:
@@ -57,7 +54,7 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:
-        _missing(f"unswag.{name}", error, "jax" if home.startswith("unswag.jax") else "torch")
+        extras.missing(f"unswag.{name}", error, "jax" if home.startswith("unswag.jax") else "torch")
     globals()[name] = value
     return value
 

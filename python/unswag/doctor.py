@@ -1,7 +1,7 @@
 """What this machine has and what UnSwag will use on it, as plain data. Framework-neutral.
 
-Versions are read from package metadata. Of the frameworks, jax is imported if it is installed, because only it knows its
-platform, and torch if the driver of an NVIDIA device is there.
+Versions are read from package metadata. Of the frameworks, JAX is imported if it is installed, because only JAX knows its
+platform, and PyTorch if the driver of an NVIDIA device is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import unswag
-from unswag.protocols import ACTIVATIONS, protocol
+from unswag.policy import protocol, protocols
 
 __all__ = ["examine"]
 
@@ -26,6 +26,12 @@ INSTRUCTION_SETS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16",
     "neon", "asimd", "asimdhp", "bf16", "sve", "sve2",
 )  # fmt: skip
+# How kernels were tested so far, where it was not on hardware of their own kind.
+TESTED = {
+    "avx512": "avx512 kernels (tested emulated, with AVX2 instructions)",
+    "cuda": "CUDA kernels (tested emulated, on host threads)",
+    "tpu": "TPU programs (compiled only)",
+}
 TPU_GENERATIONS = {  # what jax calls its devices
     "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v4 lite": "v4i", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
     "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "v7x",
@@ -63,8 +69,8 @@ def examine() -> dict[str, Any]:
             found["uses"]["jax"] = use
     if _nvidia() and not found["cuda"]:
         notes.append(
-            "the driver of an NVIDIA device is there, but neither torch nor jax finds a device: install one of them with CUDA "
-            "support (pip install torch, pip install 'jax[cuda12]')"
+            "the driver of an NVIDIA device is installed, but neither torch nor jax finds a device: install one of them with "
+            "CUDA support (pip install torch, pip install 'jax[cuda12]')"
         )
     for device in found["cuda"]:
         device["problem"] = attempt(f"CUDA device {device['index']}", partial(_cuda_problem, device["index"]), "unknown")
@@ -80,9 +86,42 @@ def examine() -> dict[str, Any]:
     found["protocols"] = [
         {"activation": activation, "accelerator": accelerator} | asdict(protocol(activation, accelerator))
         for accelerator in accelerators
-        for activation in ACTIVATIONS
+        for activation in attempt("activations", protocols, ())
     ]
-    return found | {"notes": notes}
+    return {"unswag": found.pop("unswag"), "verdict": _verdict(found)} | found | {"notes": list(dict.fromkeys(notes))}
+
+
+def _verdict(found: dict[str, Any]) -> dict[str, str]:
+    """What works here, what of it was never run on such hardware, and what to do next: a sentence or two each."""
+    uses, kernels = found["uses"], found["kernels"]
+    names = {"torch": "PyTorch", "jax": "JAX"}
+    where = {"cpu": "the CPU", "cuda": "CUDA devices", "tpu": "TPUs"}
+    works = [
+        f"{names[front_end]} on {where[use['accelerator']]} ({use['implementation']})"
+        for front_end, use in uses.items()
+        if front_end != "torch" or kernels
+    ]
+    used = {use["accelerator"] for use in uses.values()} | {kernels.get("chosen", "")}
+    if kernels.get("cuda"):
+        used.add("cuda")
+    untested = [words for name, words in TESTED.items() if name in used]
+    if not kernels:
+        following = "the compiled module unswag._core cannot be used, the notes say why; build it again: pip install ."
+    elif any(device["problem"] for device in found["cuda"]):
+        following = "a CUDA device is not used; the notes say why"
+    elif not uses:
+        following = "install a framework; in the folder of UnSwag's sources: pip install '.[torch]' or pip install '.[jax]'"
+    elif "cuda" in {use["accelerator"] for use in uses.values()}:
+        following = "run make gpu-check in the folder of UnSwag's sources: it tries every kernel on this device (docs/gpu.md)"
+    elif "torch" in uses:
+        following = "unswag.apply_unswag_surgery(model), then unswag.audit(model, **batch) shows what is kept"
+    else:
+        following = "call unswag.jax.relu and its like in your model; unswag.audit(function, *arguments) shows what is kept"
+    return {
+        "works": "; ".join(works) or "nothing yet",
+        "untested": "; ".join(untested) or "nothing that is used here",
+        "next": following,
+    }
 
 
 def _version(package: str) -> str | None:

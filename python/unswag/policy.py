@@ -3,14 +3,21 @@
     Policy.named("int8")
     Policy(mlp="int4", residual="int8", rounding="stochastic")
 
-`exact` keeps every saved tensor that has no recipe as it is, or in fewer bits without loss; its alias `alpha` is the founding
-1-bit protocol, which is part of it. Lossy policies are only ever used when asked for by name, and their error is measured
-(docs/policies.md).
+`exact` keeps every saved tensor that cannot be recomputed in its own dtype, or in fewer bits without loss. Lossy policies are
+used only when asked for by name, and their error is measured (docs/policies.md).
+
+A protocol says the same of one activation: how much of its input is kept for the backward. The founding names are protocols,
+and aliases of policies: `alpha`, one bit per element, is part of `exact`; `delhi`, two bits, is `2bit`.
+
+    >>> protocol("relu", "tpu").name
+    'alpha'
+    >>> protocol("silu", "tpu", "delhi").exact
+    False
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 ROLES = {
     "mlp": "the input of an activation; gate and up of a gated unit",
@@ -20,7 +27,7 @@ ROLES = {
 }
 EXACT = "exact"
 BLOCKS = {"int8": 8.5, "int4": 5.0, "int2": 2.25, "e4m3": 8.5, "e5m2": 8.5}  # codec: bits per element (docs/format.md)
-TWO_BITS = "2bit"  # of the role mlp: the derivative as a code of two bits, what else the backward needs in int2
+TWO_BITS = "2bit"  # of the role mlp: the derivative as a code of two bits; what else the backward needs is kept in int2
 ROUNDINGS = ("nearest", "stochastic")
 CODEBOOKS = ("mm1", "mm2", "optimal", "fewbit", "resilu2", "regelu2", "dither2", "seed")
 
@@ -29,10 +36,10 @@ CODEBOOKS = ("mm1", "mm2", "optimal", "fewbit", "resilu2", "regelu2", "dither2",
 class Policy:
     """What is kept per role (`ROLES`): "exact", or the name of a block codec (`BLOCKS`); for the role mlp also "2bit".
 
-    rounding  of the block codecs: "nearest", or "stochastic", which is right in the mean and costs more error in each step
+    rounding  of the block codecs: "nearest", or "stochastic", which is unbiased, with higher variance
     codebook  of "2bit", one of `CODEBOOKS`: the levels of the derivative
-    scale     of "2bit": the standard deviation of the activation's input for which the codebook is made; None: measured, module
-              by module, on the first batch
+    scale     of "2bit": the standard deviation of the activation's input for which the codebook is made; None: each module's is
+              measured on the first batch
     name      for reports
 
     ValueError for a codec, a rounding or a codebook that does not exist.
@@ -71,7 +78,7 @@ class Policy:
         return {EXACT: None, TWO_BITS: "int2"}.get(codec, codec)
 
     def cost(self) -> str:
-        """What the policy does to the gradient, in words; "" for a policy that is exact."""
+        """The measured error of the gradient, as a sentence for reports; "" for a policy that is exact."""
         if not self.lossy:
             return ""
         error = MEASURED.get(self.name) if POLICIES.get(self.name) == self else None
@@ -113,3 +120,77 @@ POLICIES: dict[str, Policy] = {
     )
 }
 ALIASES = {"alpha": "exact", "delhi": "2bit"}
+
+
+# ---- protocols --------------------------------------------------------------------------------------------------------------
+
+ACCELERATORS = ("cpu", "cuda", "tpu")
+GATED = ("swiglu", "geglu", "reglu")
+# Of tensors of at least 256 rows (docs/format.md); the choice for an array is `unswag.jax.how.choose`.
+_LAYOUT = {"cpu": "rows", "cuda": "rows", "tpu": "rows256"}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much of an activation's input is kept for the backward.
+
+    name    alpha   one bit per element: the ReLU family, whose gradient is the incoming one or a fixed multiple of it
+            exact   the input in its own dtype, and nothing beside it
+            delhi   the derivative as a code of two bits, by a table of `unswag.codebooks`. Lossy, so never the default
+    bits    kept per element of the activation, None for the bits of the dtype
+    exact   whether the gradient is that of the plain activation
+    layout  where packed bits lie (docs/format.md), "" if nothing is packed
+    why     the reason for the choice, and what it costs
+    """
+
+    name: str
+    bits: int | None
+    exact: bool
+    layout: str
+    why: str
+
+
+_ALPHA = Protocol(
+    "alpha", 1, True, "rows",
+    "one bit says which gradients pass. It saves little where the next layer is trained: that layer keeps the output anyway",
+)  # fmt: skip
+_INPUT = Protocol("exact", None, True, "", "x is the smallest exact form: value and derivative are recomputed from it")
+_GATED = Protocol(
+    "exact", None, True, "",
+    "gate and up are the smallest exact form, 32 bits in bfloat16. Codes of 2 bits would keep more: the product also needs"
+    " act(gate) and up, 34 bits",
+)  # fmt: skip
+_DELHI = Protocol(
+    "delhi", 2, False, "rows",
+    "2 bits instead of 16 or 32, only before a frozen layer. It costs exactness: on SmolLM2-135M the founding codebook"
+    " gives a relative gradient error of 0.34 to 0.47, the best one 0.18",
+)  # fmt: skip
+
+
+def protocols() -> dict[str, tuple[Protocol, ...]]:
+    """The protocols of each activation and gated unit, the default first, in the layout of a CPU. ImportError without the C++
+    core, whose lists of activations these are."""
+    from unswag import _core
+    from unswag.codebooks import SMOOTH
+
+    masks = [name for name in _core.masks if not name.startswith("jax_")]  # jax's differ in zeros and NaN alone
+    found: dict[str, tuple[Protocol, ...]] = {name: (_ALPHA,) for name in masks}
+    for name in _core.activations:
+        found.setdefault(name, (_INPUT, _DELHI) if name in SMOOTH else (_INPUT,))
+    return found | {name: (_GATED,) for name in GATED}
+
+
+def protocol(activation: str, accelerator: str, name: str | None = None) -> Protocol:
+    """The protocol of an activation on an accelerator: the default, which is exact, or the one that is asked for by name.
+
+    ValueError lists the choices.
+    """
+    known = protocols()
+    for argument, value, choices in (("activation", activation, tuple(known)), ("accelerator", accelerator, ACCELERATORS)):
+        if value not in choices:
+            raise ValueError(f"protocol: {argument} is {value!r}; choose among {', '.join(choices)}")
+    rows = known[activation]
+    found = next((row for row in rows if name in (None, row.name)), None)
+    if found is None:
+        raise ValueError(f"protocol: {activation} has no protocol {name!r}; choose among {', '.join(r.name for r in rows)}")
+    return replace(found, layout=_LAYOUT[accelerator] if found.layout else "")

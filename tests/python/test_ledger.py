@@ -1,8 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from unswag.ledger import Ledger, Row, role_of
+from unswag.ledger import CompilerMemory, Ledger, Row, role_of
 
 
 def ledger():
@@ -45,14 +46,48 @@ def test_json_has_rows_and_sums():
     assert json.loads(Ledger().to_json())["bytes_per_token"] is None
 
 
-@pytest.mark.parametrize("modules", [0, 1, 40])
-def test_the_picture_is_drawn(tmp_path, modules):
-    names = [f"block_{chr(97 + i % 26)}{i // 26 * 'x'}.mlp" for i in range(modules)]
-    rows = [Row(name, "mlp", (4,), "float32", 32.0, "device", 1 << i % 24) for i, name in enumerate(names)]
-    path = tmp_path / "ledger.png"
-    Ledger(rows, tokens=4).plot(path)
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") >= 1000
+def test_its_repr_is_a_page_at_most():
+    names = [f"block_{chr(97 + i % 26)}{i // 26 * 'x'}.mlp" for i in range(2000)]
+    rows = [Row(name, "mlp", (4,), "float32", 32.0, "device", 16) for name in names]
+    many = Ledger(rows, tokens=4, alive=1, peak=2, loss_buffers=3, weight_copies=4, compiler=CompilerMemory(1, 2, 3, 4, None))
+    for shown in (many, many.compare(many)):
+        assert repr(shown) == str(shown) and len(repr(shown).splitlines()) <= 45 and "others" in repr(shown)
+    assert f"{2000 * 16:,}" in repr(many)
+
+
+def test_the_title_names_model_and_batch():
+    assert ledger().title() == Ledger().title() == ""
+    named = replace(ledger(), model="LlamaForCausalLM", batch={"input_ids": (1, 8), "labels": (1, 8)})
+    assert named.title() == "LlamaForCausalLM: input_ids 1×8, labels 1×8"
+    assert named.title() in str(named) and named.title() in str(named.compare(ledger()))
+
+
+def test_loss_buffers_have_a_place():
+    places = ledger().places()
+    assert list(places) == [
+        ("model.layers.*.mlp", "mlp"),
+        ("model.layers.*.self_attn.q_proj", "attention"),
+        ("(the loss)", "loss buffers"),
+        ("(the model itself)", "other"),
+    ]
+    assert sum(places.values()) == ledger().total + 77
+
+
+def test_two_are_compared_by_their_places():
+    other = replace(ledger(), rows=ledger().rows[24:], loss_buffers=4000)
+    compared = ledger().compare(other, ("stock", "ours"))
+    assert compared.parts() == [
+        ("(the loss)", "loss buffers", 77, 4000),
+        ("model.layers.*.mlp", "mlp", 12 * 256, 0),
+        ("model.layers.*.self_attn.q_proj", "attention", 12 * 128, 12 * 128),
+        ("(the model itself)", "other", 24, 24),
+    ]
+    assert ledger().compare(other).names == ("before", "after") and (compared.one, compared.other) == (ledger(), other)
+
+
+def test_a_notebook_shows_a_table():
+    for shown in (ledger(), ledger().compare(ledger())):
+        assert shown._repr_html_().startswith("<table>") and "model.layers.*.mlp" in shown._repr_html_()
 
 
 @pytest.mark.parametrize(

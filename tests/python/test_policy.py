@@ -1,10 +1,25 @@
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from unswag.policy import ALIASES, BLOCKS, CODEBOOKS, MEASURED, POLICIES, ROLES, Policy
+from unswag import _core, codebooks
+from unswag.policy import (
+    ACCELERATORS,
+    ALIASES,
+    BLOCKS,
+    CODEBOOKS,
+    GATED,
+    MEASURED,
+    POLICIES,
+    ROLES,
+    Policy,
+    Protocol,
+    protocol,
+    protocols,
+)
 
 
 def test_exact_keeps_everything_as_it_is():
@@ -63,15 +78,12 @@ def test_eight_bit_floats_are_rounded_to_nearest_only():
 
 
 def test_bits_are_those_of_the_core():
-    _core = pytest.importorskip("unswag._core")
     assert tuple(BLOCKS) == _core.blocks
     for code, bits in enumerate(BLOCKS.values()):
         assert _core.block_row_bytes(code, 1 << 20) * 8 == bits * (1 << 20)
 
 
 def test_codebooks_exist():
-    from unswag import codebooks
-
     for name in CODEBOOKS:
         if name not in ("dither2", "regelu2"):
             assert codebooks.codebook("silu", 2, name).bits == 2
@@ -85,3 +97,70 @@ def test_the_errors_that_are_printed_are_those_of_the_committed_result():
         assert error == pytest.approx(result["sides"][name]["error"], rel=0.01)
         assert f"{error:.2g}" in POLICIES[name].cost() and "lossy" in POLICIES[name].cost()
     assert POLICIES["exact"].cost() == "" and "not measured" in Policy(mlp="int4").cost()
+
+
+# ---- protocols ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_exact_everywhere():
+    for activation, accelerator in itertools.product(protocols(), ACCELERATORS):
+        found = protocol(activation, accelerator)
+        assert isinstance(found, Protocol) and found.exact and found.why, activation
+        assert (found.name, found.bits) in (("alpha", 1), ("exact", None))
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_the_relu_family_keeps_one_bit(activation):
+    layouts = {accelerator: protocol(activation, accelerator).layout for accelerator in ACCELERATORS}
+    assert protocol(activation, "tpu").name == "alpha" and protocol(activation, "tpu").bits == 1
+    assert layouts == {"cpu": "rows", "cuda": "rows", "tpu": "rows256"}
+
+
+def test_what_one_bit_cannot_say_keeps_its_input():
+    for activation in ("relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "swiglu", "geglu", "reglu"):
+        found = protocol(activation, "cpu")
+        assert (found.name, found.bits, found.layout) == ("exact", None, ""), activation
+    assert "34 bits" in protocol("swiglu", "cpu").why  # what codes would keep
+
+
+def test_delhi_is_lossy_and_says_what_it_costs():
+    for activation in codebooks.SMOOTH:
+        found = protocol(activation, "tpu", "delhi")
+        assert (found.name, found.bits, found.exact, found.layout) == ("delhi", 2, False, "rows256")
+        assert "relative gradient error" in found.why
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ("relo", "cpu"),
+            "activation is 'relo'; choose among relu, leaky_relu, relu6, silu, gelu, gelu_tanh, relu2, quick_gelu, swiglu, ",
+        ),
+        (("relu", "npu"), "accelerator is 'npu'; choose among cpu, cuda, tpu"),
+        (("relu", "cpu", "delhi"), "relu has no protocol 'delhi'; choose among alpha"),
+        (("silu", "cpu", "alpha"), "silu has no protocol 'alpha'; choose among exact, delhi"),
+        (("swiglu", "tpu", "delhi"), "swiglu has no protocol 'delhi'; choose among exact"),
+    ],
+)
+def test_errors_list_the_choices(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        protocol(*arguments)
+    assert words in str(caught.value)
+
+
+def test_the_activations_are_those_of_the_core_and_of_the_front_ends():
+    masks = {name for name in _core.masks if not name.startswith("jax_")}
+    assert set(protocols()) == masks | set(_core.activations) | set(GATED)
+    assert {name for name, found in protocols().items() if found[0].bits == 1} == masks
+    torch = pytest.importorskip("unswag.torch", reason="the front end needs torch")
+    assert all(callable(getattr(torch, name)) for name in protocols() if name != "gelu_tanh")
+    jax = pytest.importorskip("unswag.jax", reason="the front end needs jax")
+    assert all(callable(getattr(jax, name)) for name in GATED)
+
+
+def test_the_founding_names_are_protocols_and_policies():
+    names = {one.name for found in protocols().values() for one in found}
+    assert names == {*ALIASES, "exact"}
+    assert protocol("relu", "cpu", "alpha").exact and not Policy.named("alpha").lossy
+    assert not protocol("silu", "cpu", "delhi").exact and Policy.named("delhi").lossy

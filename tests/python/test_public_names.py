@@ -21,7 +21,8 @@ def printed(code: str) -> str:
 
 
 def test_importing_unswag_imports_no_framework():
-    code = "import sys, unswag; print(sorted({'torch', 'jax', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)))"
+    heavy = {"torch", "jax", "transformers", "matplotlib", "rich", "typer"}
+    code = f"import sys, unswag; print(sorted({heavy} & set(sys.modules)))"
     assert printed(code) == "[]"
 
 
@@ -89,6 +90,9 @@ def test_the_stub_of_the_core_says_what_the_core_takes():
     assert len(functions(given)) > 15
 
 
+INSTALL = "which is not installed. In the folder of UnSwag's sources, run: pip install"
+
+
 def missing(framework: str, statement: str) -> str:
     """What the error says when `framework` is not installed."""
     return printed(
@@ -99,30 +103,30 @@ def missing(framework: str, statement: str) -> str:
 
 @pytest.mark.parametrize("name", ["apply_unswag_surgery", "SurgeryReport"])
 def test_without_torch_the_error_says_what_to_install(name):
-    words = f"unswag.{name} needs the module 'torch', which is not installed: pip install 'unswag[torch]'"
+    words = f"unswag.{name} needs the module 'torch', {INSTALL} '.[torch]'"
     assert missing("torch", f"unswag.{name}") == words
 
 
 def test_without_jax_the_error_says_what_to_install():
-    words = "needs the module 'jax', which is not installed: pip install 'unswag[jax]'"
+    words = f"needs the module 'jax', {INSTALL} '.[jax]'"
     assert missing("jax", "unswag.unswag_relu") == f"unswag.unswag_relu {words}"
     assert missing("jax", "unswag.audit(len, 3)") == f"unswag.audit of a function {words}"
 
 
 @pytest.mark.parametrize("statement", ["import unswag.torch", "import unswag.torch.nn", "from unswag.torch import surgery"])
 def test_importing_the_torch_front_end_without_torch_says_what_to_install(statement):
-    words = "unswag.torch needs the module 'torch', which is not installed: pip install 'unswag[torch]'"
+    words = f"unswag.torch needs the module 'torch', {INSTALL} '.[torch]'"
     assert missing("torch", statement) == words
 
 
 @pytest.mark.parametrize("statement", ["import unswag.jax", "from unswag.jax import relu"])
 def test_importing_the_jax_front_end_without_jax_says_what_to_install(statement):
-    words = "unswag.jax needs the module 'jax', which is not installed: pip install 'unswag[jax]'"
+    words = f"unswag.jax needs the module 'jax', {INSTALL} '.[jax]'"
     assert missing("jax", statement) == words
 
 
 def test_without_orjson_the_error_says_what_to_install():
-    words = "needs the module 'orjson', which is not installed: pip install 'unswag[torch]'"
+    words = f"needs the module 'orjson', {INSTALL} '.[torch]'"
     assert missing("orjson", "import unswag.data") == missing("orjson", "from unswag import data") == f"unswag.data {words}"
     assert missing("orjson", "unswag.prepare_data") == f"unswag.prepare_data {words}"
 

@@ -19,6 +19,8 @@ from unswag.ledger import CompilerMemory, Ledger, Row, role_of
 
 __all__ = ["audit", "compiler_memory"]
 
+MOST_SHAPES = 8  # of a batch: more arrays than that are weights
+
 
 def audit(
     function: Callable[..., Any],
@@ -32,7 +34,7 @@ def audit(
 ) -> Ledger:
     """The residuals that the forward of `function(*args, **kwargs)` hands to its backward, as a ledger.
 
-    args      arrays or `jax.ShapeDtypeStruct`s, in pytrees; what is no array is given to the function as it is
+    args      arrays or `jax.ShapeDtypeStruct`s, in pytrees; what is no array is passed on unchanged
     argnums   the arguments that are differentiated, as in `jax.grad`: their floating arrays. What is trained decides what is
               kept, so freeze here what is frozen in training
     has_aux   the function returns (value, auxiliary), as in `jax.grad`
@@ -40,9 +42,9 @@ def audit(
     compiled  a compiled program, e.g. `step.lower(...).compile()`, whose own figures stand beside: `compiler_memory`
 
     A row says where (`module`, `source`: the innermost function and line outside of JAX, Flax, Equinox, Optax and UnSwag), what
-    (`name`: by `checkpoint_name`, else the operation or the library function that made it) and how much. Arguments, constants
-    and what was listed before are rows of the tier "shared" and of 0 bytes, also behind a reshape; an array of one repeated
-    number, which a compiler makes again, is a "recipe".
+    (`name`: by `checkpoint_name`, else the function of a library, e.g. `relu`, or the operation that made it) and how much.
+    Arguments, constants and what was listed before are rows of the tier "shared" and of 0 bytes, also behind a reshape; an
+    array of one repeated number, which a compiler recomputes, is a "recipe".
 
     This is what forward and backward exchange when they are two programs. Inside one `jit` the compiler may keep less or
     something else instead, e.g. float32 in place of bool: give `compiled` to see its account.
@@ -83,7 +85,14 @@ def audit(
     closed = jax.make_jaxpr(residuals)(*(leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array))
     name = getattr(function, "__name__", type(function).__name__)
     rows = _rows(closed, name, [label for label, is_array in zip(labels, traced, strict=True) if is_array])
-    return Ledger(rows, tokens=tokens, compiler=None if compiled is None else compiler_memory(compiled))
+    others = [is_array and not is_weight for is_array, is_weight in zip(traced, trained, strict=True)]
+    return Ledger(
+        rows,
+        tokens=tokens,
+        compiler=None if compiled is None else compiler_memory(compiled),
+        model=name,
+        batch=_shapes(labels, leaves, others) if sum(others) <= MOST_SHAPES else {},
+    )
 
 
 def compiler_memory(compiled: jax.stages.Compiled) -> CompilerMemory:
@@ -107,6 +116,10 @@ def _merged(chosen: list[bool], values: Iterable[Any], others: list[Any]) -> lis
     return [next(following) if is_chosen else other for is_chosen, other in zip(chosen, others, strict=True)]
 
 
+def _shapes(labels: list[str], leaves: list[Any], chosen: list[bool]) -> dict[str, tuple[int, ...]]:
+    return {label: tuple(leaf.shape) for label, leaf, one in zip(labels, leaves, chosen, strict=True) if one}
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +135,8 @@ class _Origin(NamedTuple):
     eqn: JaxprEqn | None
     name: str
 
+
+UNSWAG = str(Path(__file__).parents[1]) + "/"
 
 # The same elements in the same order.
 _SAME = {"name", "reshape", "squeeze", "expand_dims", "optimization_barrier", "copy", "copy_p"}
@@ -144,9 +159,11 @@ def _rows(closed: ClosedJaxpr, function: str, labels: list[str]) -> list[Row]:
             module, source = places[origin.root[0]], ""
             role = role_of(module.lower())
         else:
-            module, source, inside = _place(origin.eqn, libraries)
+            module, source, inside, ours = _place(origin.eqn, libraries)
             module = module or function
             role = role_of(f"{origin.eqn.source_info.name_stack}.{module}.{inside}".lower().replace("/", "."))
+            if ours and not origin.name.startswith("unswag_"):
+                origin = origin._replace(name=ours)
         kept = var.aval.dtype.itemsize if tier == "device" else 0
         rows.append(
             Row(
@@ -233,22 +250,25 @@ def _is_of(jaxpr: Jaxpr, libraries: tuple[str, ...]) -> bool:
     return described.rpartition(" at ")[2].startswith(libraries)
 
 
-def _place(eqn: JaxprEqn, libraries: tuple[str, ...]) -> tuple[str, str, str]:
-    """(function, file:line), the innermost outside of the libraries, empty if there is none; and the functions of Flax, Equinox
-    and UnSwag that it called, for the role."""
+def _place(eqn: JaxprEqn, libraries: tuple[str, ...]) -> tuple[str, str, str, str]:
+    """(function, file:line), the innermost outside of the libraries, empty if there is none; the functions of Flax, Equinox
+    and UnSwag that it called, for the role; and the one of UnSwag's that it called itself, empty if there is none."""
     traceback = eqn.source_info.traceback
     frames: tuple[list[Any], list[int]] = traceback.raw_frames() if traceback is not None else ([], [])
     inside: list[str] = []
+    ours = ""
     standard = sysconfig.get_path("stdlib") + "/"
     for code, offset in zip(*frames, strict=True):
         is_standard = code.co_filename.startswith(standard) and "-packages/" not in code.co_filename
         if not is_standard and not code.co_filename.startswith((*libraries, "<frozen")):
             line = list(code.co_positions())[offset // 2][0]  # two bytes an instruction
             name = code.co_qualname.replace("<locals>.", "").removesuffix(".__call__")
-            return name, f"{Path(code.co_filename).name}:{line}", ".".join(inside)
+            return name, f"{Path(code.co_filename).name}:{line}", ".".join(inside), ours
         if code.co_filename.startswith(libraries[2:]):
             inside.append(code.co_qualname)
-    return "", "", ".".join(inside)
+        if code.co_filename.startswith(UNSWAG) and code.co_filename != __file__:
+            ours = code.co_name
+    return "", "", ".".join(inside), ours
 
 
 def _parameters(function: Callable[..., Any], count: int) -> list[str]:

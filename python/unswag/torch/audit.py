@@ -1,11 +1,12 @@
-"""What a model keeps for its backward pass: the ledger of what passed the door, and an independent count beside it."""
+"""What a model keeps for its backward pass: a ledger of what it saves, and an independent count beside it."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,31 +20,44 @@ from unswag.torch import loss_buffers, stash
 from unswag.torch.stash import Stash, storages
 
 
-def audit(model: nn.Module, *, backward: bool = False, **batch: Any) -> Ledger:
+def audit(model: nn.Module, *, backward: bool = False, tokens: int = 0, **batch: Any) -> Ledger:
     """Runs `model(**batch)` once and says what it keeps for the backward pass.
 
-    Works on any model, patched or not: a patched model's stash writes its own rows, any other model is watched by a door
-    that changes nothing. `ledger.alive` is counted without the door, from weak references to the storages themselves, so
-    that tensors on an autograd context, in a closure or in a registry count too. Not counted in either: parameters, their
-    gradients, buffers, the batch; on lines of their own: the loss's gradient buffers and autocast's copies of weights.
+    backward  also run the backward pass, for `ledger.peak`
+    tokens    of the batch, for `ledger.bytes_per_token`; 0: those of the texts of an encoder and a decoder, and the patches or
+              frames that a transformer makes of images or sound. Where they are not known, `ledger.tokens` stays 0
 
-    backward=True also runs the backward pass, for `ledger.peak`.
+    Works on any model, patched or not: the stash of a patched model writes rows of its own; what any other model saves is
+    recorded by hooks that change nothing. `ledger.alive` is counted independently of both, from weak references to the storages
+    themselves, so that tensors on an autograd context, in a closure or in a registry count too. Not counted in either:
+    parameters, their gradients, buffers, the batch; on lines of their own: the loss's gradient buffers and autocast's copies of
+    weights.
 
-    The model is left as it was: random state, gradients and buffers are put back, the hooks that track modules removed.
-    RuntimeError if gradients are switched off.
+    Random state, gradients and buffers of the model are restored; the hooks that track modules are removed. RuntimeError if
+    gradients are switched off.
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("audit: gradients are switched off, so nothing is kept; call it outside torch.no_grad()")
-    ledger = Ledger(tokens=_tokens(batch))
+    if not isinstance(tokens, int) or tokens < 0:
+        raise ValueError(f"audit: tokens is {tokens!r}; pass the number of tokens of the batch")
+    with _untouched(model):
+        return measure(model, batch, backward=backward, tokens=tokens)
+
+
+def measure(model: nn.Module, batch: dict[str, Any], *, backward: bool = False, tokens: int = 0) -> Ledger:
+    """`audit`, after which random state, gradients and buffers are what the run has made of them."""
+    shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    ledger = Ledger(model=type(model).__name__, batch=shapes)
     live = LiveStorages(model, batch, peaks=backward)
-    recorder = _Recorder(ledger, live)
-    with _untouched(model), live:
+    recorder = _Recorder(ledger, live, _logits(model))
+    with live:
         with stash.recording(recorder), _Watch(), _tracked(model, recorder):
             output = model(**batch)
             loss = _loss(output)
         held = output if loss is None else loss
         del output
         recorder.finish()
+        ledger.tokens = tokens or _tokens(model, batch, recorder.sequences)
         ledger.alive, ledger.loss_buffers, ledger.weight_copies = live.bytes(), live.loss_buffers(), live.weight_copies()
         if backward:
             if loss is None:
@@ -136,7 +150,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 class _Watch(Stash):
-    """A door that keeps everything as autograd would; a model's own stash takes its place."""
+    """A stash that keeps everything as autograd would, for a model that has none of its own."""
 
     passive = True
 
@@ -145,13 +159,15 @@ class _Watch(Stash):
 
 
 class _Recorder:
-    """Turns what passes the doors into rows of a ledger: of what is still kept when the forward has ended."""
+    """Turns what is saved into rows of a ledger: of what is still kept when the forward has ended."""
 
-    def __init__(self, ledger: Ledger, live: LiveStorages) -> None:
+    def __init__(self, ledger: Ledger, live: LiveStorages, logits: _Logits | None) -> None:
         self.leases: dict[Any, Any] = {}
         self.module = ""
+        self.sequences: list[tuple[str, torch.Size]] = []  # (module, shape) of each output [batch, length, width]
         self._ledger = ledger
         self._live = live
+        self._logits = logits
         self._rows: list[tuple[weakref.ref[Any], Row]] = []
 
     def note(
@@ -161,9 +177,10 @@ class _Recorder:
             return
         kept = sum(s.nbytes() for part in packed or (t,) for s in storages(part)) if tier == "device" else 0
         bits = 8.0 * t.element_size() if packed is None else 8.0 * kept / t.numel()
+        is_logits = self._logits is not None and self._logits.are(t, self.module)
         row = Row(
             module=self.module,
-            role=role or stash.current_role() or role_of(self.module),
+            role=role or stash.current_role() or ("logits" if is_logits else role_of(self.module)),
             shape=tuple(t.shape),
             dtype=str(t.dtype).removeprefix("torch."),
             bits=bits if tier == "device" else 0.0,
@@ -178,10 +195,36 @@ class _Recorder:
         self.leases.clear()
 
 
+class _Logits(NamedTuple):
+    """How the logits of a language model are known: by the size of the vocabulary, in its head or in a module around it."""
+
+    head: str
+    vocabulary: int
+
+    def are(self, t: torch.Tensor, module: str) -> bool:
+        around = not module or self.head == module or self.head.startswith(f"{module}.")
+        return around and t.dim() > 1 and t.shape[-1] == self.vocabulary
+
+
+def _logits(model: nn.Module) -> _Logits | None:
+    for module in model.modules():
+        if hasattr(module, "get_output_embeddings"):
+            try:
+                head = module.get_output_embeddings()
+            except Exception:  # of a model that has none and says so
+                continue
+            names = [name for name, part in model.named_modules() if part is head]
+            weight = getattr(head, "weight", None)
+            if names and weight is not None and weight.dim() == 2:
+                return _Logits(names[0], getattr(head, "out_features", weight.shape[0]))
+    return None
+
+
 @contextlib.contextmanager
 def _tracked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Keeps `recorder.module` at the name of the module that runs. By global hooks: a hook on a module would change what a
-    patched parent does with it (a LoRA adapter with hooks is run as PEFT runs it)."""
+    """Keeps `recorder.module` at the name of the module that runs, and records which sequences modules return. By global
+    hooks: a hook on a module would change what a patched parent does with it (a LoRA adapter with hooks is run as PEFT runs
+    it)."""
     names = {module: name for name, module in model.named_modules()}
     stack = [""]
 
@@ -190,10 +233,13 @@ def _tracked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             stack.append(names[module])
             recorder.module = stack[-1]
 
-    def leave(module: nn.Module, *_: Any) -> None:
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
         if module in names:
-            stack.pop()
-            recorder.module = stack[-1]
+            recorder.module = stack[-2]
+            name = stack.pop()
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, torch.Tensor) and first.dim() == 3 and first.is_floating_point():
+                recorder.sequences.append((name, first.shape))
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
@@ -234,11 +280,48 @@ def _loss(output: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) and found.numel() == 1 else None
 
 
-def _tokens(batch: dict[str, Any]) -> int:
-    """Tokens in the batch: elements of `input_ids`, else rows of `inputs_embeds`, else of the first tensor. 0, which is shown
-    as unknown, for images: how many patches they become only the model knows."""
-    tensors = [t for t in batch.values() if isinstance(t, torch.Tensor) and t.dim() > 0]
-    first = batch.get("input_ids", batch.get("inputs_embeds", tensors[0] if tensors else None))
-    if not isinstance(first, torch.Tensor) or first.dim() > 3:
+def config_of(model: nn.Module) -> Any:
+    """The config of the model, or of the outermost module in it that has one (under DDP and its like); None without one."""
+    configs = (vars(module).get("config") for module in model.modules())
+    return next((config for config in configs if hasattr(config, "to_dict")), None)
+
+
+def _tokens(model: nn.Module, batch: dict[str, Any], sequences: list[tuple[str, torch.Size]]) -> int:
+    """Tokens of the batch, 0 if they are not known. Of text, as many as it has; of the decoder's text, too. Images and sound:
+    the length of what the layers of a transformer return, `sequences`. Without a config, the rows of the first tensor."""
+    config = config_of(model)
+    text = batch.get("input_ids", batch.get("inputs_embeds"))
+    first = text if text is not None else next((t for t in batch.values() if isinstance(t, torch.Tensor) and t.dim()), None)
+    found = _rows(first) if text is not None or config is None else _length(config, _of_encoder(model, sequences))
+    if getattr(config, "is_encoder_decoder", False):
+        given = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+        return found and found + next((_rows(t) for t in given if t is not None), 0)
+    return found
+
+
+def _rows(t: Any) -> int:
+    """Elements of ids [batch, length], rows of embeddings [batch, length, width]; 0 for an image."""
+    if not isinstance(t, torch.Tensor) or t.dim() > 3:
         return 0
-    return first.numel() if first.dim() <= 2 and not first.is_floating_point() else first.shape[:-1].numel()
+    return t.numel() if t.dim() <= 2 and not t.is_floating_point() else t.shape[:-1].numel()
+
+
+def _of_encoder(model: nn.Module, sequences: list[tuple[str, torch.Size]]) -> list[tuple[str, torch.Size]]:
+    """Those that the encoder of an encoder-decoder returned; of any other model all."""
+    whole = next((module for module in model.modules() if hasattr(module, "get_encoder")), None)
+    encoder = None if whole is None else whole.get_encoder()
+    names = {name for name, module in model.named_modules() if module is encoder}
+    inside = [(name, shape) for name, shape in sequences if any(name == of or name.startswith(f"{of}.") for of in names if of)]
+    return inside or sequences
+
+
+def _length(config: Any, sequences: list[tuple[str, torch.Size]]) -> int:
+    """batch x length of the sequences that the modules of a transformer return, if most have the same and some of these are as
+    wide as the hidden states; 0 for networks whose length changes on the way."""
+    parts = (config, *vars(config).values())
+    widths = {getattr(part, "hidden_size", None) for part in parts if hasattr(part, "to_dict")}
+    counts = Counter(shape[:2] for _, shape in sequences)
+    (most, times), *_ = counts.most_common(1) or [(torch.Size(), 0)]
+    if 2 * times <= len(sequences) or not any(shape[:2] == most and shape[2] in widths for _, shape in sequences):
+        return 0
+    return most.numel()

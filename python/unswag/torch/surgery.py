@@ -1,25 +1,24 @@
-"""Surgery: patterns found in a loaded model, proven by probe, replaced on the instance; and the stash around its forward."""
+"""Surgery: patterns found in a loaded model, proven by a probe, replaced on the instance; and the stash around its forward."""
 
 from __future__ import annotations
 
 import itertools
-import logging
+import os
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from unswag.ledger import Ledger
 from unswag.policy import EXACT, Policy
+from unswag.report import html, tables
 from unswag.torch import checkpoint, patterns
-from unswag.torch.audit import LiveStorages
+from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
@@ -34,37 +33,54 @@ from unswag.torch.patterns.pattern import (
     wrap_method,
     wrapped,
 )
-from unswag.torch.patterns.probing import HOOKS, Writes, kind, sealed
+from unswag.torch.patterns.probing import Writes, kind, sealed
 from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
-DRY_TOKENS = 64
-NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left as it is, each sentence once
+NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left unchanged, each sentence once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SurgeryReport:
-    """What `apply_unswag_surgery` did.
+    """What `apply_unswag_surgery` did. `print(report)` shows it again, with what has been seen since.
 
     patched  (module name, pattern) for everything that was replaced; the model itself is ""
     skipped  (module name, reason) for everything that looked like a pattern and was left
-    bytes_per_token  (before, after): what a training step keeps for its backward pass, the loss's own gradient buffers
-             aside; from a dry run of one sequence of DRY_TOKENS tokens on fake tensors, in the model's dtype without
-             autocast. None where the model cannot run so.
+    before, after  ledgers of a training step on tensors without data (`unswag.torch.dry_run`): one sequence, image or
+             recording, in the model's dtype without autocast, with gradient checkpointing if it was on.
+             `before.compare(after)` shows where the difference lies. None if the model cannot run so
+    unknown  why there are no such ledgers, "" if there are
+    checkpointing  whether gradient checkpointing was on; None if the model has none
     policy   the policy's name and settings, and, when it is lossy, its measured error
-    notes    what else was left as it is, and why: checkpointing that cannot recompute under the stash. Grows when a later
+    notes    what else was left unchanged, and why: checkpointing that cannot recompute under the stash. Grows when a later
              forward finds something new
     """
 
     model: str
     patched: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
-    bytes_per_token: tuple[float | None, float | None] = (None, None)
+    before: Ledger | None = None
+    after: Ledger | None = None
+    unknown: str = ""
+    checkpointing: bool | None = None
     notes: list[str] = field(default_factory=list)
     policy: str = "exact"
-    _logits: list[Counter[str]] = field(default_factory=list, repr=False)
-    _relus: list[Counter[str]] = field(default_factory=list, repr=False)
+    _logits: list[Counter[str]] = field(default_factory=list)
+    _relus: list[Counter[str]] = field(default_factory=list)
+
+    @property
+    def bytes_per_token(self) -> tuple[float | None, float | None]:
+        """(before, after): bytes that a training step keeps for its backward pass, per token; without the loss's own
+        gradient buffers. None where a ledger or its tokens are not known."""
+        before, after = (
+            ledger.alive / ledger.tokens if ledger is not None and ledger.alive is not None and ledger.tokens else None
+            for ledger in (self.before, self.after)
+        )
+        return before, after
 
     @property
     def logits_made(self) -> Counter[str]:
@@ -78,30 +94,17 @@ class SurgeryReport:
         return +sum(self._relus, Counter())
 
     def __rich__(self) -> Table | str:
-        if not self.patched and not self.skipped:
-            return f"UnSwag: no known pattern in {self.model}; the model is untouched"
-        before, after = ("?" if b is None else f"{b:,.0f}" for b in self.bytes_per_token)
-        table = Table(
-            title=f"UnSwag surgery on {self.model}" + ("" if self.patched else ": the model is untouched"),
-            caption=f"saved for backward, bytes per token: {before} before, {after} after (dry run)" if self.patched else None,
-        )
-        table.add_column("modules", justify="right")
-        table.add_column("such as")
-        table.add_column("patched as, or left because")
-        rest = [("", note) for note in self.notes]
-        for style, rows in (("", self.patched), ("dim", [*self.skipped, *rest])):
-            for what, group in itertools.groupby(sorted(rows, key=lambda row: row[1]), key=lambda row: row[1]):
-                names = [name or "the model" for name, _ in group]
-                table.add_row(str(len(names)), names[0], what if style == "" else f"left: {what}", style=style)
-        if self.policy != "exact":
-            table.add_row("", "", self.policy, style="yellow")
-        if made := self.logits_made:
-            uses = ", ".join(f"{use} {n}" for use, n in made.most_common())
-            table.add_row(str(made.total()), "the logits", f"made in full in training, by {uses}", style="yellow")
-        if relus := self.relus_kept:
-            ways = ", ".join(f"{way} {n}" for way, n in relus.most_common())
-            table.add_row(str(relus.total()), "outputs of ReLU", f"kept in training as: {ways}", style="dim")
-        return table
+        return tables.of_surgery(self)
+
+    def __str__(self) -> str:
+        return tables.text(self.__rich__())
+
+    def __repr__(self) -> str:
+        return f"<SurgeryReport of {self.model}: {len(self.patched)} replacements, {len(self.skipped)} left; print() shows it>"
+
+    def _repr_html_(self) -> str:
+        shown = self.__rich__()
+        return html.text(shown) if isinstance(shown, str) else html.table(shown)
 
 
 def apply_unswag_surgery(
@@ -111,28 +114,30 @@ def apply_unswag_surgery(
     loss: str = "chunked",
     verify: bool = True,
     dropout: str = "stock",
+    verbose: bool = True,
 ) -> SurgeryReport:
-    """Makes `model` train with less activation memory, prints what it did and returns it.
+    """Makes `model` train with less activation memory and reports what it did.
 
-    Every pattern of `unswag.torch.patterns` is looked for by structure. A place where the replacement computes what the
-    module computes (a probe of values and gradients says so) gets it, on the instance; any other is left, with the
-    reason. The forward of `model` then runs inside a `Stash`. Parameters, buffers, hooks, training mode, random state and
-    state_dict stay as they are; a module that is operated on gets a subclass of its class (`isinstance` holds, `type(m) is
-    nn.Linear` does not); `remove_unswag_surgery` takes everything back. Call it on the outermost
-    model (a PeftModel as it is), before or after `gradient_checkpointing_enable()`, before DDP, FSDP and torch.compile.
-    Calling it again starts afresh, with the new arguments. A whole model that is pickled after the surgery comes back with its
-    own forwards; operate on it again.
+    Every pattern of `unswag.torch.patterns` is looked for by structure. Where a probe of values and gradients shows that the
+    replacement computes the same, the module gets it, on the instance; any other module is left, with the reason. The forward
+    of `model` then runs inside a `Stash`. Parameters, buffers, hooks, training mode, random state and state_dict do not change;
+    a module that is operated on gets a subclass of its class (`isinstance` holds, `type(m) is nn.Linear` does not).
+    `remove_unswag_surgery` undoes everything. Call it on the outermost model (the PeftModel, not the model in it), before or
+    after gradient checkpointing is switched on, and before DDP, FSDP and torch.compile. Calling it again starts afresh, with
+    the new arguments. A whole model that is pickled after the surgery comes back with its own forwards; operate on it again.
 
     policy     what is kept, and how: "exact", a lossy one by name ("int8", "int4", "2bit"), or a `Policy` (docs/policies.md)
     attention  "auto": flash-attn if it is installed and can run, else SDPA, for padded and packed batches too (packed
                batches come with position_ids and without attention_mask). The model's config is not written to, and an
-               attention chosen later (`set_attn_implementation`) wins. Models loaded as "eager" are left, because they give
-               attention weights. "stock": as the model has it
-    loss       "chunked": no logits in training (`patterns.loss`); "stock": as the model has it
-    verify     False probes one module of each kind (same class, shapes, dtypes and settings) and trusts the others
+               attention chosen later (`set_attn_implementation`) wins. Models loaded as "eager" are left, because they return
+               attention weights. "stock": the model's own
+    loss       "chunked": no logits in training (`patterns.loss`); "stock": the model's own
+    verify     False: probe one module of each kind (same class, shapes, dtypes and settings) and trust the others
     dropout    "stock": draws of PyTorch. LoRA keeps the generator's state (5 KB per Linear on the CPU) and draws again, other
-               dropouts keep PyTorch's masks. "redrawn": draws from seeds of our own, no mask is kept, and losses are those of
+               dropouts keep PyTorch's masks. "redrawn": draws from seeds of UnSwag's, no mask is kept, and losses are those of
                another seed
+    verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
+               same
 
     Packed rows (position_ids that start again at 0, and no attention_mask) are computed without a cache in every mode, because
     transformers tells their sequences apart only then: `past_key_values` is None, and with `use_cache=True` a warning says so.
@@ -163,7 +168,7 @@ def apply_unswag_surgery(
     try:
         with sealed():
             planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify, options)
-            kept_before = _dry_run(model) if planned else None
+            kept_before, unknown = _dry(model) if planned else (None, "")
         for pattern, candidate in planned:
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
@@ -180,7 +185,7 @@ def apply_unswag_surgery(
             patched.append(("", "stash"))
             notes.extend(checkpoint.prepare(model))
         with sealed():
-            kept_after = _dry_run(model) if planned else None
+            kept_after, changed = _dry(model) if kept_before is not None else (None, "")
     except BaseException:
         _take_back(model)
         for module, had in before:
@@ -189,14 +194,17 @@ def apply_unswag_surgery(
     left = vars(model).get(NOTES, [])
     words, relus = chosen.cost() or str(chosen), kept_as(model)
     report = SurgeryReport(
-        type(model).__name__, patched, skipped, (kept_before, kept_after), left, words, logits_counters(model), relus
+        model=type(model).__name__, patched=patched, skipped=skipped, before=kept_before, after=kept_after,
+        unknown=unknown or changed, checkpointing=checkpoints(model), notes=left, policy=words,
+        _logits=logits_counters(model), _relus=relus,
     )  # fmt: skip
-    Console().print(report)
+    if verbose and _is_first_rank():
+        Console(stderr=True).print(report)
     return report
 
 
 def remove_unswag_surgery(model: nn.Module) -> None:
-    """Undoes `apply_unswag_surgery`: every attribute is what it was. Does nothing to a model without surgery.
+    """Undoes `apply_unswag_surgery`: every attribute is restored. Does nothing to a model without surgery.
 
     Raises RuntimeError, and changes nothing, if somebody has wrapped one of our forwards since.
     """
@@ -210,8 +218,8 @@ def _take_back(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
     if over := [name for name, module in model.named_modules() if wrapped(module)]:
         where = f"{over[0]}.forward" if over[0] else "the model's forward"
         raise RuntimeError(
-            f"{where} was wrapped by {maker(model.get_submodule(over[0]).forward)} after the surgery, and both would be lost; "
-            "take the wrapper back first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+            f"{where} was wrapped by {maker(model.get_submodule(over[0]).forward)} after the surgery, and the wrapper would be "
+            "lost; remove it first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
     checkpoint.release(model)
     had = [(module, state(module)) for module in model.modules()]
@@ -264,7 +272,7 @@ def _probe(pattern: Pattern, candidate: Candidate) -> str | None:
 
 
 def _prepare_checkpoints(model: nn.Module) -> None:
-    """Before each forward. Says once what it leaves, in a warning and in the report."""
+    """Before each forward. What it leaves unchanged is said once, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
     for note in checkpoint.prepare(model):
         if note not in notes:
@@ -291,27 +299,16 @@ def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> Non
     wrap_method(model, "forward", around)
 
 
-def _dry_run(model: nn.Module) -> float | None:
-    """Bytes per token that a training step of a language model keeps: a copy of `model` runs forward on tensors that have
-    shapes and no data, and what is alive then is counted. None if that cannot be done."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints each error that it raises, with its traceback
-    quiet, log.disabled = log.disabled, True
+def _dry(model: nn.Module) -> tuple[Ledger | None, str]:
+    """The ledger of a step without data, or the reason why there is none."""
     try:
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
-        for p in model.parameters():
-            memo[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
-            vars(memo[id(p)]).update(vars(p))  # what a packed weight says of itself: bitsandbytes' quant_state
-        copy = deepcopy(model, memo).train()
-        for module in copy.modules():
-            module.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
-        ids = torch.zeros(1, DRY_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
-        # with a cache, because without one transformers looks for packed sequences in the values of the positions
-        batch = {"input_ids": fake.from_tensor(ids), "labels": fake.from_tensor(ids), "use_cache": True}
-        with fake, LiveStorages(copy, batch, peaks=False) as live:
-            loss = copy(**batch).loss
-            return live.bytes() / DRY_TOKENS if loss.requires_grad else None
-    except Exception:  # whatever a stranger's forward does on such tensors
-        return None
-    finally:
-        log.disabled = quiet
+        return dry_run(model), ""
+    except NoDryRun as error:
+        return None, str(error)
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") in ("", "0")

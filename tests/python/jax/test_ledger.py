@@ -102,6 +102,21 @@ def test_where_and_what():
     assert mask.source == line_of(loss, "uj.relu") and mask.name == "unswag_mask"
 
 
+@pytest.mark.parametrize("function", [uj.relu, uj.silu, uj.gelu, uj.relu2, uj.relu6, uj.rms_norm])
+def test_what_our_functions_made_is_called_after_them(function):
+    """Not after the `cond` by which the platform is chosen."""
+    rows = audit(mlp, (W1, W2), X, act=function).rows
+    names = [row.name for row in rows if row.tier == "device" and row.shape == (8, 256)]
+    assert function.__name__ in names and set(names) <= {function.__name__, "unswag_input"}
+
+
+def test_the_title_is_the_function_and_its_other_arrays():
+    ledger = audit(mlp, (W1, W2), X, act=uj.relu)
+    assert ledger.title() == "mlp: x 8×64" and "mlp: x 8×64" in str(ledger)
+    many = {f"w{i}": X for i in range(9)}  # frozen weights
+    assert audit(lambda x, frozen: jnp.sum(x), X, many).batch == {}
+
+
 def test_lines_inside_jit_are_those_of_the_caller_of_a_library_function():
     @jax.jit
     def twice(x):

@@ -2,6 +2,7 @@
 
 import copy
 
+import architectures
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -327,7 +328,55 @@ def test_what_is_audited_is_what_runs():
 
 
 def test_images_are_not_tokens():
-    """How many patches they become only the model knows."""
+    """How many patches they become only the model knows; who knows it says so."""
     model = nn.Conv2d(3, 4, 2, stride=2)
-    ledger = audit(model, input=torch.randn(2, 3, 8, 8, requires_grad=True))
-    assert ledger.tokens == 0 and "–" in str(ledger)
+    image = torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert audit(model, input=image).tokens == 0 and "–" in str(audit(model, input=image))
+    assert audit(model, input=image, tokens=32).tokens == 32
+    for wrong in (-1, 1.5, "8"):
+        with pytest.raises(ValueError, match=r"audit: tokens is .*; pass the number of tokens of the batch"):
+            audit(model, input=image, tokens=wrong)
+
+
+@pytest.mark.parametrize(
+    "name, tokens",
+    [
+        ("vit", 2 * 5),  # 16 x 16 pixels are four patches, and the class token
+        ("t5", 2 * (11 + 11)),  # of the encoder and of the decoder
+        ("whisper", 2 * (20 + 11)),  # 40 frames are 20 positions of the encoder
+        ("bert", 2 * 11),
+        ("clip_vision", 2 * 5),
+    ],
+)
+def test_tokens_are_those_that_the_layers_see(name, tokens):
+    assert audit(architectures.build(name), **architectures.batch(name)).tokens == tokens
+
+
+def test_a_network_whose_length_changes_has_no_tokens():
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2], window_size=4)
+    assert audit(SwinForImageClassification(config), pixel_values=torch.randn(2, 3, 32, 32)).tokens == 0
+
+
+def test_the_ledger_names_model_and_batch():
+    ledger = audit(tiny_llama(1), **batch(8))
+    assert (ledger.model, ledger.batch) == ("LlamaForCausalLM", {"input_ids": (1, 8), "labels": (1, 8)})
+    assert "LlamaForCausalLM: input_ids 1×8, labels 1×8" in str(ledger)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_logits_are_named(peft):
+    model = tiny_llama(1)
+    if peft:
+        library = pytest.importorskip("peft", reason="the adapters are PEFT's")
+        model = library.get_peft_model(model, library.LoraConfig(r=4, target_modules=["q_proj"]))
+    ledger = audit(model, **batch(8))
+    logits = [row for row in ledger.rows if row.role == "logits" and row.shape[-1] == model.config.vocab_size]
+    assert sum(row.bytes for row in logits) == 8 * model.config.vocab_size * 4
+    assert not [row for row in ledger.rows if row.role != "logits" and row.shape[-1:] == (model.config.vocab_size,)]
+
+
+def test_a_page_shows_a_model_of_many_layers():
+    ledger = audit(tiny_llama(16), **batch(8))
+    assert len(ledger.rows) > 300 and len(repr(ledger).splitlines()) <= 45 and ledger._repr_html_().startswith("<table>")

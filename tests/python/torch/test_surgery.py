@@ -121,28 +121,6 @@ def test_it_saves():
     assert report.bytes_per_token[1] < 0.75 * report.bytes_per_token[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
-def test_the_dry_run_counts_what_a_real_step_keeps(family):
-    model = families.build(family)
-    one = {"input_ids": ids(1, 64), "labels": ids(1, 64), "use_cache": False}
-    before = unswag.audit(model, **one).alive / 64
-    report = operate(model)
-    after = unswag.audit(model, **one).alive / 64
-    assert report.bytes_per_token == (pytest.approx(before, rel=1e-3), pytest.approx(after, rel=1e-3))
-
-
-def test_the_dry_run_with_checkpoints():
-    """They switch the cache off, and then transformers looks for packed sequences in positions that have no values here; it
-    makes a mask of all tokens, 64 bytes for each, and so counts too much before the surgery."""
-    model = families.build("llama")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    one = {"input_ids": ids(1, 64), "labels": ids(1, 64), "use_cache": False}
-    before = unswag.audit(model, **one).alive / 64
-    report = operate(model)
-    after = unswag.audit(model, **one).alive / 64
-    assert report.bytes_per_token == (pytest.approx(before, abs=80), pytest.approx(after, rel=1e-3))
-
-
 def test_it_saves_in_the_base_model_alone_too():
     """As TRL calls it: the loss is made of the base model's hidden states, past the model's own forward."""
     model = families.build("llama")
@@ -428,7 +406,8 @@ def test_a_model_without_known_patterns_is_untouched(capsys):
     report = unswag.apply_unswag_surgery(model)
     assert report.patched == [] and report.skipped == []
     assert_untouched(model, before)
-    assert "no known pattern in Sequential; the model is untouched" in " ".join(capsys.readouterr().out.split())
+    assert "no known pattern in Sequential; the model is untouched" in " ".join(capsys.readouterr().err.split())
+    assert "no known pattern" in str(report) and report._repr_html_().startswith("<p>UnSwag: no known")
 
 
 @pytest.mark.parametrize("part", ["", "model.norm", "lm_head"])
@@ -518,10 +497,76 @@ def test_verify_false_trusts_modules_of_the_same_kind(monkeypatch):
 
 def test_it_prints_what_it_patched_what_it_left_and_why(capsys):
     report = operate(families.build("bitnet"))
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "BitNetForCausalLM" in said and "rms_norm" in said and "left: gated_mlp: it has more" in said
+    printed = capsys.readouterr()
+    said = " ".join(printed.err.replace("│", " ").split())
+    assert printed.out == "" and "BitNetForCausalLM" in said and "rms_norm" in said and "left: gated_mlp: it has more" in said
     before, after = report.bytes_per_token
-    assert f"{before:,.0f} before, {after:,.0f} after" in said
+    assert f"bytes per token: {before:,.0f} before, {after:,.0f} after ({before / after:.1f} x less)" in said
+    assert "(input_ids 1×64, labels 1×64), without gradient checkpointing (to see its figures, switch it on" in said
+    assert "left: gated_mlp: it has more" in str(report) and "BitNetForCausalLM" in report._repr_html_()
+    assert "bytes per token" in report._repr_html_() and "\n" not in repr(report) and "BitNetForCausalLM" in repr(report)
+
+
+def tiny():
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+def test_verbose_false_prints_nothing_and_reports(capfd):
+    report = unswag.apply_unswag_surgery(tiny(), verbose=False)
+    said = capfd.readouterr()
+    assert said.out == said.err == "" and counts(report) == {"activation": 1, "stash": 1}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("initialised", [False, True])
+def test_one_rank_speaks_for_all(monkeypatch, capsys, rank, initialised):
+    monkeypatch.setenv("RANK", "3" if initialised else rank)
+    if initialised:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(rank))
+    unswag.apply_unswag_surgery(tiny())
+    assert ("UnSwag surgery" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_figures_that_are_not_known_are_said_with_the_reason(capsys):
+    report = unswag.apply_unswag_surgery(tiny())
+    assert report.bytes_per_token == (None, None) and "no model of transformers" in report.unknown
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"What a training step keeps is not known: {report.unknown}. Measure it with unswag.audit(model, **batch)" in said
+
+
+def test_a_network_of_convolutions_has_no_attention_to_be_left():
+    """And its figures are those of an image."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(config).train()
+    report = unswag.apply_unswag_surgery(model)
+    assert set(counts(report)) == {"batch_norm", "relu", "stash"} and report.skipped == []
+    assert report.after.alive < 0.75 * report.before.alive and report.bytes_per_token == (None, None)
+    image = {"pixel_values": torch.randn(1, 3, 224, 224), "labels": torch.tensor([1])}
+    assert report.after.alive == pytest.approx(unswag.audit(model, **image).alive, rel=1e-3)
+    said = " ".join(str(report).split())
+    assert f"bytes per example: {report.before.alive:,} before" in said and "(pixel_values 1×3×224×224, labels 1)." in said
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_that_is_on_is_counted(reentrant, lora):
+    model = families.build("llama")
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).train()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    one = {"input_ids": ids(1, 64), "labels": ids(1, 64), "use_cache": False}
+    before = unswag.audit(model, **one).alive / 64
+    report = operate(model, verify=False)
+    after = unswag.audit(model, **one).alive / 64
+    # without values transformers cannot see that positions are those of one sequence, and makes a mask, 64 bytes for each token
+    assert report.bytes_per_token == (pytest.approx(before, abs=80), pytest.approx(after, rel=1e-3))
+    assert report.checkpointing and "with gradient checkpointing." in " ".join(str(report).split())
 
 
 def test_signature_and_columns_are_those_of_the_model():
@@ -721,8 +766,9 @@ def test_verify_false_trusts_no_module_that_others_patched():
     assert counts(report)["gated_mlp"] == 1 and vars(mlp)["forward"] is theirs
 
 
-def test_a_dry_run_that_cannot_be_done_says_nothing(capfd):
+def test_a_dry_run_that_cannot_be_done_says_why_and_nothing_else(capfd):
     """Shapes alone do not say which token goes to which expert: no bytes, and none of torch's tracebacks."""
-    report = unswag.apply_unswag_surgery(families.build("mixtral", num_local_experts=4))
+    report = unswag.apply_unswag_surgery(families.build("mixtral", num_local_experts=4), verify=False)
     said = capfd.readouterr()
-    assert report.bytes_per_token == (None, None) and said.err == "" and "Traceback" not in said.out
+    assert report.bytes_per_token == (None, None) and said.out == "" and "Traceback" not in said.err
+    assert "a run without data fails with" in report.unknown and "a run without data fails with" in " ".join(said.err.split())

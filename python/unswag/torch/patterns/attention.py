@@ -44,6 +44,8 @@ class Attention:
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         seen: list[Any] = []
+        if not any(attends(stock_class(module)) for module in model.modules()):
+            return
         for name, module in model.named_modules():
             config = getattr(module, "config", None)
             if hasattr(module, "set_attn_implementation") and not any(config is other for other in seen):
@@ -87,6 +89,20 @@ class Attention:
         for module in candidate.parts["holders"]:
             if view.places_in(stock_class(module)) and cannot_operate(module) is None:
                 replace_view(module, "config", view)
+
+
+ATTENDS = re.compile(r"softmax|scaled_dot_product|ATTENTION_FUNCTIONS|flash_attn|flex_attention|baddbmm")
+
+
+@functools.cache
+def attends(cls: type[nn.Module]) -> bool:
+    """Whether the code of a class computes attention, or may: a network of convolutions has none to be replaced or left."""
+    if issubclass(cls, (nn.MultiheadAttention, nn.Softmax)):
+        return True
+    own = (c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins"))
+    members = (member for c in own if c.__module__ != "transformers.modeling_utils" for member in vars(c).values())
+    parts = (part for function in filter(None, map(_function_of, members)) for part in _with_inner(function.__code__))
+    return any(ATTENDS.search(name) for part in parts for name in part.co_names)
 
 
 # ---- the choice -------------------------------------------------------------------------------------------------------------

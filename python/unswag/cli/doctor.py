@@ -1,4 +1,4 @@
-"""The command `unswag`. Results go to stdout; exit code 0, or 2 for an argument that is not understood."""
+"""unswag doctor: what this machine has, as `unswag.doctor` finds it."""
 
 from __future__ import annotations
 
@@ -9,38 +9,29 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from unswag import doctor as examination
-
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+from unswag.doctor import examine
 
 
-def main() -> None:
-    """What the console script calls."""
-    app(prog_name="unswag")
-
-
-@app.callback()
-def _unswag() -> None:
-    """UnSwag makes training fit: it keeps what the backward pass needs in the smallest exact form."""
-
-
-@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Say what this machine has and what UnSwag will use on it.
+    """Say what works on this machine, what was never run on hardware of its kind, and what to do next.
 
-    Processor and kernels, memory, versions, CUDA devices and TPUs; then implementation, layout and protocol per activation.
-    Nothing is trained or changed, and what is missing is no failure: it stands under the notes.
+    Then the facts: processor and kernels, memory, versions, CUDA devices and TPUs; what PyTorch and JAX will use; what is kept
+    of the input of each activation. Nothing is trained or changed. What is missing is no failure: the notes say what it is.
     """
-    found = examination.examine()
+    found = examine()
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        _show(found, Console())
+        _show(found, Console(markup=False, highlight=False))
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
+    for words, what in (("Works here", "works"), ("Not run yet", "untested"), ("Next", "next")):
+        console.print(f"{words + ':':<13}{found['verdict'][what]}", soft_wrap=True)
+    console.print()
+
     machine = Table(title="What was found", title_justify="left", show_header=False)
     cpu, kernels, memory = found["cpu"], found["kernels"], found["memory"]
     machine.add_row("processor", f"{cpu['model']}, {cpu['cores']} cores")
@@ -62,15 +53,16 @@ def _show(found: dict[str, Any], console: Console) -> None:
         used.add_row(front_end, use["accelerator"], use["implementation"], use["layout"])
     console.print(used)
 
-    protocols = Table(title="Protocols", title_justify="left")
-    for column in ("activation", "accelerator", "protocol", "bits", "why"):
-        protocols.add_column(column)
+    protocols = Table(title="What is kept of an activation's input", title_justify="left", show_header=False)
+    alike: dict[tuple[str, str], dict[str, None]] = {}
     for one in found["protocols"]:
-        bits = str(one["bits"] or "of the dtype")
-        protocols.add_row(one["activation"], one["accelerator"], one["name"], bits, one["why"])
+        bits = f"{one['bits']} bit{'s' if one['bits'] > 1 else ''}" if one["bits"] else "its own dtype"
+        alike.setdefault((f"{one['name']}: {bits}", one["why"]), {})[one["activation"]] = None
+    for (kept, why), activations in alike.items():
+        protocols.add_row(kept, f"{', '.join(activations)}: {why}")
     console.print(protocols)
     for note in found["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}")
 
 
 def _device(device: dict[str, Any]) -> str:
