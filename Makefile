@@ -25,8 +25,11 @@ $(READY):
 	tools/setup.sh $(PYTHON) $(VENV)
 	touch $@
 
+# What `make native` builds has the CUDA kernels wherever nvcc is; else CMake looks for a driver too.
+native: CUDA := $(if $(shell command -v nvcc),-DUNSWAG_CUDA=ON)
+
 configured: setup
-	cmake --preset release -G Ninja -DUNSWAG_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python --log-level=WARNING
+	cmake --preset release -G Ninja $(CUDA) -DUNSWAG_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python --log-level=WARNING
 
 module: configured ## build the Python module alone
 	cmake --build --preset release -j $(JOBS) --target _core
@@ -90,4 +93,4 @@ gpu-wheels: ## wheels for gpu-check into wheels/, to be carried to a machine wit
 	  $(shell grep -E '^(nanobind-backend|orjson)==' constraints.txt) liger-kernel==0.8.5
 
 clean: ## remove what was built (not .venv)
-	rm -rf build python/unswag/_core*.so
+	rm -rf build python/unswag/_core*.so python/unswag/_core.pyi

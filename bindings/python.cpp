@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "math/dither.hpp"
 #include "unswag/unswag.hpp"
 #include "xla.hpp"
 
@@ -27,21 +28,20 @@ using unswag::StatusCode;
 using Address = std::uintptr_t;
 using Size = std::int64_t;
 
-// The position of a name is its code, here and in the enums of unswag.hpp.
-constexpr std::array<std::string_view, 4> kDTypes{"float32", "float16", "bfloat16", "float64"};
-constexpr std::array<std::string_view, 6> kMasks{"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
-constexpr std::array<std::string_view, 6> kActivations{"silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
-constexpr std::array<std::string_view, 5> kBlocks{"int8", "int4", "int2", "e4m3", "e5m2"};
-static_assert(static_cast<int>(unswag::Block::e5m2) == 4);
-static_assert(static_cast<int>(unswag::DType::f64) == 3);
-static_assert(static_cast<int>(unswag::Mask::jax_relu6) == 5);
-static_assert(static_cast<int>(unswag::Activation::quick_gelu) == 5);
+using Names = nb::typed<nb::tuple, nb::str, nb::ellipsis>;
 
 template <class List>
-nb::tuple names(const List& list) {
+Names names(const List& list) {
   nb::list out;
   for (std::string_view name : list) out.append(name);
-  return nb::tuple(out);
+  return Names(nb::tuple(out));
+}
+// Those of a list of unswag/lists.hpp.
+template <class List>
+Names names_of(const List& list) {
+  std::vector<std::string_view> out;
+  for (const auto& entry : list) out.push_back(entry.name);
+  return names(out);
 }
 
 [[noreturn]] void raise(const Status& status) {
@@ -62,17 +62,18 @@ void check(const Status& status) {
 }
 
 // An integer from Python becomes an enum only if the enum has that value.
-template <class Enum, std::size_t n>
-Enum code(std::uint8_t value, const char* what, const std::array<std::string_view, n>& list) {
-  if (value >= list.size())
-    raise(unswag::invalid_argument(what, " code ", int{value}, " does not exist; codes are 0 to ", list.size() - 1));
-  return static_cast<Enum>(value);
+template <class Enum>
+Enum code(std::uint8_t value, const char* what) {
+  if (!unswag::is_listed(Enum{value})) {
+    raise(unswag::invalid_argument(what, " code ", int{value}, " does not exist; codes are 0 to ",
+                                   unswag::list_of(Enum{}).size() - 1));
+  }
+  return Enum{value};
 }
-unswag::DType dtype(std::uint8_t value) { return code<unswag::DType>(value, "dtype", kDTypes); }
-unswag::Mask mask(std::uint8_t value) { return code<unswag::Mask>(value, "mask", kMasks); }
-unswag::Activation activation(std::uint8_t value) { return code<unswag::Activation>(value, "activation", kActivations); }
-
-unswag::Block block(std::uint8_t value) { return code<unswag::Block>(value, "block codec", kBlocks); }
+unswag::DType dtype(std::uint8_t value) { return code<unswag::DType>(value, "dtype"); }
+unswag::Mask mask(std::uint8_t value) { return code<unswag::Mask>(value, "mask"); }
+unswag::Activation activation(std::uint8_t value) { return code<unswag::Activation>(value, "activation"); }
+unswag::Block block(std::uint8_t value) { return code<unswag::Block>(value, "block codec"); }
 
 template <class T>
 T* pointer(Address address) {
@@ -410,11 +411,25 @@ nb::dict capsules(const std::array<XlaTarget, n>& targets) {
 }  // namespace
 
 NB_MODULE(_core, m) {
-  m.doc() = "UnSwag's C++ core; addresses, strides (elements; bytes for packed) and sizes are integers, 0 means none.";
-  m.attr("dtypes") = names(kDTypes);
-  m.attr("masks") = names(kMasks);
-  m.attr("activations") = names(kActivations);
-  m.attr("blocks") = names(kBlocks);
+  m.doc() = R"(The C++ core: addresses, strides and sizes are integers; address 0 means none.
+
+Strides count elements, those of packed rows bytes.  Codes are positions in `dtypes`, `masks`, `activations` and `blocks`.
+Work runs on `device`: -1, the CPU, on `threads` threads (0: the library's default), or a CUDA device, where it is queued in the
+stream of the handle `stream` and every address is memory of that device.  Errors: TypeError (dtype, layout), ValueError (value,
+shape), NotImplementedError (no kernel), RuntimeError (device).  The global lock is released while kernels run.)";
+  m.attr("dtypes") = names_of(unswag::dtypes);
+  m.attr("masks") = names_of(unswag::masks);
+  m.attr("activations") = names_of(unswag::activations);
+  m.attr("blocks") = names_of(unswag::blocks);
+  std::vector<std::string_view> dithered;
+  for (const auto& [act, name] : unswag::activations)
+    if (unswag::math::has_dither(act)) dithered.push_back(name);
+  m.attr("dithered") = names(dithered);
+  nb::dict forms;
+  for (const unswag::BlockForm& form : unswag::blocks) {
+    forms[nb::str(form.name.data(), form.name.size())] = nb::make_tuple(form.n, form.bits, form.rotated);
+  }
+  m.attr("block_forms") = forms;
 
   m.def("mask_forward", &mask_forward, "act"_a, "slope"_a, "dtype"_a, "rows"_a, "cols"_a, "x"_a, "x_stride"_a, "y"_a,
         "y_stride"_a, "packed"_a, "packed_stride"_a, "device"_a, "stream"_a, "threads"_a);
@@ -469,17 +484,26 @@ NB_MODULE(_core, m) {
   m.def("nonzero_decode", &nonzero_decode, "dtype"_a, "rows"_a, "cols"_a, "bitmap"_a, "bitmap_stride"_a, "offsets"_a,
         "values"_a, "size"_a, "x"_a, "x_stride"_a, "device"_a, "stream"_a, "threads"_a);
 
-  m.def("rms_norm_backward_scratch", &unswag::rms_norm_backward_scratch, "rows"_a, "cols"_a);
-  m.def("layer_norm_backward_scratch", &unswag::layer_norm_backward_scratch, "rows"_a, "cols"_a);
-  m.def("cuda_problem", &cuda_problem, "device"_a);
-  m.def("cuda_architectures", [] { return names(unswag::cuda_architectures()); });
+  m.def("rms_norm_backward_scratch", &unswag::rms_norm_backward_scratch, "rows"_a, "cols"_a,
+        "Bytes of scratch memory that rms_norm_backward needs on a device when it is given dw.");
+  m.def("layer_norm_backward_scratch", &unswag::layer_norm_backward_scratch, "rows"_a, "cols"_a,
+        "Bytes of scratch memory that layer_norm_backward needs on a device when it is given dw or db.");
+  m.def("cuda_problem", &cuda_problem, "device"_a,
+        "Why kernels cannot run on this CUDA device and what to do about it, or an empty string.");
+  m.def(
+      "cuda_architectures", [] { return names(unswag::cuda_architectures()); },
+      "The architectures that the CUDA kernels were compiled for; empty where this build has none.");
 
-  m.def("xla_targets", [] {
-    nb::dict out;
-    out["cpu"] = capsules(xla_cpu_targets);
-    if (!unswag::cuda_architectures().empty()) out["CUDA"] = capsules(xla_cuda_targets);
-    return out;
-  });
+  using Capsules = nb::typed<nb::dict, nb::str, nb::object>;
+  m.def(
+      "xla_targets",
+      [] {
+        nb::dict out;
+        out["cpu"] = capsules(xla_cpu_targets);
+        if (!unswag::cuda_architectures().empty()) out["CUDA"] = capsules(xla_cuda_targets);
+        return nb::typed<nb::dict, nb::str, Capsules>(out);
+      },
+      "The capsules of the handlers for XLA, by XLA's name of the platform and the name of the target.");
 
   m.def("backend_names", [] { return names(unswag::backend_names()); });
   m.def("backend_runs_here", &unswag::backend_runs_here, "name"_a);

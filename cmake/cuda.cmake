@@ -1,13 +1,22 @@
 # The CUDA kernels: target unswag::cuda, a library of its own, so that whoever uses unswag::unswag alone needs no CUDA toolkit.
 # A program that links it has a row for CUDA devices, and starts without a driver too: the runtime is linked statically and
 # looks for the driver at the first call.
-set(UNSWAG_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO: when nvcc is found")
+set(UNSWAG_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO: when nvcc and an NVIDIA driver are found")
 set_property(CACHE UNSWAG_CUDA PROPERTY STRINGS AUTO ON OFF)
 # T4, A100, H100, and PTX for what is newer.
 set(UNSWAG_CUDA_ARCHITECTURES "75-real;80-real;90" CACHE STRING "as CMAKE_CUDA_ARCHITECTURES")
 
 if(NOT UNSWAG_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "UNSWAG_CUDA is '${UNSWAG_CUDA}'; use AUTO, ON or OFF")
+endif()
+if(UNSWAG_CUDA STREQUAL "AUTO" AND NOT EXISTS /proc/driver/nvidia/version)
+  # WSL and some containers have the driver's library alone.
+  find_library(UNSWAG_CUDA_DRIVER libcuda.so.1 PATHS /usr/lib/wsl/lib)
+  mark_as_advanced(UNSWAG_CUDA_DRIVER)
+  if(NOT UNSWAG_CUDA_DRIVER)
+    message(STATUS "UnSwag ${PROJECT_VERSION}: CPU kernels only: no NVIDIA driver is found (-DUNSWAG_CUDA=ON builds CUDA kernels anyway)")
+    return()
+  endif()
 endif()
 if(NOT UNSWAG_CUDA STREQUAL "OFF")
   include(CheckLanguage)

@@ -11,31 +11,37 @@
 
 namespace unswag {
 
+// The kernels: KERNEL(name, arguments...); a Stream comes after the arguments.
+#define UNSWAG_KERNELS(KERNEL)                                                                      \
+  KERNEL(mask_forward, const MaskForward&)                                                          \
+  KERNEL(mask_backward, const MaskBackward&)                                                        \
+  KERNEL(activation_forward, const ActivationForward&)                                              \
+  KERNEL(activation_backward, const ActivationBackward&)                                            \
+  KERNEL(gated_forward, const GatedForward&)                                                        \
+  KERNEL(gated_backward, const GatedBackward&)                                                      \
+  KERNEL(rms_norm_forward, const RmsNormForward&)                                                   \
+  KERNEL(rms_norm_backward, const RmsNormBackward&)                                                 \
+  KERNEL(layer_norm_forward, const LayerNormForward&)                                               \
+  KERNEL(layer_norm_backward, const LayerNormBackward&)                                             \
+  KERNEL(cross_entropy, const CrossEntropy&)                                                        \
+  KERNEL(block_encode, const BlockEncode&)                                                          \
+  KERNEL(block_decode, const BlockDecode&)                                                          \
+  KERNEL(philox_fill, std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset) \
+  KERNEL(dropout, const Dropout&)                                                                   \
+  KERNEL(code_forward, const CodeForward&)                                                          \
+  KERNEL(code_backward, const CodeBackward&)                                                        \
+  KERNEL(dither_forward, const DitherForward&)                                                      \
+  KERNEL(dither_backward, const DitherBackward&)                                                    \
+  KERNEL(nonzero_count, const NonzeroCount&)                                                        \
+  KERNEL(nonzero_encode, const NonzeroEncode&)                                                      \
+  KERNEL(nonzero_decode, const NonzeroDecode&)
+
 struct Kernels {
   const char* name = nullptr;
   bool (*runs_here)() = nullptr;
-  void (*mask_forward)(const MaskForward&, Stream) = nullptr;
-  void (*mask_backward)(const MaskBackward&, Stream) = nullptr;
-  void (*activation_forward)(const ActivationForward&, Stream) = nullptr;
-  void (*activation_backward)(const ActivationBackward&, Stream) = nullptr;
-  void (*gated_forward)(const GatedForward&, Stream) = nullptr;
-  void (*gated_backward)(const GatedBackward&, Stream) = nullptr;
-  void (*rms_norm_forward)(const RmsNormForward&, Stream) = nullptr;
-  void (*rms_norm_backward)(const RmsNormBackward&, Stream) = nullptr;
-  void (*layer_norm_forward)(const LayerNormForward&, Stream) = nullptr;
-  void (*layer_norm_backward)(const LayerNormBackward&, Stream) = nullptr;
-  void (*cross_entropy)(const CrossEntropy&, Stream) = nullptr;
-  void (*block_encode)(const BlockEncode&, Stream) = nullptr;
-  void (*block_decode)(const BlockDecode&, Stream) = nullptr;
-  void (*philox_fill)(std::uint32_t* out, std::int64_t n, std::uint64_t seed, std::uint64_t offset, Stream) = nullptr;
-  void (*dropout)(const Dropout&, Stream) = nullptr;
-  void (*code_forward)(const CodeForward&, Stream) = nullptr;
-  void (*code_backward)(const CodeBackward&, Stream) = nullptr;
-  void (*dither_forward)(const DitherForward&, Stream) = nullptr;
-  void (*dither_backward)(const DitherBackward&, Stream) = nullptr;
-  void (*nonzero_count)(const NonzeroCount&, Stream) = nullptr;
-  void (*nonzero_encode)(const NonzeroEncode&, Stream) = nullptr;
-  void (*nonzero_decode)(const NonzeroDecode&, Stream) = nullptr;
+#define KERNEL(entry, ...) void (*entry)(__VA_ARGS__, Stream) = nullptr;
+  UNSWAG_KERNELS(KERNEL)
+#undef KERNEL
 };
 
 // The row of a kind of device, and what only a device has.  Its kernels queue work and return; `launched` says what went wrong.

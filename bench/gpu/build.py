@@ -22,7 +22,7 @@ def link(package: Path, at: Path) -> None:
     """`at` becomes `package` without its built modules: one link per file, so that a _core of the tree is neither found nor
     overwritten."""
     at.mkdir(parents=True, exist_ok=True)
-    wanted = {p.name: p for p in package.iterdir() if not p.name.startswith("_core.") or p.suffix == ".pyi"}
+    wanted = {p.name: p for p in package.iterdir() if not p.name.startswith("_core.")}
     wanted.pop("__pycache__", None)
     for old in at.iterdir():
         if old.is_symlink() and old.name not in wanted:

@@ -100,12 +100,22 @@ def module(settings: Settings) -> dict[str, Any]:
     for name in ("cuda_problem", "cuda_architectures"):
         if hasattr(_core, name):
             found[name] = _core.cuda_problem(0) if name == "cuda_problem" else list(_core.cuda_architectures())
-    without = sorted(samples.registered() ^ set(samples.OPS))
-    checks = {f"every op has a sample (not {', '.join(without)})" if without else "every op has a sample": holds(not without)}
+    names = (
+        {name for name in _core.masks if not name.startswith("jax_")} ^ set(samples.MASKS)
+        | set(_core.activations) ^ set(samples.GATED)
+        | set(_core.dithered) ^ set(samples.DITHERED)
+        | set(_core.blocks) ^ set(samples.BLOCKS)
+    )
+    checks = _has_a_sample("op", samples.registered() ^ set(samples.OPS)) | _has_a_sample("name of the lists", names)
     if settings.cuda:
         checks["the module is the one built here"] = holds("build/gpu" in found["core"])
         checks["the kernels can be used"] = holds(not found.get("cuda_problem", "there is no cuda_problem"))
     return found | {"checks": checks}
+
+
+def _has_a_sample(what: str, without: set[str]) -> dict[str, Any]:
+    name = f"every {what} has a sample"
+    return {f"{name} (not {', '.join(sorted(without))})" if without else name: holds(not without)}
 
 
 def _relative(path: str) -> str:

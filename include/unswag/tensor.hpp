@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace unswag {
+#include "unswag/lists.hpp"
 
-enum class DType : std::uint8_t { f32, f16, bf16, f64 };
+namespace unswag {
 
 // rows x cols elements; elements of a row are adjacent, rows are `stride` ELEMENTS apart (any sign, any distance).
 // No alignment is asked for beyond that of the element.

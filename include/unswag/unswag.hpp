@@ -12,21 +12,13 @@
 #include <string_view>
 #include <vector>
 
+#include "unswag/lists.hpp"
 #include "unswag/status.hpp"
 #include "unswag/tensor.hpp"
 
 namespace unswag {
 
-// ---- one-bit masks: y = act(x) fused with the mask that its backward needs (1 bit per element) -------------------------
-//   relu        y = x > 0 ? x : 0 (NaN stays NaN, relu(-0) = -0 as torch)       bit = not (x <= 0)      NaN: gradient passes
-//   leaky_relu  y = x > 0 ? x : slope x                                         bit = x > 0             NaN: slope dy
-//   relu6       y = min(max(x, 0), 6)                                           bit = not (x <= 0 or x >= 6)
-// and as JAX has them:
-//   jax_relu        y = max(x, 0) (NaN stays NaN, relu(-0) = +0)                bit = x > 0             NaN: no gradient
-//   jax_leaky_relu  y = x >= 0 ? x : slope x                                    bit = x >= 0            NaN: slope dy
-//   jax_relu6       y = min(max(x, 0), 6)                                       bit = x > 0 and x < 6   NaN: no gradient
-enum class Mask : std::uint8_t { relu, leaky_relu, relu6, jax_relu, jax_leaky_relu, jax_relu6 };
-
+// ---- one-bit masks: y = act(x) fused with the mask that its backward needs (1 bit per element); Mask says which bit -------
 struct MaskForward {
   Mask act = Mask::relu;
   double slope = 0;    // leaky_relu, jax_leaky_relu only
@@ -48,10 +40,6 @@ struct MaskBackward {
 Status mask_backward(const MaskBackward& args, Stream stream = {});
 
 // ---- activations, exact: saved is x -------------------------------------------------------------------------------------
-//   relu2       y = max(x, 0)^2,  dx = 2 max(x, 0) dy;  relu2 of relu(x) is relu2 of x, so relu(x) may be kept instead
-//   quick_gelu  y = x / (1 + e^(-1.702 x))
-enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2, quick_gelu };
-
 struct ActivationForward {  // y = act(x)
   Activation act = Activation::silu;
   ConstRows x{};
@@ -175,15 +163,12 @@ struct CrossEntropy {
 Status cross_entropy(const CrossEntropy& args, Stream stream = {});
 
 // ---- block codecs: blocks of 16 to 64 numbers as codes of 2 to 8 bits and one scale (docs/format.md section 9)
-// --------------- int8, int4 and int2 code the block after a Walsh-Hadamard rotation, which spreads outliers; e4m3 and e5m2 are
-// 8-bit floats, for comparison.  The same bytes in every backend.  A block with a NaN or an infinity is read as NaN, all of it.
-enum class Block : std::uint8_t { int8, int4, int2, e4m3, e5m2 };
+// --------------- The same bytes in every backend.  A block with a NaN or an infinity is read as NaN, all of it.
 
 // Bytes of one packed row of `cols` numbers: 8.5, 5, 2.25, 8.5 and 8.5 bits for each where cols is a multiple of the block.
 constexpr std::int64_t block_row_bytes(Block codec, std::int64_t cols) {
-  const std::int64_t n = codec == Block::int2 ? 64 : codec == Block::int4 ? 16 : 32;
-  const std::int64_t block_bytes = codec == Block::int2 ? 18 : codec == Block::int4 ? 10 : 34;
-  return ((cols / n + (cols % n != 0)) * block_bytes + 3) / 4 * 4;
+  const BlockForm& form = listed(codec);
+  return ((cols / form.n + (cols % form.n != 0)) * form.bytes() + 3) / 4 * 4;
 }
 
 struct BlockEncode {
@@ -217,6 +202,8 @@ struct Dropout {
 };
 Status dropout(const Dropout& args, Stream stream = {});
 
+inline constexpr int most_code_bits = 4;  // of the step codes and the dither below
+
 // ---- step codes: the derivative of an activation as one of at most 16 levels (docs/format.md sections 1 and 5) ------------
 //   y = act(x),  code = the number of bounds strictly below x, or below act'(x) (of_derivative); NaN has the code 0
 // Bounds are compared as float (double for f64).  The bytes are the same in every backend; of_derivative they depend on how a
@@ -224,9 +211,9 @@ Status dropout(const Dropout& args, Stream stream = {});
 struct CodeForward {
   Activation act = Activation::silu;
   bool of_derivative = false;
-  int bits = 2;            // 1 to 4
-  int count = 0;           // of bounds: 1 to 2^bits - 1
-  double bounds[15] = {};  // ascending
+  int bits = 2;                                   // 1 to most_code_bits
+  int count = 0;                                  // of bounds: 1 to 2^bits - 1
+  double bounds[(1 << most_code_bits) - 1] = {};  // ascending
   ConstRows x{};
   Rows y{};         // same shape and dtype; data == nullptr: only the codes
   Packed packed{};  // packed_row_bytes(cols, bits) bytes per row; bits past the last code are zero
@@ -237,7 +224,7 @@ Status code_forward(const CodeForward& args, Stream stream = {});
 struct CodeBackward {
   int bits = 2;
   int count = 0;  // of levels: 2 to 2^bits
-  double levels[16] = {};
+  double levels[1 << most_code_bits] = {};
   ConstRows dy{};
   ConstPacked packed{};
   Rows dx{};

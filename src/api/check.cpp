@@ -8,27 +8,9 @@ namespace {
 // Floor of a / b for b > 0.
 std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
 
+std::string_view name_of(DType dtype) { return is_listed(dtype) ? listed(dtype).name : "unknown"; }
+
 }  // namespace
-
-std::string_view dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::f32: return "float32";
-    case DType::f16: return "float16";
-    case DType::bf16: return "bfloat16";
-    case DType::f64: return "float64";
-  }
-  return "unknown";
-}
-
-std::int64_t dtype_size(DType dtype) {
-  switch (dtype) {
-    case DType::f32: return 4;
-    case DType::f16:
-    case DType::bf16: return 2;
-    case DType::f64: return 8;
-  }
-  return 0;
-}
 
 Check::Check(const char* op, Stream stream) : op_(op), stream_(stream), status_(environment_status()) {
   if (!ok()) return;
@@ -68,13 +50,12 @@ Status Check::launched() const {
 
 Check& Check::add(const char* name, const ConstRows& x, bool written) {
   if (!ok()) return *this;
-  if (x.dtype > DType::f64) {
-    fail(invalid_type(op_, ": ", name, " has the unknown dtype code ", int(x.dtype),
-                      "; use float32, float16, bfloat16 or float64"));
+  if (!is_listed(x.dtype)) {
+    fail(invalid_type(op_, ": ", name, " has the unknown dtype code ", int(x.dtype), "; use ", names_of<DType>()));
     return *this;
   }
   has_f64_ |= x.dtype == DType::f64;
-  return add(name, x.data, dtype_size(x.dtype), x.rows, x.cols, x.stride, written);
+  return add(name, x.data, listed(x.dtype).bytes, x.rows, x.cols, x.stride, written);
 }
 
 Check& Check::scratch(const char* name, const void* data, std::int64_t bytes) {
@@ -205,8 +186,8 @@ Check& Check::require_shape(const char* name, std::int64_t rows, std::int64_t co
 
 Check& Check::same_dtype(const char* name, DType a, const char* like, DType b) {
   if (ok() && a != b) {
-    fail(invalid_type(op_, ": ", name, " is ", dtype_name(a), " but ", like, " is ", dtype_name(b), "; convert ", name, " to ",
-                      dtype_name(b)));
+    fail(invalid_type(op_, ": ", name, " is ", name_of(a), " but ", like, " is ", name_of(b), "; convert ", name, " to ",
+                      name_of(b)));
   }
   return *this;
 }
@@ -222,8 +203,8 @@ Check& Check::vector_size(const char* name, std::int64_t size, const char* of, s
 Check& Check::sum_dtype_of(const char* name, DType dtype, const char* like, DType like_dtype) {
   const DType expected = sum_dtype(like_dtype);
   if (ok() && dtype != expected) {
-    fail(invalid_type(op_, ": ", name, " is ", dtype_name(dtype), " but must be ", dtype_name(expected), " where ", like,
-                      " is ", dtype_name(like_dtype), "; convert ", name, " to ", dtype_name(expected)));
+    fail(invalid_type(op_, ": ", name, " is ", name_of(dtype), " but must be ", name_of(expected), " where ", like, " is ",
+                      name_of(like_dtype), "; convert ", name, " to ", name_of(expected)));
   }
   return *this;
 }

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -17,8 +18,21 @@
 
 namespace unswag {
 
-std::string_view dtype_name(DType dtype);
-std::int64_t dtype_size(DType dtype);
+// "float32, float16, bfloat16 or float64": the names of a list, or of those of its values for which `which` holds.
+template <class Enum, class Which>
+std::string names_of(const Which& which) {
+  std::vector<std::string_view> names;
+  for (const auto& entry : list_of(Enum{}))
+    if (which(entry.value)) names.push_back(entry.name);
+  std::string text;
+  for (std::size_t i = 0; i < names.size(); ++i)
+    text.append(i == 0 ? "" : i + 1 < names.size() ? ", " : " or ").append(names[i]);
+  return text;
+}
+template <class Enum>
+std::string names_of() {
+  return names_of<Enum>([](Enum) { return true; });
+}
 
 // The dtype of what is summed over x: rstd, loss, dw.
 constexpr DType sum_dtype(DType x) { return x == DType::f64 ? DType::f64 : DType::f32; }
@@ -88,9 +102,19 @@ class Check {
 
   // Numbers.
   template <class Enum>
-  Check& known(const char* name, Enum value, Enum last) {
-    if (ok() && value > last) {
-      fail(invalid_argument(op_, ": ", name, " is ", int(value), ", which is not one of its ", int(last) + 1, " values"));
+  Check& known(const char* name, Enum value) {
+    if (ok() && !is_listed(value)) {
+      fail(invalid_argument(op_, ": ", name, " is ", int(value), ", which is not one of its ", list_of(value).size(),
+                            " values"));
+    }
+    return *this;
+  }
+  // One of those for which `which` holds.
+  template <class Enum, class Which>
+  Check& one_of(const char* name, Enum value, const Which& which) {
+    if (ok() && !which(value)) {
+      fail(invalid_argument(op_, ": ", name, " is ", listed(value).name, ", which this op does not have; use ",
+                            names_of<Enum>(which)));
     }
     return *this;
   }

@@ -4,7 +4,7 @@ namespace unswag {
 
 Status code_forward(const CodeForward& args, Stream stream) {
   Check check("code_forward", stream);
-  check.known("act", args.act, Activation::quick_gelu).between("bits", args.bits, 1, 4);
+  check.known("act", args.act).between("bits", args.bits, 1, most_code_bits);
   if (check.ok()) check.between("count", args.count, 1, (1 << args.bits) - 1).ascending("bounds", args.bounds, args.count);
   check.input("x", args.x).output("packed", args.packed, args.x, args.bits);
   if (args.y.data) check.output("y", args.y).same("y", args.y, "x", args.x);
@@ -13,7 +13,7 @@ Status code_forward(const CodeForward& args, Stream stream) {
 
 Status code_backward(const CodeBackward& args, Stream stream) {
   Check check("code_backward", stream);
-  check.between("bits", args.bits, 1, 4);
+  check.between("bits", args.bits, 1, most_code_bits);
   if (check.ok()) check.between("count", args.count, 2, 1 << args.bits);
   for (int i = 0; check.ok() && i < args.count; ++i) check.finite("levels", args.levels[i]);
   check.input("dy", args.dy)

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <tuple>
 #include <vector>
 
 #include "api/check.hpp"
@@ -26,16 +25,6 @@ namespace {
 #define ROW(isa) &isa::backend,
 constexpr const Kernels* kRows[] = {UNSWAG_ROWS};
 #undef ROW
-
-constexpr auto kEntries =
-    std::tuple(&Kernels::mask_forward, &Kernels::mask_backward, &Kernels::activation_forward, &Kernels::activation_backward,
-               &Kernels::gated_forward, &Kernels::gated_backward, &Kernels::rms_norm_forward, &Kernels::rms_norm_backward,
-               &Kernels::cross_entropy, &Kernels::layer_norm_forward, &Kernels::layer_norm_backward, &Kernels::block_encode,
-               &Kernels::block_decode, &Kernels::philox_fill, &Kernels::dropout, &Kernels::code_forward,
-               &Kernels::code_backward, &Kernels::dither_forward, &Kernels::dither_backward, &Kernels::nonzero_count,
-               &Kernels::nonzero_encode, &Kernels::nonzero_decode);
-static_assert(sizeof(Kernels) == (2 + std::tuple_size_v<decltype(kEntries)>)*sizeof(void (*)()),
-              "an entry of Kernels is missing from kEntries");
 
 const std::vector<Kernels>& table() {
   static const std::vector<Kernels> rows = usable_rows(kRows);
@@ -77,8 +66,10 @@ std::vector<Kernels> usable_rows(std::span<const Kernels* const> rows) {
     if (!row->runs_here()) continue;
     Kernels next = *row;
     if (!usable.empty()) {
-      const auto inherit = [&](auto... entry) { ((next.*entry = next.*entry ? next.*entry : usable.back().*entry), ...); };
-      std::apply(inherit, kEntries);
+#define KERNEL(entry, ...) \
+  if (!next.entry) next.entry = usable.back().entry;
+      UNSWAG_KERNELS(KERNEL)
+#undef KERNEL
     }
     usable.push_back(next);
   }

@@ -4,17 +4,14 @@ namespace unswag {
 
 Status mask_forward(const MaskForward& args, Stream stream) {
   Check check("mask_forward", stream);
-  check.known("act", args.act, Mask::jax_relu6)
-      .finite("slope", args.slope)
-      .input("x", args.x)
-      .output("packed", args.packed, args.x);
+  check.known("act", args.act).finite("slope", args.slope).input("x", args.x).output("packed", args.packed, args.x);
   if (args.y.data) check.output("y", args.y).same("y", args.y, "x", args.x);
   return check.run(&Kernels::mask_forward, args);
 }
 
 Status mask_backward(const MaskBackward& args, Stream stream) {
   Check check("mask_backward", stream);
-  check.known("act", args.act, Mask::jax_relu6)
+  check.known("act", args.act)
       .finite("slope", args.slope)
       .input("dy", args.dy)
       .input("packed", args.packed, args.dy)

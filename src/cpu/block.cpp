@@ -4,14 +4,12 @@
 #include "cpu/lanes.hpp"
 #include "cpu/threads.hpp"
 #include "math/blocks.hpp"
+#include "math/fields.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
 constexpr int lanes = math::block_lanes;
-
-// Element e of a group of so many blocks stands at place(e) of n sixteens.
-UNSWAG_INLINE int place(int e, int blocks) { return blocks == lanes ? e : e / blocks * lanes + e % blocks; }
 
 template <class B>
 struct Group {
@@ -27,7 +25,7 @@ struct Group {
     memset(t, 0, sizeof t);
     alignas(64) float all[size] = {};
     each_lanes(elements, [&](std::int64_t i, std::int64_t count) { load_lanes<f32x16>(x + i, count).store(all + i); });
-    for (int e = 0; e < elements; ++e) t[place(e, blocks)] = all[e];
+    for (int e = 0; e < elements; ++e) t[math::block_place(e, blocks)] = all[e];
   }
   template <class T>
   void store(T* x, int elements, int blocks) const {
@@ -36,7 +34,7 @@ struct Group {
       return;
     }
     alignas(64) float all[size];
-    for (int e = 0; e < elements; ++e) all[e] = t[place(e, blocks)];
+    for (int e = 0; e < elements; ++e) all[e] = t[math::block_place(e, blocks)];
     each_lanes(elements, [&](std::int64_t i, std::int64_t count) { store_lanes(x + i, f32x16::load(all + i), count); });
   }
   void rotate() {
@@ -70,29 +68,6 @@ struct Group {
   }
 };
 
-// Codes of a group, in the order of the elements, packed.
-template <class B>
-UNSWAG_INLINE void write(const std::uint8_t* code, std::uint8_t* out, int count) {
-  if constexpr (B::bits == 8) {
-    memcpy(out, code, std::size_t(count));
-  } else if constexpr (B::bits == 4) {
-    for (std::int64_t i = 0; i < count / 2; ++i) out[i] = std::uint8_t(code[2 * i] | code[2 * i + 1] << 4);
-  } else {
-    for (std::int64_t i = 0; i < count / 4; ++i)
-      out[i] = std::uint8_t(code[4 * i] | code[4 * i + 1] << 2 | code[4 * i + 2] << 4 | code[4 * i + 3] << 6);
-  }
-}
-template <class B>
-UNSWAG_INLINE void read(const std::uint8_t* in, std::uint8_t* code, int count) {
-  if constexpr (B::bits == 8) {
-    memcpy(code, in, std::size_t(count));
-  } else {
-    constexpr int per = 8 / B::bits;
-    for (int i = 0; i < count / per; ++i)
-      for (int k = 0; k < per; ++k) code[per * i + k] = std::uint8_t(in[i] >> (k * B::bits) & ((1 << B::bits) - 1));
-  }
-}
-
 template <class B, class T>
 void encode(const BlockEncode& args, Stream stream) {
   const math::BlockRow<B> row_of{args.x.cols};
@@ -117,7 +92,7 @@ void encode(const BlockEncode& args, Stream stream) {
       } else if (args.stochastic) {
         float all[Group<B>::size], u[Group<B>::size] = {};
         window.units(draws, r * row_of.blocks() * B::n + g * row_of.group, count, all);
-        for (int e = 0; e < count; ++e) u[place(e, blocks)] = all[e];
+        for (int e = 0; e < count; ++e) u[math::block_place(e, blocks)] = all[e];
         for (int k = 0; k < B::n * lanes; k += lanes)
           math::block_code<B>(f32x16::load(group.t + k), factor, f32x16::load(u + k)).store(group.t + k);
       } else {
@@ -127,9 +102,9 @@ void encode(const BlockEncode& args, Stream stream) {
         for (int k = 0; k < B::n * lanes; ++k) code[k] = std::uint8_t(std::int32_t(group.t[k]));
       }
       if (blocks < lanes) {
-        for (int e = 0; e < count; ++e) code[e] = code[place(e, blocks)];
+        for (int e = 0; e < count; ++e) code[e] = code[math::block_place(e, blocks)];
       }
-      write<B>(code, packed + row_of.code_byte(g), count);
+      math::pack_fields<B::bits>(code, packed + row_of.code_byte(g), count);
       memcpy(packed + row_of.scale_byte(g), bits, std::size_t(blocks) * sizeof *bits);
       if (g == groups - 1) {
         const std::int64_t used = row_of.scale_byte(g) + std::int64_t{2} * blocks;
@@ -154,9 +129,9 @@ void decode(const BlockDecode& args, Stream stream) {
       float factors[lanes];
       for (int l = 0; l < lanes; ++l) factors[l] = math::block_factor<B>(bits[l]);
       std::uint8_t code[Group<B>::size];
-      read<B>(packed + row_of.code_byte(g), code, count);
+      math::unpack_fields<B::bits>(packed + row_of.code_byte(g), code, count);
       if (blocks < lanes) {
-        for (int e = count - 1; e >= 0; --e) code[place(e, blocks)] = code[e];  // from the end: places lie behind
+        for (int e = count - 1; e >= 0; --e) code[math::block_place(e, blocks)] = code[e];  // from the end: places lie behind
         for (int k = 0; k < B::n * lanes; ++k)
           if (k % lanes >= blocks) code[k] = 0;
       }

@@ -1,22 +1,21 @@
-// Fields of 1 to 4 bits: many comparisons to a packed row, and a packed row to factors.  32 elements are `bits` words.
+// Codes of 1 to 4 bits beside an activation: many comparisons to a packed row, a packed row to factors, and the frames of the
+// ops that use them.  32 elements are `bits` words.
 #pragma once
 
+#include "cpu/activation.hpp"
 #include "cpu/elementwise.hpp"
 #include "cpu/lanes.hpp"
 #include "math/codes.hpp"
+#include "math/fields.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
-// f(constant) with the number of bits as a constant.
-template <class F>
-UNSWAG_INLINE void visit_bits(int bits, const F& f) {
-  switch (bits) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    default: return f(std::integral_constant<int, 4>());
-  }
+// f(constant) with the number of bits, 1 to most_code_bits, as a constant.
+template <int bits = 1, class F>
+UNSWAG_INLINE void visit_bits(int wanted, const F& f) {
+  if (wanted == bits) return f(std::integral_constant<int, bits>());
+  if constexpr (bits < most_code_bits) visit_bits<bits + 1>(wanted, f);
 }
 
 // The bits of a byte, `bits` apart.
@@ -79,7 +78,7 @@ struct Factors {
 
   explicit Factors(const math::Levels<S>& levels) {
     for (int fields = 0; fields < 1 << (together * bits); ++fields)
-      for (int i = 0; i < together; ++i) of[fields][i] = levels.at[fields >> (i * bits) & ((1 << bits) - 1)];
+      for (int i = 0; i < together; ++i) of[fields][i] = levels.at[math::field(fields, i, bits)];
   }
 
   // factor[0] ... factor[n - 1], and up to 7 more.  Reads no byte past the row's last.
@@ -110,6 +109,46 @@ UNSWAG_INLINE void multiply(const T* dy, const S* factor, T* dx, std::int64_t n,
     } else {
       store_lanes(dx + i, product, count);
     }
+  });
+}
+
+// y = act(x), where it is asked for, and encode(r, i, x, n, packed) for stretches of n elements of row r, from column i on,
+// whose codes begin at `packed`.  A stretch is read for its values and again, from the first cache, for its codes.
+template <class T, int bits, std::int64_t stretch, class Args, class Encode>
+void encode_codes(const Args& args, Stream stream, const Encode& encode) {
+  const bool value = args.y.data != nullptr;
+  const bool large = args.x.rows * args.x.cols * std::int64_t(sizeof(T)) > stream_above;
+  const auto span =
+      packed_spans(args.x.rows, args.x.cols, args.x.stride, value ? args.y.stride : args.x.stride, args.packed, bits);
+  span.each(stream.threads, [&](std::int64_t r, std::int64_t begin, std::int64_t end) {
+    const T* x = row<T>(args.x, r);
+    std::uint8_t* packed = args.packed.data + r * args.packed.stride;
+    for (std::int64_t i = begin; i < end; i += stretch) {
+      const std::int64_t n = end - i < stretch ? end - i : stretch;
+      if (value) activation_values(args.act, args.x.dtype, x + i, row<T>(args.y, r) + i, n, large);
+      encode(r, i, x + i, n, packed + i / 8 * bits);
+    }
+  });
+}
+
+// dx = dy factor, with the factors that decode(r, i, n, packed, factor) makes of the codes of a stretch; it may write 7 more.
+template <class T, int bits, std::int64_t stretch, class Args, class Decode>
+void decode_codes(const Args& args, Stream stream, const Decode& decode) {
+  using S = typename lanes_t<T>::scalar;
+  const bool large = args.dy.rows * args.dy.cols * std::int64_t(sizeof(T)) > stream_above;
+  const auto span = packed_spans(args.dy.rows, args.dy.cols, args.dy.stride, args.dx.stride, args.packed, bits);
+  span.each(stream.threads, [&](std::int64_t r, std::int64_t begin, std::int64_t end) {
+    const T* dy = row<T>(args.dy, r);
+    T* dx = row<T>(args.dx, r);
+    const std::uint8_t* packed = args.packed.data + r * args.packed.stride;
+    const bool streaming = large && aligned(dx + begin, 32);
+    for (std::int64_t i = begin; i < end; i += stretch) {
+      const std::int64_t n = end - i < stretch ? end - i : stretch;
+      S factor[stretch + 8];
+      decode(r, i, n, packed + i / 8 * bits, factor);
+      multiply(dy + i, factor, dx + i, n, streaming);
+    }
+    if (streaming) stream_fence();
   });
 }
 

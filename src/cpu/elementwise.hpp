@@ -80,7 +80,7 @@ UNSWAG_INLINE void prefetch(const T* p) {
 // every lane of the first x, as it is for nearly all data, F::apply(x..., F::ahead(x)) is the same.
 template <class T, class Act>
 struct Smooth {
-  static constexpr bool has_near = math::has_near<Act, lanes_t<T>>;
+  static constexpr bool has_near = Act::template has_near<lanes_t<T>>;
   template <class V>
   UNSWAG_INLINE static auto plain(V x) {
     return math::plain<Act>(x);

@@ -123,6 +123,6 @@ UNSWAG_INLINE void visit(DType dtype, const F& f) {
   }
 }
 
-UNSWAG_INLINE f32x16 exp(f32x16 x) { return math::exp_full(x); }
+using math::exp;
 
 }  // namespace unswag::UNSWAG_ISA_NS

@@ -82,15 +82,15 @@ Status examine(int device) {
 }
 
 Status ready(int device) {
-  static std::array<std::atomic<bool>, 64> known{};  // to be well
+  static std::array<std::atomic<bool>, 64> usable{};  // devices that passed examine()
   if (device == Stream::current) {
     int count = 0;
     device = cudaGetDeviceCount(&count) == cudaSuccess ? current_device() : 0;
   }
-  const bool kept = device >= 0 && std::size_t(device) < known.size();
-  if (kept && known[std::size_t(device)]) return {};
+  const bool kept = device >= 0 && std::size_t(device) < usable.size();
+  if (kept && usable[std::size_t(device)]) return {};
   Status status = examine(device);
-  if (kept && status.ok()) known[std::size_t(device)] = true;
+  if (kept && status.ok()) usable[std::size_t(device)] = true;
   return status;
 }
 

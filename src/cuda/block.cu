@@ -2,6 +2,7 @@
 #include "backend.hpp"
 #include "cuda/eight.hpp"
 #include "math/blocks.hpp"
+#include "math/fields.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
@@ -13,9 +14,6 @@ struct SharedGroup {
   float t[B::n * lanes];
   float factor[lanes];
 };
-
-// Where element e of a group of so many blocks stands, in n sixteens.
-UNSWAG_HD inline int stand(int e, int blocks) { return blocks == lanes ? e : e / blocks * lanes + e % blocks; }
 
 template <class B, class Group>
 UNSWAG_HD inline void rotate(const Group& g, SharedGroup<B>& s) {
@@ -45,7 +43,7 @@ struct Encode {
     const Row row{args.x.cols};
     const std::int64_t groups = row.groups();
     for (std::int64_t unit = worker.block(); unit < args.x.rows * groups; unit += worker.blocks()) {
-      const Place at = place(unit, groups);
+      const RowAndRest at = row_and_rest(unit, groups);
       const int blocks = row.lanes(at.rest), elements = row.elements(at.rest), count = blocks * B::n;
       const T* x = row_of<T>(args.x, at.row) + at.rest * Row::group;
       std::uint8_t* packed = args.packed.data + at.row * args.packed.stride;
@@ -53,7 +51,8 @@ struct Encode {
         const int left = elements - 8 * int(u), n = left >= 8 ? 8 : left > 0 ? left : 0;
         const Eight<T> v = load_eight(x + 8 * u, n, wide);
         UNSWAG_UNROLL
-        for (int k = 0; k < 8; ++k) s.t[stand(8 * int(u) + k, blocks)] = k < n ? float(value<compute_t<T>>(v.e[k])) : 0.f;
+        for (int k = 0; k < 8; ++k)
+          s.t[math::block_place(8 * int(u) + k, blocks)] = k < n ? float(value<compute_t<T>>(v.e[k])) : 0.f;
       });
       worker.sync();
       // Lanes without a block would read what nobody wrote.
@@ -85,7 +84,7 @@ struct Encode {
         std::uint8_t code[8];
         UNSWAG_UNROLL
         for (int k = 0; k < 8; ++k) {
-          const int at_k = stand(8 * int(u) + k, blocks);
+          const int at_k = math::block_place(8 * int(u) + k, blocks);
           const float t = s.t[at_k], inverse = s.factor[at_k % lanes];
           if constexpr (!B::rotated) {
             code[k] = math::fp8_code<B>(t * inverse);
@@ -96,14 +95,7 @@ struct Encode {
             code[k] = std::uint8_t(std::int32_t(math::block_code<B>(t, inverse)));
           }
         }
-        std::uint8_t* out = packed + row.code_byte(at.rest) + u * B::bits;
-        UNSWAG_UNROLL
-        for (int b = 0; b < B::bits; ++b) {
-          unsigned byte = 0;
-          UNSWAG_UNROLL
-          for (int k = 0; k < 8 / B::bits; ++k) byte |= unsigned(code[b * (8 / B::bits) + k]) << (k * B::bits);
-          out[b] = std::uint8_t(byte);
-        }
+        math::pack_fields<B::bits>(code, packed + row.code_byte(at.rest) + u * B::bits, 8);
       });
       if (at.rest == groups - 1) {
         const std::int64_t used = row.scale_byte(at.rest) + std::int64_t{2} * blocks;
@@ -128,7 +120,7 @@ struct Decode {
     const Row row{args.x.cols};
     const std::int64_t groups = row.groups();
     for (std::int64_t unit = worker.block(); unit < args.x.rows * groups; unit += worker.blocks()) {
-      const Place at = place(unit, groups);
+      const RowAndRest at = row_and_rest(unit, groups);
       const int blocks = row.lanes(at.rest), elements = row.elements(at.rest), count = blocks * B::n;
       const std::uint8_t* packed = args.packed.data + at.row * args.packed.stride;
       T* x = row_of<T>(args.x, at.row) + at.rest * Row::group;
@@ -141,15 +133,15 @@ struct Decode {
         s.t[i / spare * lanes + blocks + i % spare] = 0.f;
       });
       share(worker, count / 8, [&](std::int64_t u) {
-        const std::uint8_t* in = packed + row.code_byte(at.rest) + u * B::bits;
+        std::uint8_t code[8];
+        math::unpack_fields<B::bits>(packed + row.code_byte(at.rest) + u * B::bits, code, 8);
         UNSWAG_UNROLL
         for (int k = 0; k < 8; ++k) {
-          const unsigned code = in[k * B::bits / 8] >> (k * B::bits % 8) & ((1u << B::bits) - 1);
-          const int to = stand(8 * int(u) + k, blocks);
+          const int to = math::block_place(8 * int(u) + k, blocks);
           if constexpr (B::rotated) {
-            s.t[to] = math::block_whole<B>(float(int(code)));
+            s.t[to] = math::block_whole<B>(float(int(code[k])));
           } else {
-            s.t[to] = math::fp8_value<B>(std::uint8_t(code));
+            s.t[to] = math::fp8_value<B>(code[k]);
           }
         }
       });
@@ -160,7 +152,7 @@ struct Decode {
         Eight<T> v;
         UNSWAG_UNROLL
         for (int k = 0; k < 8; ++k) {
-          const int from = stand(8 * int(u) + k, blocks);
+          const int from = math::block_place(8 * int(u) + k, blocks);
           v.e[k] = element<T>(s.t[from] * s.factor[from % lanes]);
         }
         store_eight(x + 8 * u, v, n, wide);

@@ -7,12 +7,6 @@
 #include "cuda/launch.hpp"
 #include "math/scalar.hpp"
 
-#ifdef __CUDACC__
-#define UNSWAG_UNROLL _Pragma("unroll")
-#else
-#define UNSWAG_UNROLL
-#endif
-
 namespace unswag::UNSWAG_ISA_NS {
 
 // What elements of X, and of Y beside them, are computed in: double as soon as one of them is.
@@ -103,10 +97,10 @@ bool aligned(const RowsOf<Void>& a) {
 }
 
 // u = row * per_row + rest, 0 <= rest < per_row.
-struct Place {
+struct RowAndRest {
   std::int64_t row, rest;
 };
-UNSWAG_HD inline Place place(std::int64_t u, std::int64_t per_row) {
+UNSWAG_HD inline RowAndRest row_and_rest(std::int64_t u, std::int64_t per_row) {
   if (u < per_row) return {0, u};
   if (((u | per_row) >> 32) == 0) {  // a 64-bit division takes a hundred instructions
     const std::uint32_t row = std::uint32_t(u) / std::uint32_t(per_row);
@@ -127,7 +121,7 @@ template <class Group, class Each>
 UNSWAG_HD inline void share_eights(const Group& g, std::int64_t rows, std::int64_t per_row, std::int64_t cols,
                                    const Each& each) {
   share_grid(g, rows * per_row, [&](std::int64_t u) {
-    const Place at = place(u, per_row);
+    const RowAndRest at = row_and_rest(u, per_row);
     each(at.row, 8 * at.rest, columns_left(at.rest, cols));
   });
 }

@@ -32,7 +32,7 @@ struct Forward {
       });
       g.sync();
       share(g, count * per_row, [&](std::int64_t u) {
-        const Place at = place(u, per_row);
+        const RowAndRest at = row_and_rest(u, per_row);
         const std::int64_t col = 8 * at.rest;
         const int n = columns_left(at.rest, cols);
         const V mean = shared.mean[at.row], rstd = shared.rstd[at.row];

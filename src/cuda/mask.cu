@@ -1,7 +1,7 @@
 // 1-bit masks: a worker makes one byte of the mask of eight elements, element 8 j + i in bit i of byte j (docs/format.md), so
 // that no bit crosses between workers.
 #include "backend.hpp"
-#include "cuda/eight.hpp"
+#include "cuda/fields.hpp"
 #include "math/masks.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
@@ -17,12 +17,6 @@ struct Times {
     return math::bit_cast<I>(element<T>(slope * value<V>(math::bit_cast<T>(x))));
   }
 };
-
-// Rows that follow each other without a gap, in the mask too, are one long row.
-template <class Byte>
-bool dense(std::int64_t cols, std::int64_t stride, std::int64_t other_stride, const PackedOf<Byte>& packed) {
-  return stride == cols && other_stride == cols && cols % 32 == 0 && packed.stride == cols / 8;
-}
 
 template <class T, class Act>
 struct Forward {
@@ -84,7 +78,7 @@ void forward(const MaskForward& args, Stream stream) {
   using V = compute_t<T>;
   using I = typename math::Format<T>::bits;
   Forward<T, Act> kernel{args.x, args.y, args.packed, {V(args.slope)}, I(args.flush ? math::Format<T>::flushed : 0), false, 0};
-  if (dense(args.x.cols, args.x.stride, args.y.data ? args.y.stride : args.x.stride, args.packed)) {
+  if (dense_fields(args.x.cols, args.x.stride, args.y.data ? args.y.stride : args.x.stride, args.packed, 1)) {
     kernel.x.rows = 1, kernel.x.cols = args.x.rows * args.x.cols;
   }
   kernel.y.rows = kernel.x.rows;
@@ -97,7 +91,7 @@ template <class T, bool Leaks>
 void backward(const MaskBackward& args, Stream stream) {
   using V = compute_t<T>;
   Backward<T, Leaks> kernel{args.dy, args.packed, args.dx, {V(args.slope)}, false};
-  if (dense(args.dy.cols, args.dy.stride, args.dx.stride, args.packed)) {
+  if (dense_fields(args.dy.cols, args.dy.stride, args.dx.stride, args.packed, 1)) {
     kernel.dy.rows = 1, kernel.dy.cols = args.dy.rows * args.dy.cols;
   }
   kernel.dx.rows = kernel.dy.rows;

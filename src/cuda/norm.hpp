@@ -111,14 +111,14 @@ struct RowSums {
     share(g, count, [&](std::int64_t r) { total[r] = 0; });
     for (std::int64_t first = 0; first < all; first += items) {
       const int n = int(all - first < items ? all - first : items);
-      const auto length = [&](int k) { return tile_length(place(first + k, per_row).rest, cols); };
+      const auto length = [&](int k) { return tile_length(row_and_rest(first + k, per_row).rest, cols); };
       sum_tiles(g, tiles, n, length, [&](int k, int i, V sum) {
-        const Place at = place(first + k, per_row);
+        const RowAndRest at = row_and_rest(first + k, per_row);
         return add(int(at.row), at.rest * tile_size + i, sum);
       });
       share(g, count, [&](std::int64_t r) {
         for (int k = 0; k < n; ++k)
-          if (place(first + k, per_row).row == r) total[r] += tiles.sum[k];
+          if (row_and_rest(first + k, per_row).row == r) total[r] += tiles.sum[k];
       });
     }
     g.sync();
@@ -138,7 +138,7 @@ struct SumOfRows {
   template <class Group>
   UNSWAG_HD void operator()(const Group& g, Nothing&) const {
     share_grid(g, parts * cols, [&](std::int64_t u) {
-      const Place at = place(u, cols);
+      const RowAndRest at = row_and_rest(u, cols);
       const std::int64_t begin = at.row * per_part, end = begin + per_part < count ? begin + per_part : count;
       double sum = 0;
 #ifdef __CUDACC__

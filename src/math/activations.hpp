@@ -1,6 +1,10 @@
-// The activations: value and derivative, written once for host and device and for every value type V.
+// The activations: value and derivative, written once for host and device and for every value type V.  Each is a struct, whose
+// base says what kind it is: Symmetric or Piecewise.  A kind has
+//     forward_backward<T, Act>(x, dy, y, dx)      y = f(x), dx = dy f'(x), for any x
+//     has_near<V>                                 whether Act::near is to be tried first, as below
+//     lowest_slope                                the minimum of f' where subtractive dither serves Act, else 0
 //
-// silu, gelu, its tanh form and quick_gelu are f(x) = x g(x) with g(x) + g(-x) = 1, so that
+// Symmetric: f(x) = x g(x) with g(x) + g(-x) = 1, so that
 //     f(x) - f(-x) = x     and     f'(x) + f'(-x) = 1
 // Up to |x| = Act::plain every step stays a normal number (Act::near); hardly any data lies outside.  near takes the result of
 // its first steps, Act::ahead(x): a loop computes these for a block of x beforehand, because two short chains of dependent
@@ -88,10 +92,81 @@ UNSWAG_HD inline Both<V> logistic_tail(V u, V q, V error, M far) {
   return {u * ts, ts * s * zero};
 }
 
+// What a scaled value is multiplied by; those from `far` on are 0.
+template <class Act, class V>
+UNSWAG_HD inline V unscale(V x) {
+  if constexpr (std::is_same_v<scalar_t<V>, double>) {
+    return V(0x1p-64);
+  } else {
+    return select(abs(x) > V(Act::far), V(0.f), V(0x1p-64f));
+  }
+}
+
+template <class Act, class V>
+UNSWAG_HD inline V value_of(V x, V tail) {
+  const V v = tail * unscale<Act>(x);
+  return select(x < V(0.f), -v, x - v);
+}
+
+// dy f'(x).  A slope below 2^-64 is multiplied in its scaled form: dy may be as large as 2^128.
+template <class Act, class V>
+UNSWAG_HD inline V times_slope(V x, V dy, V tail) {
+  const V left = tail * unscale<Act>(x);
+  const V slope = select(x < V(0.f), left, V(1.f) - left);
+  V tiny = dy * tail * V(0x1p-64f);
+  if constexpr (!std::is_same_v<scalar_t<V>, double>) {
+    tiny = select(abs(x) > V(Act::far), dy * V(0x1p-96f) * tail * V(0x1p-96f), tiny);
+  }
+  return select(abs(slope) < V(0x1p-64f), tiny, dy * slope);
+}
+
+template <class Act, class V>
+UNSWAG_HD inline auto plain(V x) {
+  return abs(x) <= V(Act::plain);
+}
+
+struct Symmetric {
+  // Doubles are exact enough by their tail everywhere.
+  template <class V>
+  static constexpr bool has_near = !std::is_same_v<scalar_t<V>, double>;
+  static constexpr double lowest_slope = 0;
+
+  template <class T, class Act, class V>
+  UNSWAG_HD static void forward_backward(V x, V dy, V& y, V& dx) {
+    if constexpr (!has_near<V>) {
+      const Both<V> tail = Act::tail(x);
+      y = value_of<Act>(x, tail.value);
+      dx = times_slope<Act>(x, dy, tail.slope);
+    } else {
+      const Both<V> near = Act::template near<T>(x, Act::template ahead<T>(x));
+      y = near.value;
+      dx = dy * near.slope;
+      const auto near_enough = plain<Act>(x);
+      if (!all(near_enough)) [[unlikely]] {
+        const Both<V> tail = Act::tail(x);
+        y = select(near_enough, y, value_of<Act>(x, tail.value));
+        dx = select(near_enough, dx, times_slope<Act>(x, dy, tail.slope));
+      }
+    }
+  }
+};
+
+// Right everywhere as they stand: y = f(x), and dx = Act::right(x, dy, y) where not (x <= 0), as in PyTorch; NaN passes there.
+struct Piecewise {
+  template <class V>
+  static constexpr bool has_near = false;
+  static constexpr double lowest_slope = 0;
+
+  template <class T, class Act, class V>
+  UNSWAG_HD static void forward_backward(V x, V dy, V& y, V& dx) {
+    dx = select(x <= V(0.f), V(0.f), Act::right(x, dy, y));
+  }
+};
+
 // f(x) = x s(x),  s(x) = 1 / (1 + e^-x).
-struct Silu {
+struct Silu : Symmetric {
   static constexpr Activation id = Activation::silu;
-  static constexpr const char* name = "silu";
+  static constexpr double lowest_slope = -0.09983932012886692;  // at x = -2.3993573
 
   static constexpr float border = 1.f, plain = 40.f, far = 110.f;
   static constexpr bool refined = false;
@@ -121,9 +196,9 @@ struct Silu {
 
 // f(x) = x Phi(x), Phi the normal distribution.   With R(u) = Phi(-u) e^(u^2/2):
 //     value = u e^(-u^2/2) R(u),   slope = e^(-u^2/2) (R(u) - u / sqrt(2 pi))
-struct Gelu {
+struct Gelu : Symmetric {
   static constexpr Activation id = Activation::gelu;
-  static constexpr const char* name = "gelu";
+  static constexpr double lowest_slope = -0.12890414518515479;  // at x = -sqrt 2
 
   static constexpr float border = 0.6875f, plain = 9.f, far = 14.5f;
   static constexpr double c0 = 0.7978845608028654;  // 2 / sqrt(2 pi)
@@ -201,9 +276,9 @@ struct Gelu {
 
 // f(x) = x s(q(x)),  q(x) = sqrt(8/pi) (x + 0.044715 x^3), which is x (1 + tanh(q/2)) / 2.   With t = e^-q(u):
 //     value = u t / (1 + t),   slope = t (1 + t - u q'(u)) / (1 + t)^2
-struct GeluTanh {
+struct GeluTanh : Symmetric {
   static constexpr Activation id = Activation::gelu_tanh;
-  static constexpr const char* name = "gelu_tanh";
+  static constexpr double lowest_slope = -0.12899306865877177;  // at x = -1.4185040
 
   static constexpr float border = 0.875f, plain = 7.25f, far = 11.f;
   static constexpr bool refined = true;
@@ -244,9 +319,8 @@ struct GeluTanh {
 };
 
 // f(x) = x s(a x),  a = 1.702:  f = silu(a x) / a,  f' = silu'(a x).
-struct QuickGelu {
+struct QuickGelu : Symmetric {
   static constexpr Activation id = Activation::quick_gelu;
-  static constexpr const char* name = "quick_gelu";
 
   static constexpr float border = 0.59375f, plain = 23.5f, far = 64.5f;
   static constexpr bool refined = true;
@@ -276,11 +350,9 @@ struct QuickGelu {
   }
 };
 
-// The piecewise ones are right everywhere as they stand: y = f(x), and dx where not (x <= 0), as in PyTorch; NaN passes there.
 // f(x) = max(x, 0); relu(-0) = -0, relu(NaN) = NaN.
-struct Relu {
+struct Relu : Piecewise {
   static constexpr Activation id = Activation::relu;
-  static constexpr const char* name = "relu";
 
   template <class V>
   UNSWAG_HD static V right(V x, V dy, V& y) {
@@ -290,9 +362,8 @@ struct Relu {
 };
 
 // f(x) = max(x, 0)^2, of relu(x) as of x; relu2(NaN) = NaN.  2 max(x, 0) is exact, and the product is PyTorch's.
-struct Relu2 {
+struct Relu2 : Piecewise {
   static constexpr Activation id = Activation::relu2;
-  static constexpr const char* name = "relu2";
 
   template <class V>
   UNSWAG_HD static V right(V x, V dy, V& y) {
@@ -301,46 +372,7 @@ struct Relu2 {
     return dy * (r + r);
   }
 };
-template <class Act>
-inline constexpr bool piecewise = std::is_same_v<Act, Relu> || std::is_same_v<Act, Relu2>;
-
-// What a scaled value is multiplied by; those from `far` on are 0.
-template <class Act, class V>
-UNSWAG_HD inline V unscale(V x) {
-  if constexpr (std::is_same_v<scalar_t<V>, double>) {
-    return V(0x1p-64);
-  } else {
-    return select(abs(x) > V(Act::far), V(0.f), V(0x1p-64f));
-  }
-}
-
-template <class Act, class V>
-UNSWAG_HD inline V value_of(V x, V tail) {
-  const V v = tail * unscale<Act>(x);
-  return select(x < V(0.f), -v, x - v);
-}
-
-// dy f'(x).  A slope below 2^-64 is multiplied in its scaled form: dy may be as large as 2^128.
-template <class Act, class V>
-UNSWAG_HD inline V times_slope(V x, V dy, V tail) {
-  const V left = tail * unscale<Act>(x);
-  const V slope = select(x < V(0.f), left, V(1.f) - left);
-  V tiny = dy * tail * V(0x1p-64f);
-  if constexpr (!std::is_same_v<scalar_t<V>, double>) {
-    tiny = select(abs(x) > V(Act::far), dy * V(0x1p-96f) * tail * V(0x1p-96f), tiny);
-  }
-  return select(abs(slope) < V(0x1p-64f), tiny, dy * slope);
-}
-
-// Where Act::near is right.  Doubles are exact enough by their tail everywhere.
-template <class Act, class V>
-inline constexpr bool has_near = !piecewise<Act> && !std::is_same_v<scalar_t<V>, double>;
-template <class Act, class V>
-UNSWAG_HD inline auto plain(V x) {
-  return abs(x) <= V(Act::plain);
-}
-
-// y = f(x) and dx = dy f'(x), from t = Act::ahead(x), where every lane is plain(x).
+// y = f(x) and dx = dy f'(x), from t = Act::ahead(x), where Act has_near and every lane is plain(x).
 template <class T, class Act, class V>
 UNSWAG_HD inline void forward_backward(Act, V x, V t, V dy, V& y, V& dx) {
   const Both<V> near = Act::template near<T>(x, t);
@@ -350,22 +382,8 @@ UNSWAG_HD inline void forward_backward(Act, V x, V t, V dy, V& y, V& dx) {
 
 // The same for any x.  Which branch is taken does not show in the bits of a lane.
 template <class T, class Act, class V>
-UNSWAG_HD inline void forward_backward(Act act, V x, V dy, V& y, V& dx) {
-  if constexpr (piecewise<Act>) {
-    dx = select(x <= V(0.f), V(0.f), Act::right(x, dy, y));
-  } else if constexpr (!has_near<Act, V>) {
-    const Both<V> tail = Act::tail(x);
-    y = value_of<Act>(x, tail.value);
-    dx = times_slope<Act>(x, dy, tail.slope);
-  } else {
-    forward_backward<T>(act, x, Act::template ahead<T>(x), dy, y, dx);
-    const auto near_enough = plain<Act>(x);
-    if (!all(near_enough)) [[unlikely]] {
-      const Both<V> tail = Act::tail(x);
-      y = select(near_enough, y, value_of<Act>(x, tail.value));
-      dx = select(near_enough, dx, times_slope<Act>(x, dy, tail.slope));
-    }
-  }
+UNSWAG_HD inline void forward_backward(Act, V x, V dy, V& y, V& dx) {
+  Act::template forward_backward<T, Act>(x, dy, y, dx);
 }
 
 // y = f(x);  `t`, here and below, is nothing, or Act::ahead(x) where x is plain(x)
@@ -384,13 +402,20 @@ UNSWAG_HD inline V backward(Act act, V x, V dy, Ahead... t) {
   return dx;
 }
 
-// The list: kernels and tests iterate over it.  f(act) is called for the one that `id` names.
+// The structs, in the order of the list.
 template <class... Acts>
 struct Activations {
+  static constexpr bool are_those_of_the_list() {
+    constexpr Activation ids[] = {Acts::id...};
+    for (std::size_t i = 0; i < sizeof...(Acts); ++i)
+      if (ids[i] != activations[i].value) return false;
+    return sizeof...(Acts) == activations.size();
+  }
   template <class F>
   UNSWAG_HOST static void each(const F& f) {
     (f(Acts{}), ...);
   }
+  // f(act) for the one that `id` names.
   template <class F>
   UNSWAG_HOST static void visit(Activation id, const F& f) {
     each([&](auto act) {
@@ -399,5 +424,6 @@ struct Activations {
   }
 };
 using AllActivations = Activations<Silu, Gelu, GeluTanh, Relu, Relu2, QuickGelu>;
+static_assert(AllActivations::are_those_of_the_list(), "AllActivations differs from the list in include/unswag/lists.hpp");
 
 }  // namespace unswag::math

@@ -5,6 +5,8 @@
 // order, so that all backends write the same bytes.
 #pragma once
 
+#include <utility>
+
 #include "math/philox.hpp"
 #include "math/scalar.hpp"
 #include "unswag/unswag.hpp"
@@ -13,35 +15,39 @@ namespace unswag::math {
 
 inline constexpr int block_lanes = 16;
 
+// A codec of the list (include/unswag/lists.hpp).
+template <Block Codec>
+struct BlockOf {
+  static constexpr int n = listed(Codec).n, bits = listed(Codec).bits;
+  static constexpr bool rotated = listed(Codec).rotated;
+  static_assert(8 <= n && n <= 512 && (n & (n - 1)) == 0, "a block has a power of two of numbers, from 8 to 512");
+  static_assert(rotated ? 2 <= bits && bits <= 8 : bits == 8, "a whole number has 2 to 8 bits, a float 8");
+};
 // The whole-number codecs: q in [low, low + 2^bits - 1] from code = q - low (int2: q = 2 code - 3).
-template <int N, int Bits>
-struct IntBlocks {
-  static constexpr int n = N, bits = Bits;
-  static constexpr bool rotated = true;
-  static constexpr float low = -float(1 << (Bits - 1)), codes = float((1 << Bits) - 1);
+template <class B>
+inline constexpr float lowest_whole = -float(1 << (B::bits - 1));
+// The 8-bit floats, as in Micikevicius et al. 2022: no infinities in e4m3.
+template <class B>
+struct Fp8;
+template <>
+struct Fp8<BlockOf<Block::e4m3>> {
+  static constexpr int mantissa = 3, bias = 7, largest_code = 0x7e;
+  static constexpr float largest = 448.f;
 };
-struct Int8Blocks : IntBlocks<32, 8> {};
-struct Int4Blocks : IntBlocks<16, 4> {};
-struct Int2Blocks : IntBlocks<64, 2> {};
-// Eight-bit floats, as in Micikevicius et al. 2022: no infinities in e4m3.
-template <int Mantissa, int Bias, int Largest>
-struct Fp8Blocks {
-  static constexpr int n = 32, bits = 8, mantissa = Mantissa, bias = Bias, largest_code = Largest;
-  static constexpr bool rotated = false;
-  static constexpr float largest = Mantissa == 3 ? 448.f : 57344.f;
+template <>
+struct Fp8<BlockOf<Block::e5m2>> {
+  static constexpr int mantissa = 2, bias = 15, largest_code = 0x7b;
+  static constexpr float largest = 57344.f;
 };
-struct E4m3Blocks : Fp8Blocks<3, 7, 0x7e> {};
-struct E5m2Blocks : Fp8Blocks<2, 15, 0x7b> {};
 
+// f(BlockOf<codec>{}) for the one that is asked for.
+template <class F, std::size_t... I>
+UNSWAG_HOST inline void visit_blocks(Block codec, const F& f, std::index_sequence<I...>) {
+  ((codec == blocks[I].value ? f(BlockOf<blocks[I].value>{}) : void()), ...);
+}
 template <class F>
 UNSWAG_HOST inline void visit_blocks(Block codec, const F& f) {
-  switch (codec) {
-    case Block::int8: return f(Int8Blocks{});
-    case Block::int4: return f(Int4Blocks{});
-    case Block::int2: return f(Int2Blocks{});
-    case Block::e4m3: return f(E4m3Blocks{});
-    case Block::e5m2: return f(E5m2Blocks{});
-  }
+  visit_blocks(codec, f, std::make_index_sequence<blocks.size()>());
 }
 
 // A row of `cols` numbers: whole groups of 16 n, and a last one of fewer blocks, as many as its numbers need.
@@ -61,6 +67,11 @@ struct BlockRow {
     return blocks() * B::n * B::bits / 8 + g * block_lanes * 2;
   }
 };
+
+// Element e of a group of so many blocks stands here in n sixteens.
+UNSWAG_HD constexpr int block_place(int e, int blocks) {
+  return blocks == block_lanes ? e : e / blocks * block_lanes + e % blocks;
+}
 
 // One step of the Walsh-Hadamard transform H, entries +-1, of n numbers in natural order: pairs i, i + half for half = 1, 2, 4,
 // ..., n / 2.  H H = n, so H / n takes it back.  It spreads what is large in one number over the block.
@@ -98,11 +109,12 @@ UNSWAG_HD inline BlockScale block_scale(float of, float first, bool stochastic) 
   if (!(::fabsf(first) <= huge) || !(::fabsf(of) <= huge)) return {0x7fc0, 0.f};
   float scale;
   if constexpr (!B::rotated) {
-    scale = ::fabsf(of) / B::largest;
+    scale = ::fabsf(of) / Fp8<B>::largest;
   } else if constexpr (scale_of_squares<B>) {
     scale = stochastic ? ::fabsf(of) / 3.f : 0.498f * ::sqrtf(of / float(B::n));
   } else {
-    scale = stochastic ? ::fabsf(of) / (-B::low - 1.f) : of / B::low;
+    constexpr float low = lowest_whole<B>;
+    scale = stochastic ? ::fabsf(of) / (-low - 1.f) : of / low;
   }
   if (scale == 0) return {0, 0.f};
   if (::fabsf(scale) < 0x1p-100f) scale = scale < 0 ? -0x1p-100f : 0x1p-100f;  // whose inverse is a normal number, too
@@ -121,18 +133,18 @@ UNSWAG_HD inline V block_code(V t, V inverse, U... u) {
       return max(min(floor_whole((v + V(3.f)) * V(0.5f) + (u, ...)), V(3.f)), V(0.f));
     }
   } else {
-    const V high(B::low + B::codes);
+    const V low(lowest_whole<B>), high(-lowest_whole<B> - 1.f);
     if constexpr (sizeof...(U) == 0) {
-      return max(min(round_whole(v), high), V(B::low)) - V(B::low);
+      return max(min(round_whole(v), high), low) - low;
     } else {
-      return max(min(floor_whole(v + (u, ...)), high), V(B::low)) - V(B::low);
+      return max(min(floor_whole(v + (u, ...)), high), low) - low;
     }
   }
 }
 // q of a code.
 template <class B, class V>
 UNSWAG_HD inline V block_whole(V code) {
-  return B::bits == 2 ? code + code - V(3.f) : code + V(B::low);
+  return B::bits == 2 ? code + code - V(3.f) : code + V(lowest_whole<B>);
 }
 // What H q is multiplied by.
 template <class B>
@@ -143,29 +155,31 @@ UNSWAG_HD inline float block_factor(std::uint16_t scale) {
 // x as an 8-bit float: to nearest even, what is too large to the largest, NaN to 0.
 template <class B>
 UNSWAG_HD inline std::uint8_t fp8_code(float x) {
-  constexpr int shift = 23 - B::mantissa;
-  constexpr float least_normal = B::bias == 7 ? 0x1p-6f : 0x1p-14f;
-  constexpr float magic = B::bias == 7 ? 0x1p14f : 0x1p7f;  // its unit in the last place is that of the subnormals
+  using F = Fp8<B>;
+  constexpr int shift = 23 - F::mantissa;
+  constexpr float least_normal = F::bias == 7 ? 0x1p-6f : 0x1p-14f;
+  constexpr float magic = F::bias == 7 ? 0x1p14f : 0x1p7f;  // its unit in the last place is that of the subnormals
   const std::uint32_t sign = bit_cast<std::uint32_t>(x) >> 24 & 0x80, u = bit_cast<std::uint32_t>(x) & 0x7fffffff;
   const float magnitude = bit_cast<float>(u);
   if (x != x) return 0;
   std::uint32_t code;
-  if (!(magnitude < B::largest)) {
-    code = B::largest_code;
+  if (!(magnitude < F::largest)) {
+    code = F::largest_code;
   } else if (magnitude < least_normal) {
     code = bit_cast<std::uint32_t>(magnitude + magic) - bit_cast<std::uint32_t>(magic);
   } else {
     code = (u + ((1u << (shift - 1)) - 1) + (u >> shift & 1)) >> shift;
-    code -= std::uint32_t(127 - B::bias) << B::mantissa;
+    code -= std::uint32_t(127 - F::bias) << F::mantissa;
   }
   return std::uint8_t(sign | code);
 }
 template <class B>
 UNSWAG_HD inline float fp8_value(std::uint8_t code) {
-  constexpr int shift = 23 - B::mantissa;
-  constexpr float unit = B::bias == 7 ? 0x1p-9f : 0x1p-16f;
+  using F = Fp8<B>;
+  constexpr int shift = 23 - F::mantissa;
+  constexpr float unit = F::bias == 7 ? 0x1p-9f : 0x1p-16f;
   const std::uint32_t magnitude = code & 0x7f;
-  const float value = magnitude >> B::mantissa ? bit_cast<float>((magnitude << shift) + (std::uint32_t(127 - B::bias) << 23))
+  const float value = magnitude >> F::mantissa ? bit_cast<float>((magnitude << shift) + (std::uint32_t(127 - F::bias) << 23))
                                                : float(magnitude) * unit;
   return code & 0x80 ? -value : value;
 }

@@ -5,32 +5,31 @@
 #include "math/dtype.hpp"
 #include "math/hd.hpp"
 #include "math/scalar.hpp"
+#include "unswag/unswag.hpp"
 
 namespace unswag::math {
-
-inline constexpr int most_bits = 4;
 
 // Bounds that no number exceeds stand past the last.
 template <class S>
 struct Bounds {
-  S at[(1 << most_bits) - 1];
+  S at[(1 << most_code_bits) - 1];
 };
 template <class S>
 UNSWAG_HOST inline Bounds<S> bounds_of(const double* bounds, int count) {
   Bounds<S> b;
-  for (int i = 0; i < (1 << most_bits) - 1; ++i) b.at[i] = i < count ? S(bounds[i]) : S(HUGE_VAL);
+  for (int i = 0; i < (1 << most_code_bits) - 1; ++i) b.at[i] = i < count ? S(bounds[i]) : S(HUGE_VAL);
   return b;
 }
 
 // A code that has no level has NaN.
 template <class S>
 struct Levels {
-  S at[1 << most_bits];
+  S at[1 << most_code_bits];
 };
 template <class S>
 UNSWAG_HOST inline Levels<S> levels_of(const double* levels, int count) {
   Levels<S> l;
-  for (int i = 0; i < 1 << most_bits; ++i) l.at[i] = S(i < count ? levels[i] : double(NAN));
+  for (int i = 0; i < 1 << most_code_bits; ++i) l.at[i] = S(i < count ? levels[i] : double(NAN));
   return l;
 }
 

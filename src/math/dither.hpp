@@ -12,10 +12,14 @@
 
 namespace unswag::math {
 
-// The minimum of f', at x = -2.3993573, -sqrt 2 and -1.4185040.  f'(x) + f'(-x) = 1, so the maximum is 1 less it.
+// The minimum of f', of an activation that dither serves, else 0.  f'(x) + f'(-x) = 1, so the maximum is 1 less it.
 UNSWAG_HOST inline double lowest_slope(Activation act) {
-  return act == Activation::silu ? -0.09983932012886692 : act == Activation::gelu ? -0.12890414518515479 : -0.12899306865877177;
+  double lowest = 0;
+  AllActivations::visit(act, [&](auto a) { lowest = decltype(a)::lowest_slope; });
+  return lowest;
 }
+
+UNSWAG_HOST inline bool has_dither(Activation act) { return lowest_slope(act) < 0; }
 
 template <class S>
 struct Dither {
@@ -42,7 +46,7 @@ UNSWAG_HOST inline Dither<S> dither_of(Activation act, int bits) {
 template <class S>
 UNSWAG_HOST inline Bounds<S> whole_bounds() {
   Bounds<S> b;
-  for (int i = 0; i < (1 << most_bits) - 1; ++i) b.at[i] = S(i + 1) * (1 - (sizeof(S) == 8 ? S(0x1p-53) : S(0x1p-24f)));
+  for (int i = 0; i < (1 << most_code_bits) - 1; ++i) b.at[i] = S(i + 1) * (1 - (sizeof(S) == 8 ? S(0x1p-53) : S(0x1p-24f)));
   return b;
 }
 

@@ -1,4 +1,5 @@
-// e^x, from which the formulas make the rest.
+// e^x, from which the formulas make the rest.  exp(x) takes any value type; the others are for floats and for a part of their
+// range, and do not compile for doubles.
 #pragma once
 
 #include <type_traits>
@@ -6,6 +7,9 @@
 #include "math/scalar.hpp"
 
 namespace unswag::math {
+
+template <class V>
+inline constexpr bool is_float = std::is_same_v<scalar_t<V>, float>;
 
 // Below, Sign is 1 or -1 and stands before x, and Over is a power of two and stands below it: they cost nothing where they go
 // into the coefficients, and change no bit.
@@ -38,12 +42,14 @@ UNSWAG_HD inline V exp_reduced(V r) {
 // e^(Sign x), and e^(Sign (x + tail)) for a small tail, where they are normal numbers.
 template <int Sign = 1, class V>
 UNSWAG_HD inline V exp_normal(V x) {
+  static_assert(is_float<V>, "exp_normal is for floats; doubles have exp");
   V z;
   const V m = exp_reduced<Sign>(exp_reduce<Sign>(x, z));
   return times_pow2(m, z);
 }
 template <int Sign = 1, class V>
 UNSWAG_HD inline V exp_normal(V x, V tail) {
+  static_assert(is_float<V>, "exp_normal is for floats; doubles have exp");
   V z;
   const V m = exp_reduced<Sign>(exp_reduce<Sign>(x, z) + tail);
   return times_pow2(m, z);
@@ -52,6 +58,7 @@ UNSWAG_HD inline V exp_normal(V x, V tail) {
 // e^(Sign x / Over) where it is a normal number, in three steps less: off by 2^-22 at most down to e^-40.
 template <int Sign = 1, int Over = 1, class V>
 UNSWAG_HD inline V exp_short(V x) {
+  static_assert(is_float<V>, "exp_short is for floats; doubles have exp");
   constexpr float f = Sign * (1.f / Over);
   const V magic(0x1.8p23f);
   const V z = fma(x, V(f * 1.44269504f), magic);
@@ -63,9 +70,11 @@ UNSWAG_HD inline V exp_short(V x) {
   return times_pow2(fma(r, p, V(1.f)), z);
 }
 
-// e^x over the whole range: right to 1 ulp, subnormal results too; 0 and inf beyond, NaN stays NaN.
+// e^x for any x: right to 1 ulp, subnormal results too; 0 and inf beyond, NaN stays NaN.
+UNSWAG_HD inline double exp(double x) { return ::exp(x); }
 template <class V>
-UNSWAG_HD inline V exp_full(V x) {
+UNSWAG_HD inline V exp(V x) {
+  static_assert(is_float<V>, "the polynomial of exp is for floats; lanes of double have an exp of their own");
   V z;
   const V m = exp_reduced(exp_reduce(min(V(89.f), max(V(-104.5f), x)), z));
   // 2^n in two halves, each of them a normal number; only the last product rounds.
@@ -88,8 +97,6 @@ UNSWAG_HD inline V exp_scaled(V x, V tail, M far) {
   }
 }
 
-UNSWAG_HD inline float exp(float x) { return exp_full(x); }
-UNSWAG_HD inline double exp(double x) { return ::exp(x); }
 UNSWAG_HD inline double erfc(double x) { return ::erfc(x); }
 
 }  // namespace unswag::math

@@ -10,6 +10,8 @@
 #define UNSWAG_HOST [[gnu::always_inline]]
 #ifdef __CUDACC__
 #define UNSWAG_HD __host__ __device__ __attribute__((always_inline))
+#define UNSWAG_UNROLL _Pragma("unroll")
 #else
 #define UNSWAG_HD [[gnu::always_inline]]
+#define UNSWAG_UNROLL
 #endif

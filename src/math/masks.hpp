@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "math/dtype.hpp"
 #include "math/hd.hpp"
@@ -96,6 +97,9 @@ UNSWAG_HD inline I jax_relu6_bits(I x, typename Format<T>::bits zero = 0) {
   return select((y >= I(Format<T>::six)) & (y <= I(infinity_bits<T>)), I(Format<T>::six), y);
 }
 
+// Whether a 0-bit of the mask leaves something of a gradient.
+UNSWAG_HOST constexpr bool leaks(Mask act) { return act == Mask::leaky_relu || act == Mask::jax_leaky_relu; }
+
 // What each Mask is, of elements T seen as integers: which pass, and the value.  `zero` as above; stopped(x) is what a 0-bit
 // makes of x.
 template <class T, Mask act>
@@ -113,6 +117,7 @@ struct MaskOf {
     } else if constexpr (act == Mask::jax_leaky_relu) {
       return ge_zero<T>(x, zero);
     } else {
+      static_assert(act == Mask::jax_relu6, "which elements does this mask pass?");
       return gt_zero_and_lt_six<T>(x, zero);
     }
   }
@@ -127,25 +132,20 @@ struct MaskOf {
     } else if constexpr (act == Mask::jax_relu6) {
       return jax_relu6_bits<T>(x, zero);
     } else {
+      static_assert(leaks(act), "what is the value of this mask?");
       return select(passes, x, stopped(x));
     }
   }
 };
 
 // f(MaskOf<T, act>{}) for the one that is asked for.
+template <class T, class F, std::size_t... I>
+UNSWAG_HOST inline void visit_mask(Mask act, const F& f, std::index_sequence<I...>) {
+  ((act == masks[I].value ? f(MaskOf<T, masks[I].value>{}) : void()), ...);
+}
 template <class T, class F>
 UNSWAG_HOST inline void visit_mask(Mask act, const F& f) {
-  switch (act) {
-    case Mask::relu: return f(MaskOf<T, Mask::relu>{});
-    case Mask::leaky_relu: return f(MaskOf<T, Mask::leaky_relu>{});
-    case Mask::relu6: return f(MaskOf<T, Mask::relu6>{});
-    case Mask::jax_relu: return f(MaskOf<T, Mask::jax_relu>{});
-    case Mask::jax_leaky_relu: return f(MaskOf<T, Mask::jax_leaky_relu>{});
-    case Mask::jax_relu6: return f(MaskOf<T, Mask::jax_relu6>{});
-  }
+  visit_mask<T>(act, f, std::make_index_sequence<masks.size()>());
 }
-
-// Whether a 0-bit of the mask leaves something of a gradient.
-UNSWAG_HOST inline bool leaks(Mask act) { return act == Mask::leaky_relu || act == Mask::jax_leaky_relu; }
 
 }  // namespace unswag::math

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "math/exp.hpp"
 
@@ -14,7 +13,7 @@ UNSWAG_HD inline double tanh(double x) { return ::tanh(x); }
 // nothing to cancellation: 2 ulp.  tanh(+-inf) = +-1; tanh(-0) is +0.
 template <class V>
 UNSWAG_HD inline V tanh(V x) {
-  static_assert(!std::is_same_v<scalar_t<V>, double>, "lanes of double have their own");
+  static_assert(is_float<V>, "the polynomial of tanh is for floats; lanes of double have a tanh of their own");
   const V a = abs(x), square = x * x;
   V p = fma(square, V(-0x1.82585p-8f), V(0x1.54b8ap-6f));
   p = fma(square, p, V(-0x1.b898dep-5f));

@@ -9,41 +9,13 @@
 #include <vector>
 
 #include "matrix.hpp"
+#include "truth.hpp"
 
 namespace unswag::test {
 namespace {
 
-using Real = long double;
-constexpr Activation activations[] = {Activation::silu, Activation::gelu,  Activation::gelu_tanh,
-                                      Activation::relu, Activation::relu2, Activation::quick_gelu};
-constexpr Activation smooth[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu};
+bool is_smooth(Activation act) { return act != Activation::relu && act != Activation::relu2; }
 constexpr Real inf = std::numeric_limits<Real>::infinity();
-
-// g(-u) for f(x) = x g(x), and -x g'(x) at -u; no difference of near numbers but in the slope, where long double has bits to
-// spare.
-struct Truth {
-  Real value, slope;
-};
-Truth truth(Activation act, Real x) {
-  if (act == Activation::relu) return {x < 0 ? 0 : x, x <= 0 ? Real(0) : Real(1)};
-  if (std::isnan(x)) return {x, x};
-  if (act == Activation::relu2) return {x < 0 ? 0 : x * x, x < 0 ? 0 : 2 * x};
-  if (std::isinf(x)) return {x > 0 ? x : -Real(0), x > 0 ? Real(1) : Real(0)};
-  const Real u = std::fabs(x);
-  Real g, ug;  // g(-u), u g'(-u)
-  if (act == Activation::gelu) {
-    g = std::erfc(u * std::sqrt(Real(0.5))) / 2;
-    ug = u * std::exp(-u * u / 2) / std::sqrt(2 * std::acos(Real(-1)));
-  } else {
-    const Real c = act == Activation::gelu_tanh ? std::sqrt(8 / std::acos(Real(-1))) : act == Activation::silu ? 1 : 1.702L;
-    const Real cube = act == Activation::gelu_tanh ? 0.044715L * u * u * u : 0;
-    const Real q = c * (u + cube), uq = c * (u + 3 * cube);  // uq = u q'(u)
-    const Real t = std::exp(-q);
-    g = t / (1 + t);
-    ug = uq * t / ((1 + t) * (1 + t));
-  }
-  return x < 0 ? Truth{x * g, g - ug} : Truth{x * (1 - g), 1 - (g - ug)};
-}
 
 // f'(x) of a kernel is its backward with dy = 1.
 struct Both {
@@ -72,7 +44,7 @@ TEST(Activations, Every16BitValueIsRightToOneUlp) {
   for (const DType dtype : {DType::f16, DType::bf16}) {
     const EveryValue x(dtype);
     for (const Kernels* k : backends()) {
-      for (const Activation act : activations) {
+      for (const Activation act : every<Activation>()) {
         const Both got(*k, act, x);
         int value_off = 0, slope_off = 0;
         for (std::int64_t i = 0; i < 1 << 16; ++i) {
@@ -98,8 +70,8 @@ TEST(Activations, Every16BitValueIsRightToOneUlp) {
           slope_off += d != rounded(dtype, t.slope);
         }
         const bool half = dtype == DType::f16, silu = act == Activation::silu;
-        EXPECT_LE(value_off, half ? silu ? 2 : 5 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
-        EXPECT_LE(slope_off, half ? silu ? 15 : 5 : 1) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        EXPECT_LE(value_off, half ? silu ? 2 : 5 : 1) << k->name << ' ' << name_of(act) << ' ' << name_of(dtype);
+        EXPECT_LE(slope_off, half ? silu ? 15 : 5 : 1) << k->name << ' ' << name_of(act) << ' ' << name_of(dtype);
       }
     }
   }
@@ -109,7 +81,7 @@ TEST(Activations, Every16BitValueIsRightToOneUlp) {
 void check_floats(std::uint32_t first, std::uint64_t step) {
   const std::int64_t n = 1 << 12;
   for (const Kernels* k : backends()) {
-    for (const Activation act : smooth) {
+    for (const Activation act : every<Activation>(is_smooth)) {
       Matrix x(DType::f32, 1, n);
       for (std::uint64_t bits = first; bits < std::uint64_t{1} << 32;) {
         std::int64_t count = 0;
@@ -128,9 +100,9 @@ void check_floats(std::uint32_t first, std::uint64_t step) {
           }
           const Real absolute = t.slope < 0.1L ? 0x1p-23L : 0;
           ASSERT_LE(std::fabs(y - t.value), std::max(2 * ulp(DType::f32, t.value), absolute))
-              << k->name << ' ' << int(act) << " f(" << v << ")";
+              << k->name << ' ' << name_of(act) << " f(" << v << ")";
           ASSERT_LE(std::fabs(d - t.slope), std::max(2 * ulp(DType::f32, t.slope), absolute))
-              << k->name << ' ' << int(act) << " f'(" << v << ")";
+              << k->name << ' ' << name_of(act) << " f'(" << v << ")";
         }
       }
     }
@@ -168,7 +140,7 @@ void check_pairs(std::uint32_t step) {
           if (r == expected) continue;
           ++off;
           worst = std::max(worst, std::fabs(r - t) / double(ulp(DType::bf16, t)));
-          ASSERT_LE(worst, 1) << k->name << ' ' << int(act) << " x " << x.get(0, 0) << " dy " << d;
+          ASSERT_LE(worst, 1) << k->name << ' ' << name_of(act) << " x " << x.get(0, 0) << " dy " << d;
         }
       }
       // For bench/exhaustive.py.
@@ -189,14 +161,14 @@ TEST(Activations, DoublesAreRightForGradcheck) {
   Matrix x(DType::f64, 3, 501, 511);
   x.fill([](std::int64_t r, std::int64_t c) { return (r - 1) * 0.5L + (c - 250) * 0.05L; });
   for (const Kernels* k : backends(true)) {
-    for (const Activation act : activations) {
+    for (const Activation act : every<Activation>()) {
       const Both got(*k, act, x);
       for (std::int64_t r = 0; r < 3; ++r) {
         for (std::int64_t c = 0; c < 501; ++c) {
           const Truth t = truth(act, x.get(r, c));
           ASSERT_NEAR(double(got.value.get(r, c)), double(t.value), std::max(4e-15L, ulp(DType::f64, t.value)))
-              << int(act) << ' ' << x.get(r, c);
-          ASSERT_NEAR(double(got.slope.get(r, c)), double(t.slope), 1e-15) << int(act) << ' ' << x.get(r, c);
+              << name_of(act) << ' ' << x.get(r, c);
+          ASSERT_NEAR(double(got.slope.get(r, c)), double(t.slope), 1e-15) << name_of(act) << ' ' << x.get(r, c);
         }
       }
     }
@@ -206,18 +178,18 @@ TEST(Activations, DoublesAreRightForGradcheck) {
 TEST(Activations, SpecialValues) {
   for (const DType dtype : all_dtypes) {
     for (const Kernels* k : backends(dtype == DType::f64)) {
-      for (const Activation act : activations) {
+      for (const Activation act : every<Activation>()) {
         Matrix x(dtype, 1, 5);
         const Real values[] = {inf, -inf, std::nanl(""), 0.0L, -0.0L};
         x.fill([&](std::int64_t, std::int64_t c) { return values[c]; });
         const Both got(*k, act, x);
-        EXPECT_EQ(got.value.get(0, 0), inf) << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+        EXPECT_EQ(got.value.get(0, 0), inf) << k->name << ' ' << name_of(act) << ' ' << name_of(dtype);
         EXPECT_EQ(got.value.get(0, 1), 0);
         EXPECT_TRUE(std::isnan(got.value.get(0, 2)));
         EXPECT_TRUE(got.value.get(0, 3) == 0 && !std::signbit(got.value.get(0, 3)));
         const bool square = act == Activation::relu2;
         EXPECT_TRUE(got.value.get(0, 4) == 0 && std::signbit(got.value.get(0, 4)) != square)
-            << k->name << ' ' << int(act) << ' ' << name_of(dtype);
+            << k->name << ' ' << name_of(act) << ' ' << name_of(dtype);
         EXPECT_EQ(got.slope.get(0, 0), square ? inf : 1);
         EXPECT_EQ(got.slope.get(0, 1), 0);
         EXPECT_EQ(got.slope.get(0, 4), square || act == Activation::relu ? 0 : 0.5L);
@@ -270,7 +242,7 @@ TEST(Activations, TailsHaveTheBitsOfTheBody) {
     for (std::int64_t i = 5; i < n; i += 29) x.set(0, i, x.get(0, i) * 16);  // lanes beyond Act::plain among others
     dy.fill_normal(8);
     for (const Kernels* k : backends(dtype == DType::f64)) {
-      for (const Activation act : activations) {
+      for (const Activation act : every<Activation>()) {
         Matrix y(dtype, 1, n), dx(dtype, 1, n);
         k->activation_forward({act, x, y}, {});
         k->activation_backward({act, x, dy, dx}, {});

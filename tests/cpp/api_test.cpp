@@ -341,7 +341,7 @@ TEST(Dither, RefusesWhatDoesNotFit) {
   Memory memory;
   DitherForward args{.x = in(memory.rows(0, 3, 5)), .y = {}, .packed = {&memory.bytes[128], 4}};
   EXPECT_ERROR((args.act = Activation::relu, dither_forward(args)), invalid_argument,
-               "dither_forward: act is 3, which is not one of its 3 values");
+               "dither_forward: act is relu, which this op does not have; use silu, gelu or gelu_tanh");
   EXPECT_ERROR((args.act = Activation::silu, args.bits = 8, dither_forward(args)), invalid_argument,
                "dither_forward: bits is 8; pass a number from 1 to 4");
   EXPECT_ERROR(dither_backward({.dy = args.x, .packed = {&memory.bytes[128], 4}, .dx = memory.rows(0, 3, 5)}), invalid_argument,

@@ -11,10 +11,9 @@
 namespace unswag::test {
 namespace {
 
-constexpr Block codecs[] = {Block::int8, Block::int4, Block::int2, Block::e4m3, Block::e5m2};
-constexpr int sizes_of_blocks[] = {32, 16, 64, 32, 32};
-bool is_float(Block codec) { return codec >= Block::e4m3; }
-int block_size(Block codec) { return sizes_of_blocks[int(codec)]; }
+bool is_whole(Block codec) { return listed(codec).rotated; }
+// Its largest number is its lowest code.
+bool is_wide(Block codec) { return is_whole(codec) && listed(codec).bits > 2; }
 
 // Packed rows with bytes between them that nobody may touch.
 struct PackedRows {
@@ -36,7 +35,7 @@ void fill_with_outliers(Matrix& x, std::uint64_t seed) {
 }
 
 TEST(Block, EveryRowOfKernelsWritesTheSameBytesAndReadsTheSameNumbers) {
-  for (const Block codec : codecs) {
+  for (const Block codec : every<Block>()) {
     for (const DType dtype : float_dtypes) {
       for (const auto& [rows, cols, gap] : {std::tuple{1, 1, 0},
                                             {3, 15, 4},
@@ -52,7 +51,7 @@ TEST(Block, EveryRowOfKernelsWritesTheSameBytesAndReadsTheSameNumbers) {
         fill_with_outliers(x, std::uint64_t(cols));
         x.read_only();
         for (const bool stochastic : {false, true}) {
-          if (stochastic && is_float(codec)) continue;
+          if (stochastic && !is_whole(codec)) continue;
           std::vector<char> first, numbers;
           for (const Kernels* k : backends()) {
             PackedRows packed(codec, rows, cols, gap);
@@ -60,8 +59,8 @@ TEST(Block, EveryRowOfKernelsWritesTheSameBytesAndReadsTheSameNumbers) {
             Matrix y(dtype, rows, cols, cols + 2);
             k->block_decode({codec, packed, y}, {});
             if (first.empty()) first = packed.all(), numbers = y.bytes();
-            ASSERT_EQ(packed.all(), first) << k->name << ' ' << int(codec) << ' ' << name_of(dtype) << ' ' << cols;
-            ASSERT_EQ(y.bytes(), numbers) << k->name << ' ' << int(codec) << ' ' << name_of(dtype) << ' ' << cols;
+            ASSERT_EQ(packed.all(), first) << k->name << ' ' << name_of(codec) << ' ' << name_of(dtype) << ' ' << cols;
+            ASSERT_EQ(y.bytes(), numbers) << k->name << ' ' << name_of(codec) << ' ' << name_of(dtype) << ' ' << cols;
             ASSERT_TRUE(y.gaps_untouched());
           }
         }
@@ -73,9 +72,8 @@ TEST(Block, EveryRowOfKernelsWritesTheSameBytesAndReadsTheSameNumbers) {
 // The largest step of a block is its scale; H / n is orthonormal up to 1 / sqrt(n): an error of half a step in each of n
 // numbers is at most half a step in one, and of the opposite extreme, which is cut, one step more.
 TEST(Block, ARoundTripIsAsNearAsTheScaleSays) {
-  for (const Block codec : {Block::int8, Block::int4}) {
+  for (const Block codec : every<Block>(is_whole)) {
     const std::int64_t rows = 4, cols = 700;
-    const int n = block_size(codec);
     Matrix x(DType::f32, rows, cols), y(DType::f32, rows, cols);
     fill_with_outliers(x, 3);
     for (const Kernels* k : backends()) {
@@ -88,9 +86,10 @@ TEST(Block, ARoundTripIsAsNearAsTheScaleSays) {
           squares += x.get(r, c) * x.get(r, c);
           errors += (x.get(r, c) - y.get(r, c)) * (x.get(r, c) - y.get(r, c));
         }
-      // A uniform quantiser of a block whose largest of n is about 2 to 3 sigma, with q up to 128 or 8.
-      const long double bound = (codec == Block::int8 ? 0.0085L : 0.11L);
-      EXPECT_LT(std::sqrt(errors / squares), bound) << k->name << " n " << n;
+      // A uniform quantiser whose steps reach to the largest of n normal numbers, sqrt(2 log n) sigma.
+      const auto [value, name, n, bits, rotated] = listed(codec);
+      const long double bound = 1.4L * std::sqrt(2 * std::log((long double)n) / 12) / (1 << (bits - 1));
+      EXPECT_LT(std::sqrt(errors / squares), bound) << k->name << ' ' << name;
       EXPECT_GT(std::sqrt(errors / squares), bound / 4) << "an error this small is none of this codec";
     }
   }
@@ -99,8 +98,8 @@ TEST(Block, ARoundTripIsAsNearAsTheScaleSays) {
 // A number alone in its block is all of the block's t, with both signs; those against the sign of the scale are cut at one step
 // less. One too small for the smallest scale becomes 0, or at most that scale.
 TEST(Block, ANumberAloneInItsBlockIsOffByAStepAtMost) {
-  for (const Block codec : {Block::int8, Block::int4}) {
-    const long double step = codec == Block::int8 ? 1 / 128.0L : 1 / 8.0L;
+  for (const Block codec : every<Block>(is_wide)) {
+    const long double step = 1.0L / (1 << (listed(codec).bits - 1));
     for (const long double value : {1.0L, -3.0L, 0x1p-60L, 0x1p90L, 0x1p-120L}) {
       Matrix x(DType::f32, 1, 200), y(DType::f32, 1, 200);
       x.fill([&](std::int64_t, std::int64_t c) { return c == 77 ? value : 0.0L; });
@@ -116,23 +115,23 @@ TEST(Block, ANumberAloneInItsBlockIsOffByAStepAtMost) {
 }
 
 TEST(Block, ZerosStayZerosAndTheirBytesHaveNoScale) {
-  for (const Block codec : codecs) {
+  for (const Block codec : every<Block>()) {
     Matrix x(DType::bf16, 2, 100), y(DType::bf16, 2, 100);
     x.fill([](auto, std::int64_t c) { return c % 2 ? -0.0L : 0.0L; });
     for (const Kernels* k : backends()) {
       PackedRows packed(codec, 2, 100);
       k->block_encode({codec, x, packed}, {});
       k->block_decode({codec, packed, y}, {});
-      for (std::int64_t c = 0; c < 100; ++c) ASSERT_EQ(y.get(1, c), 0) << k->name << ' ' << int(codec);
+      for (std::int64_t c = 0; c < 100; ++c) ASSERT_EQ(y.get(1, c), 0) << k->name << ' ' << name_of(codec);
     }
   }
 }
 
 TEST(Block, NanAndInfinityMakeTheirWholeBlockNanAndNoOther) {
-  for (const Block codec : codecs) {
+  for (const Block codec : every<Block>()) {
     for (const long double bad : {std::numeric_limits<long double>::quiet_NaN(), std::numeric_limits<long double>::infinity(),
                                   -std::numeric_limits<long double>::infinity()}) {
-      const std::int64_t cols = std::int64_t{5} * block_size(codec);
+      const std::int64_t cols = std::int64_t{5} * listed(codec).n;
       Matrix x(DType::f32, 2, cols), y(DType::f32, 2, cols);
       x.fill_normal(1);
       x.set(1, 7, bad);  // block 7 % 5 = 2 of row 1
@@ -142,7 +141,7 @@ TEST(Block, NanAndInfinityMakeTheirWholeBlockNanAndNoOther) {
         k->block_decode({codec, packed, y}, {});
         for (std::int64_t r = 0; r < 2; ++r)
           for (std::int64_t c = 0; c < cols; ++c)
-            ASSERT_EQ(std::isnan(y.get(r, c)), r == 1 && c % 5 == 2) << k->name << ' ' << int(codec) << ' ' << c;
+            ASSERT_EQ(std::isnan(y.get(r, c)), r == 1 && c % 5 == 2) << k->name << ' ' << name_of(codec) << ' ' << c;
       }
     }
   }
@@ -161,8 +160,8 @@ TEST(Block, WhatOverflowsInTheRotationIsNan) {
 
 // A block of equal numbers has one t that is not 0, n times the number, and a bfloat16 for scale: it comes back exactly.
 TEST(Block, EveryBfloat16FillingItsBlock) {
-  for (const Block codec : {Block::int8, Block::int4}) {
-    const std::int64_t n = block_size(codec);
+  for (const Block codec : every<Block>(is_wide)) {
+    const std::int64_t n = listed(codec).n;
     Matrix x(DType::bf16, 1 << 16, n), y(DType::bf16, 1 << 16, n);
     for (std::int64_t i = 0; i < 1 << 16; ++i)
       for (std::int64_t c = 0; c < n; ++c) std::memcpy(static_cast<char*>(x.row(i)) + 2 * c, &i, 2);
@@ -214,7 +213,7 @@ TEST(Block, EveryCodeOfTheEightBitFloats) {
 }
 
 TEST(Block, StochasticRoundingIsRightInTheMean) {
-  for (const Block codec : {Block::int8, Block::int4, Block::int2}) {
+  for (const Block codec : every<Block>(is_whole)) {
     const std::int64_t cols = 128;
     const int draws = 4000;
     Matrix x(DType::f32, 1, cols), y(DType::f32, 1, cols);
@@ -236,7 +235,7 @@ TEST(Block, StochasticRoundingIsRightInTheMean) {
       far += std::fabs(mean - double(x.get(0, std::int64_t(c)))) > 4 * deviation + 1e-4;
       ASSERT_GT(deviation, 0);  // rounding to nearest would be the same each time
     }
-    EXPECT_LE(far, 1) << int(codec);  // 4 sigma: 1 in 16,000 each
+    EXPECT_LE(far, 1) << name_of(codec);  // 4 sigma: 1 in 16,000 each
   }
 }
 

@@ -5,15 +5,12 @@
 #include <cstring>
 #include <functional>
 
+#include "math/dither.hpp"
 #include "matrix.hpp"
 #include "packed.hpp"
 
 namespace unswag::test {
 namespace {
-
-constexpr DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
-constexpr Activation activations[] = {Activation::silu, Activation::gelu,  Activation::gelu_tanh,
-                                      Activation::relu, Activation::relu2, Activation::quick_gelu};
 
 const Kernels* row_named(std::string_view name) {
   for (const Kernels* k : backends())
@@ -64,24 +61,24 @@ void fill_with_every_number(Matrix& x) {
 }
 
 TEST_F(Cuda, ActivationsOfEveryNumberHaveTheBitsOfTheCpu) {
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     Matrix x(dtype, 1, all_numbers), dy(dtype, 1, all_numbers);
     fill_with_every_number(x);
     dy.fill_normal(3, 2);
-    for (const Activation act : activations) {
+    for (const Activation act : every<Activation>()) {
       Matrix y(dtype, 1, x.cols()), dx(dtype, 1, x.cols()), y_cpu(dtype, 1, x.cols()), dx_cpu(dtype, 1, x.cols());
       cuda->activation_forward({act, x, y}, {});
       cpu->activation_forward({act, x, y_cpu}, {});
       cuda->activation_backward({act, x, dy, dx}, {});
       cpu->activation_backward({act, x, dy, dx_cpu}, {});
-      expect_same(y, y_cpu, std::string("y ") + name_of(dtype) + " " + std::to_string(int(act)));
-      expect_same(dx, dx_cpu, std::string("dx ") + name_of(dtype) + " " + std::to_string(int(act)));
+      expect_same(y, y_cpu, std::string("y ") + name_of(dtype) + " " + name_of(act));
+      expect_same(dx, dx_cpu, std::string("dx ") + name_of(dtype) + " " + name_of(act));
     }
   }
 }
 
 TEST_F(Cuda, GatedUnitsHaveTheBitsOfTheCpu) {
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     for (const auto& [rows, cols, gap] :
          {std::tuple{1, int(all_numbers), 0}, {3, 1000, 24}, {5, 77, 3}, {4, 9, -40}, {300, 1, 2}}) {
       const std::int64_t stride = gap < 0 ? gap : cols + gap;
@@ -90,14 +87,14 @@ TEST_F(Cuda, GatedUnitsHaveTheBitsOfTheCpu) {
       up.fill_normal(2);
       dh.fill_normal(3);
       if (cols == all_numbers) fill_with_every_number(gate);
-      for (const Activation act : activations) {
+      for (const Activation act : every<Activation>()) {
         Matrix h(dtype, rows, cols), dgate(dtype, rows, cols, stride), dup(dtype, rows, cols), again(dtype, rows, cols);
         Matrix h_cpu(dtype, rows, cols), dgate_cpu(dtype, rows, cols, stride), dup_cpu(dtype, rows, cols);
         cuda->gated_forward({act, gate, up, h}, {});
         cpu->gated_forward({act, gate, up, h_cpu}, {});
         cuda->gated_backward({act, gate, up, dh, dgate, dup, again}, {});
         cpu->gated_backward({act, gate, up, dh, dgate_cpu, dup_cpu, {}}, {});
-        const std::string what = std::string(name_of(dtype)) + " " + std::to_string(int(act)) + " " + std::to_string(cols);
+        const std::string what = name_of(dtype) + " " + name_of(act) + " " + std::to_string(cols);
         expect_same(h, h_cpu, "h " + what);
         expect_same(again, h_cpu, "h again " + what);
         expect_same(dgate, dgate_cpu, "dgate " + what);
@@ -111,11 +108,11 @@ TEST_F(Cuda, NormsHaveTheBitsOfTheCpu) {
   // Columns around the tree's sixteens, sixty-fours and tiles; rows around its fours, sixteens and groups.
   const std::pair<int, int> shapes[] = {{1, 1},   {3, 15},    {4, 16},    {5, 17},   {16, 63},   {17, 64},
                                         {18, 65}, {33, 2047}, {21, 2048}, {2, 2049}, {1, 20000}, {5000, 24}};
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     for (const DType other : {dtype, DType::f32}) {  // of y, dy and weight
       for (const auto& [rows, cols] : shapes) {
         for (const bool cast : {true, false}) {
-          const std::string what = std::string(name_of(dtype)) + " beside " + name_of(other) + (cast ? " cast " : " ") +
+          const std::string what = name_of(dtype) + " beside " + name_of(other) + (cast ? " cast " : " ") +
                                    std::to_string(rows) + " x " + std::to_string(cols);
           Matrix x(dtype, rows, cols, cols + 5), weight(other, 1, cols), dy(other, rows, cols);
           x.fill_normal(1), weight.fill_normal(2), dy.fill_normal(3);
@@ -147,12 +144,12 @@ TEST_F(Cuda, NormsHaveTheBitsOfTheCpu) {
 TEST_F(Cuda, LayerNormsHaveTheBitsOfTheCpu) {
   const std::pair<int, int> shapes[] = {{1, 1},   {3, 15},    {4, 16},    {5, 17},   {16, 63},   {17, 64},
                                         {18, 65}, {33, 2047}, {21, 2048}, {2, 2049}, {1, 20000}, {5000, 24}};
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     for (const DType other : {dtype, DType::f32}) {  // of y, dy, weight and bias
       for (const auto& [rows, cols] : shapes) {
         for (const int vectors : {0, 1, 2, 3}) {  // weight, bias
-          const std::string what = std::string(name_of(dtype)) + " beside " + name_of(other) + " " + std::to_string(vectors) +
-                                   " " + std::to_string(rows) + " x " + std::to_string(cols);
+          const std::string what = name_of(dtype) + " beside " + name_of(other) + " " + std::to_string(vectors) + " " +
+                                   std::to_string(rows) + " x " + std::to_string(cols);
           Matrix x(dtype, rows, cols, cols + 5), weight(other, 1, cols), bias(other, 1, cols), dy(other, rows, cols);
           x.fill_normal(1), weight.fill_normal(2), dy.fill_normal(3), bias.fill_normal(4);
           for (std::int64_t i = 0; i < cols; ++i) x.set(0, i, x.get(0, i) + 50);
@@ -186,7 +183,7 @@ TEST_F(Cuda, LayerNormsHaveTheBitsOfTheCpu) {
 }
 
 TEST_F(Cuda, CrossEntropyHasTheBitsOfTheCpu) {
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     for (const std::int64_t classes : {1, 2, 16, 65, 2047, 2048, 2049, 17000}) {
       for (const double smoothing : {0.0, 0.1}) {
         for (const double softcap : {0.0, 30.0}) {
@@ -213,8 +210,8 @@ TEST_F(Cuda, CrossEntropyHasTheBitsOfTheCpu) {
                 lse_cpu(DType::f32, 1, rows);
             run(cuda, g, loss, lse);
             run(cpu, g_cpu, loss_cpu, lse_cpu);
-            const std::string what = std::string(name_of(dtype)) + " " + std::to_string(classes) + " " +
-                                     std::to_string(smoothing) + " " + std::to_string(softcap) + (weighted ? " weighted" : "");
+            const std::string what = name_of(dtype) + " " + std::to_string(classes) + " " + std::to_string(smoothing) + " " +
+                                     std::to_string(softcap) + (weighted ? " weighted" : "");
             expect_same(loss, loss_cpu, "loss " + what);
             expect_same(lse, lse_cpu, "lse " + what);
             expect_same(g, g_cpu, "gradient " + what);
@@ -241,14 +238,14 @@ TEST_F(Cuda, ALabelOutsideItsRangeMakesItsRowNan) {
 }
 
 TEST_F(Cuda, DropoutAndDrawsHaveTheBitsOfTheCpu) {
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     for (const auto& [rows, cols] : {std::pair{1, 70000}, {7, 13}, {9, 64}, {3, 1026}}) {
       Matrix x(dtype, rows, cols, cols + 4), y(dtype, rows, cols), y_cpu(dtype, rows, cols);
       x.fill_normal(7);
       for (const double p : {0.0, 0.1, 0.5}) {
         cuda->dropout({x, y, p, 0x123456789abcdef0, ~std::uint64_t{0} - 3}, {});
         cpu->dropout({x, y_cpu, p, 0x123456789abcdef0, ~std::uint64_t{0} - 3}, {});
-        expect_same(y, y_cpu, std::string(name_of(dtype)) + " p " + std::to_string(p));
+        expect_same(y, y_cpu, name_of(dtype) + " p " + std::to_string(p));
       }
     }
   }
@@ -256,32 +253,32 @@ TEST_F(Cuda, DropoutAndDrawsHaveTheBitsOfTheCpu) {
 
 // Bytes and values of step codes and non-zeros are held to those of every row in code_test, dither_test and nonzero_test.
 TEST_F(Cuda, DitherOfEveryNumberHasTheBytesOfTheCpu) {
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     Matrix x(dtype, 1, all_numbers);
     fill_with_every_number(x);
-    for (const Activation act : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+    for (const Activation act : every<Activation>(math::has_dither)) {
       PackedRows packed(1, packed_row_bytes(all_numbers, 3)), packed_cpu(1, packed_row_bytes(all_numbers, 3));
       Matrix y(dtype, 1, x.cols()), y_cpu(dtype, 1, x.cols());
       cuda->dither_forward({act, 3, 5, 6, x, y, packed}, {});
       cpu->dither_forward({act, 3, 5, 6, x, y_cpu, packed_cpu}, {});
-      EXPECT_EQ(packed.bytes(), packed_cpu.bytes()) << name_of(dtype) << " " << int(act);
-      expect_same(y, y_cpu, std::string("y ") + name_of(dtype) + " " + std::to_string(int(act)));
+      EXPECT_EQ(packed.bytes(), packed_cpu.bytes()) << name_of(dtype) << " " << name_of(act);
+      expect_same(y, y_cpu, std::string("y ") + name_of(dtype) + " " + name_of(act));
     }
   }
 }
 
 TEST_F(Cuda, CodesOfTheDerivativeOfEveryNumberHaveTheBytesOfTheCpu) {
-  for (const DType dtype : dtypes) {
+  for (const DType dtype : float_dtypes) {
     Matrix x(dtype, 1, all_numbers);
     fill_with_every_number(x);
-    for (const Activation act : activations) {
+    for (const Activation act : every<Activation>()) {
       PackedRows packed(1, packed_row_bytes(all_numbers, 2)), packed_cpu(1, packed_row_bytes(all_numbers, 2));
       CodeForward a{
           .act = act, .of_derivative = true, .count = 3, .bounds = {0.1, 0.5, 0.9}, .x = x, .y = {}, .packed = packed};
       cuda->code_forward(a, {});
       a.packed = packed_cpu;
       cpu->code_forward(a, {});
-      EXPECT_EQ(packed.bytes(), packed_cpu.bytes()) << name_of(dtype) << " " << int(act);
+      EXPECT_EQ(packed.bytes(), packed_cpu.bytes()) << name_of(dtype) << " " << name_of(act);
     }
   }
 }

@@ -1,4 +1,6 @@
 // Subtractive dither: codes and factors by their formula, the mean over draws, and draws that depend on the position alone.
+#include "math/dither.hpp"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -10,11 +12,13 @@
 namespace unswag::test {
 namespace {
 
-constexpr Activation acts[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh};
 constexpr std::uint64_t seed = 0x123456789abcdef0, offset = ~std::uint64_t{0} - 2;  // the counter carries
 
 double lowest(Activation act) {
-  return act == Activation::silu ? -0.09983932012886692 : act == Activation::gelu ? -0.12890414518515479 : -0.12899306865877177;
+  if (act == Activation::silu) return -0.09983932012886692;
+  if (act == Activation::gelu) return -0.12890414518515479;
+  EXPECT_EQ(act, Activation::gelu_tanh) << name_of(act);
+  return -0.12899306865877177;
 }
 double step(Activation act, int bits) { return (1 - 2 * lowest(act)) / ((1 << bits) - 1); }
 
@@ -44,7 +48,7 @@ TEST(Dither, CodesAndFactorsAreThoseOfTheFormulaWhateverTheStrides) {
       for (const std::int64_t cols : {1, 7, 32, 33, 1037}) {
         const std::int64_t rows = 3, stride = cols % 2 ? -cols - 3 : cols;
         const std::vector<double> v = units(rows * cols);
-        for (const Activation act : acts) {
+        for (const Activation act : every<Activation>(math::has_dither)) {
           for (const int bits : {1, 2, 3, 4}) {
             Matrix x(dtype, rows, cols, stride), dy(dtype, rows, cols, stride), y(dtype, rows, cols), value(dtype, rows, cols);
             x.fill_normal(3, 2), dy.fill_normal(4);
@@ -94,7 +98,7 @@ TEST(Dither, CodesAndFactorsAreThoseOfTheFormulaWhateverTheStrides) {
 TEST(Dither, TheMeanOverDrawsIsTheDerivativeWhateverXIs) {
   const std::int64_t n = 1 << 14;
   const Kernels& k = *backends().back();
-  for (const Activation act : acts) {
+  for (const Activation act : every<Activation>(math::has_dither)) {
     for (const int bits : {1, 2, 3, 4}) {
       for (const double x0 : {-9.0, -2.3993573, -1.41421356, -1.0, -0.3, 0.0, 0.05, 0.7, 1.41421356, 2.4, 8.0}) {
         Matrix x(DType::f32, 1, n), one(DType::f32, 1, n), slope(DType::f32, 1, n), q(DType::f32, 1, n);

@@ -5,33 +5,10 @@
 #include <cmath>
 
 #include "matrix.hpp"
+#include "truth.hpp"
 
 namespace unswag::test {
 namespace {
-
-using Real = long double;
-constexpr Activation activations[] = {Activation::silu, Activation::gelu,  Activation::gelu_tanh,
-                                      Activation::relu, Activation::relu2, Activation::quick_gelu};
-
-Real f(Activation act, Real x) {
-  switch (act) {
-    case Activation::silu: return x / (1 + std::exp(-x));
-    case Activation::gelu: return x * std::erfc(-x * std::sqrt(Real(0.5))) / 2;
-    case Activation::gelu_tanh:
-      // x (1 + tanh(q / 2)) / 2, without its cancellation
-      return x / (1 + std::exp(-std::sqrt(8 / std::acos(Real(-1))) * (x + Real(0.044715L) * x * x * x)));
-    case Activation::relu: return x > 0 ? x : 0;
-    case Activation::relu2: return x > 0 ? x * x : 0;
-    case Activation::quick_gelu: return x / (1 + std::exp(-1.702L * x));
-  }
-  return 0;
-}
-Real slope(Activation act, Real x) {  // central difference: long double leaves 1e-12
-  if (act == Activation::relu) return x > 0;
-  if (act == Activation::relu2) return x > 0 ? 2 * x : 0;
-  const Real h = 1e-6L;
-  return (f(act, x + h) - f(act, x - h)) / (2 * h);
-}
 
 struct Case {
   Matrix gate, up, dh, dgate, dup, h;
@@ -79,7 +56,7 @@ TEST(Gated, LargeOutputsAreThoseOfSmallOnes) {
 TEST(Gated, EveryActivationDtypeAndShape) {
   for (const DType dtype : all_dtypes) {
     for (const Kernels* k : backends(dtype == DType::f64)) {
-      for (const Activation act : activations) {
+      for (const Activation act : every<Activation>()) {
         for (const std::int64_t cols : {0, 1, 15, 16, 17, 33, 1536}) {
           const std::int64_t rows = cols > 100 ? 2 : 3;
           Case c(dtype, rows, cols, cols % 2 ? cols + 3 : -cols - 1);
@@ -94,18 +71,19 @@ TEST(Gated, EveryActivationDtypeAndShape) {
           for (std::int64_t r = 0; r < rows; ++r) {
             for (std::int64_t i = 0; i < cols; ++i) {
               const Real g = c.gate.get(r, i), u = c.up.get(r, i), d = c.dh.get(r, i);
+              const Truth t = truth(act, g);
               // half a unit of the dtype for the rounding, and 2^-21 for the arithmetic: f and f' are right to 2 ulp, or to
               // 2^-23 where f' is below 0.1
-              const Real scale = std::max(std::fabs(f(act, g)), Real(0.25));
+              const Real scale = std::max(std::fabs(t.value), Real(0.25));
               const auto near = [&](Real got, Real want, Real factor) {
                 const Real arithmetic = dtype == DType::f64 ? 1e-11L : 0x1p-21L;
                 return std::fabs(got - want) <= ulp(dtype, want) / 2 + arithmetic * std::fabs(factor);
               };
-              ASSERT_TRUE(near(product.get(r, i), f(act, g) * u, scale * u)) << k->name << " h of " << g << ", " << u;
-              ASSERT_TRUE(near(c.dup.get(r, i), d * f(act, g), d * scale))
+              ASSERT_TRUE(near(product.get(r, i), t.value * u, scale * u)) << k->name << " h of " << g << ", " << u;
+              ASSERT_TRUE(near(c.dup.get(r, i), d * t.value, d * scale))
                   << k->name << " dup of " << g << ", " << d << ": " << c.dup.get(r, i);
-              const Real s = slope(act, g);
-              ASSERT_TRUE(near(c.dgate.get(r, i), d * u * s, d * u * std::max(Real(1), s))) << k->name << " dgate of " << g;
+              ASSERT_TRUE(near(c.dgate.get(r, i), d * u * t.slope, d * u * std::max(Real(1), t.slope)))
+                  << k->name << " dgate of " << g;
               ASSERT_EQ(product.get(r, i), c.h.get(r, i));
               ASSERT_EQ(dgate.get(r, i), c.dgate.get(r, i));
               ASSERT_EQ(dup.get(r, i), c.dup.get(r, i));

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <map>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -22,6 +23,14 @@ namespace {
 
 using unswag::DType;
 
+// The value that has this name in a list of unswag/lists.hpp.
+template <class Enum>
+Enum named(const std::string& name) {
+  for (const auto& entry : unswag::list_of(Enum{}))
+    if (entry.name == name) return entry.value;
+  throw std::invalid_argument(name + " is in no list");
+}
+
 struct Tensor {
   std::string dtype;
   std::int64_t rows = 0;
@@ -32,9 +41,7 @@ struct Tensor {
   const T* as() const {
     return reinterpret_cast<const T*>(bytes.data());
   }
-  DType type() const {
-    return dtype == "float64" ? DType::f64 : dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;
-  }
+  DType type() const { return named<DType>(dtype); }
   std::int64_t size() const { return rows * cols; }
   unswag::ConstRows in() const { return {bytes.data(), type(), rows, cols, cols}; }
   unswag::Rows out() { return {bytes.data(), type(), rows, cols, cols}; }
@@ -109,21 +116,6 @@ void expect_near(const Tensor& ours, const Tensor& truth, const std::string& wha
     EXPECT_NEAR(ours.value(i), truth.value(i), units * unit * (std::abs(truth.value(i)) + rms)) << what << " element " << i;
 }
 
-unswag::Activation activation(const std::string& name) {
-  using unswag::Activation;
-  const std::map<std::string, Activation> activations{
-      {"silu", Activation::silu}, {"gelu", Activation::gelu},   {"gelu_tanh", Activation::gelu_tanh},
-      {"relu", Activation::relu}, {"relu2", Activation::relu2}, {"quick_gelu", Activation::quick_gelu}};
-  return activations.at(name);
-}
-unswag::Mask mask(const std::string& name) {
-  const std::map<std::string, unswag::Mask> masks{
-      {"relu", unswag::Mask::relu},           {"leaky_relu", unswag::Mask::leaky_relu},
-      {"relu6", unswag::Mask::relu6},         {"jax_relu", unswag::Mask::jax_relu},
-      {"jax_relu6", unswag::Mask::jax_relu6}, {"jax_leaky_relu", unswag::Mask::jax_leaky_relu}};
-  return masks.at(name);
-}
-
 class Golden : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
@@ -144,7 +136,7 @@ TEST_P(Golden, MaskBytesAreEqual) {
       Tensor packed = like(expected);
       const std::int64_t stride = expected.cols;
       ASSERT_EQ(stride, unswag::packed_row_bytes(x.cols, 1));
-      ok(unswag::mask_forward({.act = mask(c.key.at("act")),
+      ok(unswag::mask_forward({.act = named<unswag::Mask>(c.key.at("act")),
                                .slope = c.number("slope"),
                                .x = x.in(),
                                .y = y.out(),
@@ -174,14 +166,9 @@ TEST_P(Golden, DropoutIsEqual) {
 }
 
 TEST_P(Golden, BlocksAreEqual) {
-  const std::map<std::string, unswag::Block> codecs{{"int8", unswag::Block::int8},
-                                                    {"int4", unswag::Block::int4},
-                                                    {"int2", unswag::Block::int2},
-                                                    {"e4m3", unswag::Block::e4m3},
-                                                    {"e5m2", unswag::Block::e5m2}};
   for (const Case& c : read("block.txt")) {
     const Tensor &x = c.tensor.at("x"), &expected = c.tensor.at("packed"), &truth = c.tensor.at("decoded");
-    const unswag::Block codec = codecs.at(c.key.at("codec"));
+    const unswag::Block codec = named<unswag::Block>(c.key.at("codec"));
     const std::string what = c.key.at("codec") + " " + x.dtype + " " + c.key.at("stochastic");
     ASSERT_EQ(expected.cols, unswag::block_row_bytes(codec, x.cols)) << what;
     Tensor packed = like(expected);
@@ -223,7 +210,7 @@ TEST_P(Golden, DitherIsEqual) {
     const Tensor& x = c.tensor.at("x");
     const Tensor& expected = c.tensor.at("packed");
     Tensor dx = like(x), packed = like(expected);
-    const unswag::Activation act = activation(c.key.at("act"));
+    const unswag::Activation act = named<unswag::Activation>(c.key.at("act"));
     const int bits = static_cast<int>(c.integer("bits"));
     const std::uint64_t seed = c.integer("seed"), offset = c.integer("offset");
     ok(unswag::dither_forward({.act = act,
@@ -273,7 +260,7 @@ TEST_P(Golden, GatedUnits) {
   for (const Case& c : read("gated.txt")) {
     const Tensor& gate = c.tensor.at("gate");
     const unswag::ConstRows g = gate.in(), up = c.tensor.at("up").in(), dh = c.tensor.at("dh").in();
-    const unswag::Activation act = activation(c.key.at("act"));
+    const unswag::Activation act = named<unswag::Activation>(c.key.at("act"));
     Tensor h = like(gate), dgate = like(gate), dup = like(gate), again = like(gate);
     ok(unswag::gated_forward({.act = act, .gate = g, .up = up, .h = h.out()}));
     ok(unswag::gated_backward(

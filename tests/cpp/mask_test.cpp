@@ -16,9 +16,7 @@
 namespace unswag::test {
 namespace {
 
-constexpr Mask jax_masks[] = {Mask::jax_relu, Mask::jax_leaky_relu, Mask::jax_relu6};
-constexpr Mask masks[] = {Mask::relu, Mask::leaky_relu, Mask::relu6, Mask::jax_relu, Mask::jax_leaky_relu, Mask::jax_relu6};
-constexpr const char* names[] = {"relu", "leaky_relu", "relu6", "jax_relu", "jax_leaky_relu", "jax_relu6"};
+bool is_of_jax(Mask act) { return listed(act).name.starts_with("jax_"); }
 bool leaky(Mask act) { return act == Mask::leaky_relu || act == Mask::jax_leaky_relu; }
 constexpr double slope = 0.01;
 
@@ -111,7 +109,7 @@ TEST(Mask, EveryLengthStrideAndSpecialValue) {
             [&](std::int64_t, std::int64_t c) { return c % 5 ? random.normal() : special(std::int64_t(random.bits() % 14)); });
         x.read_only();
         dy.read_only();
-        for (const Mask act : masks)
+        for (const Mask act : every<Mask>())
           ASSERT_NO_FATAL_FAILURE(check(*k, act, x, dy, stride ? stride : 1, cols % 4 * 4))
               << name_of(dtype) << " cols " << cols;
       }
@@ -128,7 +126,7 @@ void check_row(DType dtype, std::uint32_t upper) {
   }
   dy.fill([](std::int64_t, std::int64_t c) { return c % 7 == 6 ? special(c) : 1.5L; });
   for (const Kernels* k : backends()) {
-    for (const Mask act : masks) ASSERT_NO_FATAL_FAILURE(check(*k, act, x, dy, 0, 0)) << name_of(dtype);
+    for (const Mask act : every<Mask>()) ASSERT_NO_FATAL_FAILURE(check(*k, act, x, dy, 0, 0)) << name_of(dtype);
   }
 }
 TEST(Mask, Every16BitValue) {
@@ -179,7 +177,7 @@ void every_float(std::uint32_t first, std::uint32_t step) {
   // For bench/exhaustive.py.
   const std::uint64_t checked = (std::uint64_t{0xffff - first} / step + 1) << 16;
   for (const Kernels* k : backends())
-    testing::Test::RecordProperty(k->name + std::string(" ") + names[int(act)],
+    testing::Test::RecordProperty(k->name + std::string(" ") + name_of(act),
                                   "checked=" + std::to_string(checked) + " mismatches=0");
 }
 // A step of 1 visits all 2^32 floats.  61 visits 2^26 of them, and all exponents, both signs.
@@ -233,7 +231,7 @@ TEST(Mask, SubnormalsHaveTheSameMaskWhenTheyAreFlushed) {
   Random random(4);
   x.fill([&](std::int64_t, std::int64_t) { return random.normal() * 1e-40L; });
   for (const Kernels* k : backends()) {
-    for (const Mask act : masks) {
+    for (const Mask act : every<Mask>()) {
       PackedRows plain(1, 4096), flushed(1, 4096);
       k->mask_forward({act, slope, false, x, y, plain}, {});
       const unsigned before = _mm_getcsr();
@@ -255,15 +253,15 @@ TEST(Mask, FlushedSubnormalsAreZerosToJax) {
     Matrix x(dtype, 1, 64), y(dtype, 1, 64);
     x.fill([&](std::int64_t, std::int64_t c) { return (c < 32 ? 1 : -1) * edges[c % 9]; });
     for (const Kernels* k : backends(dtype == DType::f64)) {
-      for (const Mask act : jax_masks) {
+      for (const Mask act : every<Mask>(is_of_jax)) {
         PackedRows packed(1, 64);
         k->mask_forward({act, slope, true, x, y, packed}, {});
         for (std::int64_t c = 0; c < 64; ++c) {
           const long double v = x.get(0, c);
           const bool zero = dtype != DType::f16 && std::fabs(v) < least;
-          ASSERT_EQ(packed.bit(0, c), passes(act, zero ? 0 * v : v)) << k->name << " " << names[int(act)] << " of " << v;
+          ASSERT_EQ(packed.bit(0, c), passes(act, zero ? 0 * v : v)) << k->name << " " << name_of(act) << " of " << v;
           ASSERT_PRED2(same, y.get(0, c), zero && passes(act, 0) ? v : value(dtype, act, zero ? 0 * v : v))
-              << k->name << " " << names[int(act)] << " of " << v;
+              << k->name << " " << name_of(act) << " of " << v;
         }
       }
     }

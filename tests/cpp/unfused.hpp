@@ -24,7 +24,6 @@ struct Unfused {
   friend Unfused max(Unfused a, Unfused b) { return math::max(a.v, b.v); }
   friend Unfused abs(Unfused a) { return math::abs(a.v); }
   friend Unfused select(bool m, Unfused a, Unfused b) { return m ? a : b; }
-  friend Unfused exp(Unfused x) { return math::exp_full(x); }
   friend Unfused times_pow2(Unfused m, Unfused z) { return math::times_pow2(m.v, z.v); }
 };
 inline float to_scalar(float x) { return x; }

@@ -6,13 +6,32 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "unswag/tensor.hpp"
 
 namespace unswag::test {
 
-inline constexpr DType all_dtypes[] = {DType::f32, DType::f16, DType::bf16, DType::f64};
-inline constexpr DType float_dtypes[] = {DType::f32, DType::f16, DType::bf16};
+// The values of a list of unswag/lists.hpp, in its order; those of them for which `which` holds.
+template <class Enum, class Which>
+std::vector<Enum> every(const Which& which) {
+  std::vector<Enum> values;
+  for (const auto& entry : list_of(Enum{}))
+    if (which(entry.value)) values.push_back(entry.value);
+  return values;
+}
+template <class Enum>
+std::vector<Enum> every() {
+  return every<Enum>([](Enum) { return true; });
+}
+template <class Enum>
+std::string name_of(Enum value) {
+  return std::string(listed(value).name);
+}
+
+inline const std::vector<DType> all_dtypes = every<DType>();
+inline const std::vector<DType> float_dtypes = every<DType>([](DType t) { return t != DType::f64; });
 
 struct Format {
   int bytes, digits, min_exponent;  // of the significand, hidden bit included; of the smallest normal number
@@ -28,9 +47,6 @@ inline Format format(DType dtype) {
   return {};
 }
 inline std::int64_t size_of(DType dtype) { return format(dtype).bytes; }
-inline const char* name_of(DType dtype) {
-  return dtype == DType::f32 ? "f32" : dtype == DType::f16 ? "f16" : dtype == DType::bf16 ? "bf16" : "f64";
-}
 
 // The distance between neighbours of the format at x.
 inline long double ulp(DType dtype, long double x) {

@@ -21,7 +21,7 @@ NOT_STREAMING = {
     r"FillWith<": "one value per row, where a tensor has no elements",
     r"SumOfRows<": "adds up partial sums, a column each",
     r"Nonzeros<": "values that are kept lie side by side, wherever that is",
-    r"::(En|De)code<.*Blocks, ": "codes are bytes of rows that may begin at any byte; what is computed on is shared memory",
+    r"::(En|De)code<.*BlockOf<": "codes are bytes of rows that may begin at any byte; what is computed on is shared memory",
 }
 NO_LOADS = r"::Fill\b"  # writes random draws
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")

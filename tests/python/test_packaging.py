@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -34,11 +35,15 @@ def test_every_declared_package_is_pinned():
 @pytest.mark.slow
 def test_the_wheel_carries_one_core_and_the_package_alone(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run([*command, f"-Cbuild-dir={tmp_path / 'build'}"], cwd=ROOT, check=True)
+    environment = os.environ | {"UNSWAG_CUDA": "OFF"}
+    subprocess.run([*command, f"-Cbuild-dir={tmp_path / 'build'}"], cwd=ROOT, env=environment, check=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 6e6
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name]
+        symbols = {name: b"\0.symtab\0" in file.read(name) for name in names if name.endswith(".so")}
+    assert symbols and not any(symbols.values()), "the library is not stripped"
     sources = subprocess.run(["git", "ls-files", "."], cwd=ROOT / "python", capture_output=True, text=True, check=True)
     cores = [name for name in names if "_core." in name and not name.endswith(".pyi")]
     assert len(cores) == 1 and cores[0].startswith("unswag/_core.")
-    assert sorted(set(names) - set(cores)) == sorted(sources.stdout.split())
+    assert sorted(set(names) - set(cores)) == sorted([*sources.stdout.split(), "unswag/_core.pyi"])
