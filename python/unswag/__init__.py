@@ -6,7 +6,7 @@ Importing `unswag` imports neither torch nor jax; each public name loads its mod
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -41,15 +41,6 @@ __all__ = [
 ]
 
 
-def _missing(what: str, error: ModuleNotFoundError, extra: str) -> NoReturn:
-    """Raises the error of `what` for which a module was missing: it says what to install, if the module is not ours."""
-    if error.name is None or error.name.partition(".")[0] == "unswag":
-        raise error
-    raise ModuleNotFoundError(
-        f"{what} needs the module {error.name!r}, which is not installed: pip install 'unswag[{extra}]'", name=error.name
-    ) from error
-
-
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
@@ -57,7 +48,9 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:
-        _missing(f"unswag.{name}", error, "jax" if home.startswith("unswag.jax") else "torch")
+        from unswag.optional import missing
+
+        missing(f"unswag.{name}", error, "jax" if home.startswith("unswag.jax") else "torch")
     globals()[name] = value
     return value
 

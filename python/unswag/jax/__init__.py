@@ -5,12 +5,12 @@ They work under jit, grad, vmap, scan, remat, shard_map and automatic sharding, 
 
 from __future__ import annotations
 
-import unswag
+from unswag.optional import missing
 
 try:
     import jax  # noqa: F401
 except ModuleNotFoundError as error:
-    unswag._missing("unswag.jax", error, "jax")
+    missing("unswag.jax", error, "jax")
 
 from unswag.jax import blocks
 from unswag.jax.activations import gelu, silu

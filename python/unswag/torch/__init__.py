@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import unswag
+from unswag.optional import missing
 
 try:
     import torch  # noqa: F401
 except ModuleNotFoundError as error:
-    unswag._missing("unswag.torch", error, "torch")
+    missing("unswag.torch", error, "torch")
 
 from unswag.torch import nn, ops
 from unswag.torch.audit import audit  # not lazily: the module of this name would hide the function
