@@ -44,9 +44,6 @@ __all__ = [
 ]
 
 
-_missing = extras.missing  # what unswag.data still calls it
-
-
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from unswag import reference
+from unswag.reference.math import activation_derivative
 
 __all__ = [
     "FUNCTIONS", "METHODS", "SMOOTH", "Codebook", "Dither", "Fidelity",
@@ -198,7 +198,8 @@ def quadrature(scale: float | Mapping[float, float], ends: Array, least: float =
 
 
 def _derivative(x: Array, function: str) -> Array:
-    return np.asarray(reference.activation_derivative(x, function), np.float64)
+    """f' in float64: the formulas of the reference, the one place where they stand in numpy."""
+    return np.asarray(activation_derivative(x, function), np.float64)
 
 
 class Fidelity(NamedTuple):

@@ -18,8 +18,8 @@ from unswag.jax.dropout import dropout
 from unswag.jax.gated import geglu, reglu, swiglu
 from unswag.jax.ledger import audit, compiler_memory
 from unswag.jax.masks import leaky_relu, relu, relu2, relu6, unswag_relu
+from unswag.jax.names import offload, recompute, save
 from unswag.jax.norms import layer_norm, rms_norm
-from unswag.jax.policies import offload, recompute, save
 
 __all__ = [
     "audit",

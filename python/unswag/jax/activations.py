@@ -28,7 +28,7 @@ from unswag import codebooks
 from unswag.codebooks import Codebook
 from unswag.jax import xla
 from unswag.jax.how import How, choose, floating, implement, integer, one_of
-from unswag.jax.policies import CODE, INPUT
+from unswag.jax.names import CODE, INPUT
 
 __all__ = ["FUNCTIONS", "gelu", "silu", "wide", "wide_type"]
 

@@ -35,7 +35,7 @@ from unswag.jax.activations import wide, wide_type
 from unswag.jax.gated import Unit
 from unswag.jax.how import How, choose, floating, integer, number, one_of, same_dtype
 from unswag.jax.masks import RELU2, Act, Relu2
-from unswag.jax.policies import INPUT, MASK, STAT
+from unswag.jax.names import INPUT, MASK, STAT
 from unswag.jax.varying import alike
 
 __all__ = ["gated_mlp", "linear_cross_entropy", "mlp"]

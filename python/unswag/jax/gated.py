@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax.activations import FUNCTIONS, gelu_name, wide
 from unswag.jax.how import How, choose, floating, implement, same_dtype
-from unswag.jax.policies import INPUT
+from unswag.jax.names import INPUT
 from unswag.jax.varying import alike
 
 __all__ = ["geglu", "reglu", "swiglu"]

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
 from unswag.jax.how import How, choose, floating, implement, number
-from unswag.jax.policies import INPUT, MASK
+from unswag.jax.names import INPUT, MASK
 
 __all__ = ["leaky_relu", "relu", "relu2", "relu6", "unswag_relu"]
 
@@ -68,7 +68,7 @@ def _pack(x: Array, act: Act, how: How) -> Array:
     if how.implementation == "pallas":
         from unswag.jax import pallas  # half a second to import
 
-        return pallas.masked(act.name, x, act)
+        return pallas.masked(act.name, x, act.bit)
     return xla.pack(x, act.bit, 1, how.layout)
 
 
@@ -76,7 +76,7 @@ def _apply(packed: Array, dy: Array, act: Act, how: How) -> Array:
     if how.implementation == "pallas":
         from unswag.jax import pallas
 
-        return pallas.unmasked(act.name, packed, dy, act)
+        return pallas.unmasked(act.name, packed, dy, act.gradient)
     return xla.apply(packed, dy, act.gradient, 1, how.layout)
 
 

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax.activations import wide
 from unswag.jax.how import floating, number
-from unswag.jax.policies import INPUT, STAT
+from unswag.jax.names import INPUT, STAT
 from unswag.jax.varying import alike
 
 __all__ = ["layer_norm", "rms_norm"]

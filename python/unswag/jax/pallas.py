@@ -1,8 +1,8 @@
-"""Pallas kernels for TPUs: the masks of relu, relu6 and leaky_relu, and a linear layer with relu that makes its mask itself.
+"""Pallas kernels for TPUs that pack and apply the masks of relu, relu6 and leaky_relu, and what other kernels run by.
 
-`implementation="pallas"` of `unswag.jax.relu`, `relu6` and `leaky_relu`. The words are those of the layout rows256
+`implementation="pallas"` of `unswag.jax.relu`, `relu6` and `leaky_relu` selects them. The words are those of the layout rows256
 (docs/format.md section 6). Compiled on TPUs; on CPUs the kernels are interpreted, which is slow and meant for tests; elsewhere
-they are a ValueError. Forward values stay those of `jax.nn`: the kernels only pack and apply.
+they are a ValueError. The kernels only pack and apply: forward values are those of `jax.nn`.
 
 XLA cannot partition a kernel. Under automatic sharding over several devices the kernels are a ValueError; inside
 `jax.shard_map` each device runs them on its part. There `linear_relu`, and on CPUs any kernel, needs check_vma=False; with
@@ -18,20 +18,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from unswag.jax import xla
-from unswag.jax.activations import wide, wide_type
-from unswag.jax.how import differentiated_as, floating, same_dtype
-from unswag.jax.masks import Act
-from unswag.jax.policies import INPUT, MASK
+from unswag.jax.activations import wide
+from unswag.jax.how import differentiated_as
 from unswag.jax.xla import GROUP, SUBLANES, WORD
 
-__all__ = ["apply", "linear_relu", "masked", "pack", "unmasked"]
+__all__ = ["apply", "masked", "pack", "unmasked"]
 
 COLS = 1024  # of a block: 1 MiB of float32 for 256 rows
 
@@ -84,8 +81,11 @@ ad.primitive_jvps[_alone] = _no_derivative
 mlir.register_lowering(_alone, _alone_lowering)
 
 
-def _run(op: str, kernel: Callable[..., None], out: Any, *operands: Array, **options: Any) -> Any:
-    """pallas_call, compiled or interpreted."""
+def run(op: str, kernel: Callable[..., None], out: Any, *operands: Array, **options: Any) -> Any:
+    """pallas_call: compiled on a TPU, interpreted on a CPU, an error elsewhere or where XLA would partition it.
+
+    op names the function in errors; out is the shape of the result or a tuple of them; options go to pallas_call.
+    """
 
     def call(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(kernel, out, interpret=interpret, **options)
@@ -94,18 +94,19 @@ def _run(op: str, kernel: Callable[..., None], out: Any, *operands: Array, **opt
     return lax.platform_dependent(*alone, tpu=call(False), cpu=call(True))
 
 
-def _flat(x: Array) -> Array:
+def flatten(x: Array) -> Array:
     """[..., rows, cols] as [leading, rows, cols]."""
     x = xla.as_rows(x)
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _block(rows: int, cols: int) -> tuple[tuple[None, int, int], Callable[..., tuple[Any, ...]]]:
+def block(rows: int, cols: int) -> tuple[tuple[None, int, int], Callable[..., tuple[Any, ...]]]:
     """A block of so many rows, at (leading, group, column)."""
     return (None, rows, cols), lambda leading, i, j, *_: (leading, i, j)
 
 
-def _parallel(dimensions: int, sequential: int = 0) -> Any:
+def parallel(dimensions: int, sequential: int = 0) -> Any:
+    """Compiler parameters of a grid: the first dimensions in any order, the last `sequential` ones in theirs."""
     semantics: Any = ("parallel",) * dimensions + ("arbitrary",) * sequential
     return pltpu.CompilerParams(dimension_semantics=semantics)
 
@@ -113,7 +114,7 @@ def _parallel(dimensions: int, sequential: int = 0) -> Any:
 # ---- masks ---------------------------------------------------------------------------------------------------------------
 
 
-def _words(tile: Callable[[int], Array], code: xla.Code, first: Any, rows: int) -> Array:
+def group_words(tile: Callable[[int], Array], code: xla.Code, first: Any, rows: int) -> Array:
     """The 8 rows of words of one group: bit j is tile j. Rows from `rows` on give 0."""
 
     def bit(j: int) -> Array:
@@ -131,7 +132,7 @@ def _words(tile: Callable[[int], Array], code: xla.Code, first: Any, rows: int) 
 
 def _pack_kernel(x: Any, words: Any, *, code: xla.Code, rows: int) -> None:
     first = pl.program_id(1) * GROUP
-    words[...] = _words(lambda j: wide(x[j * SUBLANES : (j + 1) * SUBLANES, :]), code, first, rows)
+    words[...] = group_words(lambda j: wide(x[j * SUBLANES : (j + 1) * SUBLANES, :]), code, first, rows)
 
 
 def _apply_kernel(words: Any, dy: Any, dx: Any, *, use: xla.Use) -> None:
@@ -148,18 +149,18 @@ def pack(op: str, x: Array, code: xla.Code) -> Array:
 
     if x.size == 0:
         return xla_form(x)
-    flat = _flat(x)
+    flat = flatten(x)
     leading, rows, cols = flat.shape
     width = min(cols, COLS)
-    words = _run(
+    words = run(
         op,
         partial(_pack_kernel, code=code, rows=rows),
         jax.eval_shape(xla_form, flat),  # with the axes of shard_map that it varies over
         flat,
         grid=(leading, pl.cdiv(rows, GROUP), pl.cdiv(cols, width)),
-        in_specs=[pl.BlockSpec(*_block(GROUP, width))],
-        out_specs=pl.BlockSpec(*_block(SUBLANES, width)),
-        compiler_params=_parallel(3),
+        in_specs=[pl.BlockSpec(*block(GROUP, width))],
+        out_specs=pl.BlockSpec(*block(SUBLANES, width)),
+        compiler_params=parallel(3),
         cost_estimate=pl.CostEstimate(flops=2 * x.size, bytes_accessed=x.nbytes + x.size // 8, transcendentals=0),
         name=f"unswag_{op}_pack",
     )
@@ -170,159 +171,39 @@ def apply(op: str, packed: Array, dy: Array, use: xla.Use) -> Array:
     """As `xla.apply` with one bit in the layout rows256. The result takes the place of dy where that is not used again."""
     if dy.size == 0:
         return dy
-    flat, words = _flat(dy), packed.reshape(-1, *packed.shape[-2:])
+    flat, words = flatten(dy), packed.reshape(-1, *packed.shape[-2:])
     leading, rows, cols = flat.shape
     width = min(cols, COLS)
-    dx = _run(
+    dx = run(
         op,
         partial(_apply_kernel, use=use),
         jax.eval_shape(lambda words, dy: xla.apply(words, dy, use, 1, "rows256"), words, flat),
         words,
         flat,
         grid=(leading, pl.cdiv(rows, GROUP), pl.cdiv(cols, width)),
-        in_specs=[pl.BlockSpec(*_block(SUBLANES, width)), pl.BlockSpec(*_block(GROUP, width))],
-        out_specs=pl.BlockSpec(*_block(GROUP, width)),
+        in_specs=[pl.BlockSpec(*block(SUBLANES, width)), pl.BlockSpec(*block(GROUP, width))],
+        out_specs=pl.BlockSpec(*block(GROUP, width)),
         input_output_aliases={1: 0},
-        compiler_params=_parallel(3),
+        compiler_params=parallel(3),
         cost_estimate=pl.CostEstimate(flops=2 * dy.size, bytes_accessed=2 * dy.nbytes + dy.size // 8, transcendentals=0),
         name=f"unswag_{op}_apply",
     )
     return dx.reshape(dy.shape)
 
 
-def unmasked(op: str, packed: Array, dy: Array, act: Act) -> Array:
-    """The gradient of act, which JAX differentiates by its XLA form."""
+def unmasked(op: str, packed: Array, dy: Array, use: xla.Use) -> Array:
+    """`apply`, which JAX differentiates by its XLA form."""
 
     def plain(packed: Array, dy: Array) -> Array:
-        return xla.apply(packed, dy, act.gradient, 1, "rows256")
+        return xla.apply(packed, dy, use, 1, "rows256")
 
-    return differentiated_as(plain, lambda packed, dy: apply(op, packed, dy, act.gradient))(packed, dy)
+    return differentiated_as(plain, lambda packed, dy: apply(op, packed, dy, use))(packed, dy)
 
 
-def masked(op: str, x: Array, act: Act) -> Array:
-    """The words of act's mask; they have no derivative."""
+def masked(op: str, x: Array, code: xla.Code) -> Array:
+    """`pack`; JAX takes the words, which are integers, for constant."""
 
     def plain(x: Array) -> Array:
-        return xla.pack(x, act.bit, 1, "rows256")
+        return xla.pack(x, code, 1, "rows256")
 
-    return differentiated_as(plain, lambda x: pack(op, x, act.bit))(x)
-
-
-# ---- relu(x w) with its mask, and no round trip of x w through memory ----------------------------------------------------
-
-
-_RELU = Act("relu")
-
-
-def _linear_kernel(x: Any, w: Any, y: Any, words: Any, total: Any, *, rows: int, steps: int) -> None:
-    first, k = pl.program_id(1) * y.shape[0], pl.program_id(3)
-
-    @pl.when(k == 0)
-    def _() -> None:
-        total[...] = jnp.zeros_like(total)
-
-    total[...] += jnp.dot(x[...], w[...], preferred_element_type=total.dtype)
-
-    @pl.when(k == steps - 1)
-    def _() -> None:
-        z = total[...].astype(y.dtype).astype(total.dtype)  # the bits are those of the rounded sum
-        y[...] = jnp.maximum(z, 0).astype(y.dtype)
-        for group in range(y.shape[0] // GROUP):
-            top = group * GROUP
-
-            def tile(j: int, top: int = top) -> Array:
-                return z[top + j * SUBLANES : top + (j + 1) * SUBLANES, :]
-
-            words[group * SUBLANES : (group + 1) * SUBLANES, :] = _words(tile, _RELU.bit, first + top, rows)
-
-
-def _depth(k: int) -> tuple[int, int]:
-    """Columns of x per step, and the zeros to add to k."""
-    if k <= 512:
-        return k, 0
-    padded = k + -k % 128
-    return next(depth for depth in (512, 384, 256, 128) if padded % depth == 0), padded - k
-
-
-def _linear_xla(x: Array, w: Array) -> tuple[Array, Array]:
-    y = jax.nn.relu(jnp.matmul(x, w))
-    return y, xla.pack(y, _RELU.bit, 1, "rows256")
-
-
-def _linear_forward(x: Array, w: Array) -> tuple[Array, Array]:
-    """y and the words."""
-
-    if 0 in (*x.shape, *w.shape):
-        return _linear_xla(x, w)
-    flat = _flat(x)
-    leading, rows, k = flat.shape
-    cols = w.shape[-1]
-    depth, zeros = _depth(k)
-    if zeros:
-        flat, w = jnp.pad(flat, ((0, 0), (0, 0), (0, zeros))), jnp.pad(w, ((0, zeros), (0, 0)))
-    tall, width = 2 * GROUP if rows > GROUP else GROUP, min(cols, COLS)
-    steps = (k + zeros) // depth
-    y, words = _run(
-        "linear_relu",
-        partial(_linear_kernel, rows=rows, steps=steps),
-        jax.eval_shape(_linear_xla, flat, w),
-        flat,
-        w,
-        grid=(leading, pl.cdiv(rows, tall), pl.cdiv(cols, width), steps),
-        in_specs=[
-            pl.BlockSpec((None, tall, depth), lambda leading, i, j, k: (leading, i, k)),
-            pl.BlockSpec((depth, width), lambda leading, i, j, k: (k, j)),
-        ],
-        out_specs=(pl.BlockSpec(*_block(tall, width)), pl.BlockSpec(*_block(tall // WORD, width))),
-        scratch_shapes=[pltpu.VMEM((tall, width), wide_type(x))],
-        compiler_params=_parallel(3, sequential=1),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * leading * rows * k * cols,
-            bytes_accessed=flat.nbytes * pl.cdiv(cols, width) + w.nbytes * leading * pl.cdiv(rows, tall),
-            transcendentals=0,
-        ),
-        name="unswag_linear_relu",
-    )
-    shape = xla.as_rows(x).shape
-    return y.reshape(*x.shape[:-1], cols), words.reshape(*shape[:-2], *words.shape[-2:])
-
-
-def _linear(x: Array, w: Array) -> tuple[Array, Array]:
-    return differentiated_as(_linear_xla, _linear_forward)(x, w)
-
-
-@jax.custom_vjp
-def _linear_relu(x: Array, w: Array) -> Array:
-    return _linear(x, w)[0]
-
-
-def _linear_relu_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    y, words = _linear(x, w)
-    return y, (checkpoint_name(words, MASK), checkpoint_name(x, INPUT), w)
-
-
-def _linear_relu_backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
-    words, x, w = kept
-    dz = unmasked("linear_relu", words, dy, _RELU)
-    leading = tuple(range(x.ndim - 1))
-    return jnp.matmul(dz, w.T), jnp.tensordot(x, dz, (leading, leading))
-
-
-_linear_relu.defvjp(_linear_relu_forward, _linear_relu_backward)
-
-
-def linear_relu(x: Array, w: Array) -> Array:
-    """relu(x w): the kernel that sums the product writes y and its mask, so x w itself is never in memory.
-
-    x  [..., k];  w  [k, n] of the same dtype: float32, bfloat16 or (interpreted) float16, float64. y is [..., n] in that
-    dtype: sums in float32 (float64 for float64) in blocks of k, rounded once, so y differs from `jax.nn.relu(x @ w)` by
-    rounding. The gradient is exactly that of the y returned: dz = dy where y > 0.
-    Saved: one bit per element of y, m n / 8 bytes, and x and w as far as their gradients are wanted. The padding of the rows
-    to 256 and, for k > 512, of k to a multiple of 128 (by a copy of x and w) costs where they are not such.
-    TypeError for dtypes, ValueError for shapes that do not fit. The gradient may be differentiated again, in either mode.
-    """
-    x, w = floating("linear_relu", "x", x), floating("linear_relu", "w", w)
-    same_dtype("linear_relu", ("x", x), {"w": w})
-    if x.ndim == 0 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"linear_relu: x has shape {x.shape} and w {w.shape}; pass [..., k] and [k, n]")
-    return _linear_relu(x, w)
+    return differentiated_as(plain, lambda x: pack(op, x, code))(x)

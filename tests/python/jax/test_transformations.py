@@ -63,7 +63,7 @@ CODES = {
 
 
 def _linear_relu(x, w):
-    from unswag.jax.pallas import linear_relu
+    from unswag.jax.linear_relu import linear_relu
 
     return linear_relu(x, w)
 

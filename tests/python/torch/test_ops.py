@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 import mmap
@@ -18,18 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unswag import _core, reference
 from unswag.torch import ops
+from unswag.torch.ops.tensors import as_rows, place
 
 pytestmark = pytest.mark.native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-OPS = (
-    "mask_forward", "mask_backward", "activation_forward", "activation_backward", "gated_forward", "gated_backward",
-    "gated_backward_product", "gated_halves_backward", "rms_norm_forward", "rms_norm_apply", "rms_norm_backward",
-    "cross_entropy_", "dropout",
-    "layer_norm_forward", "layer_norm_apply", "layer_norm_backward",
-    "code_forward", "code_backward", "dither_forward", "dither_backward", "nonzero_encode", "nonzero_decode",
-    "signs_encode", "signs_decode", "block_encode", "block_decode",
-)  # fmt: skip
+OPS = tuple(ops.OPS)
 READERS = tuple(op for op in OPS if op != "cross_entropy_")  # which only read their inputs
 
 
@@ -102,7 +97,9 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
         bitmap = ops.mask_forward(values.square() + 1, "relu", 0.0)[1]
         offsets = torch.arange(math.prod(shape[:-1]) + 1) * math.prod(shape[-1:])
         return relayout(bitmap), offsets, values.flatten(), list(shape)
-    return draw(), 0.5, -7, 3
+    if op == "dropout":
+        return draw(), 0.5, -7, 3
+    raise NotImplementedError(f"no sample for {op}: add one, and the tests below run it")
 
 
 # Whose packed argument is no number, so that no view of it may be negative.
@@ -136,11 +133,15 @@ def call(op: str, *args):
     return getattr(ops, op)(*args)
 
 
-def test_every_op_is_tested():
+def test_every_op_is_tested_documented_and_public():
     registered = {
         name.removeprefix("unswag::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("unswag::")
     }
     assert registered == set(OPS)
+    for name, (overload, kernel, _) in ops.OPS.items():
+        assert getattr(ops, name) is overload and name in ops.__all__
+        assert overload.__doc__ == f"{overload._schema}".replace("unswag::", "") + f"\n\n{inspect.getdoc(kernel)}"
+        assert len(inspect.getdoc(kernel)) > 60, name
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -233,16 +234,16 @@ def test_row_views_are_not_copied():
         (x.flatten().as_strided((3, 8), (9, 1)), 9),
         (torch.randn(5, 1).t(), 5),
     ):
-        seen, rows, cols, row_stride = ops._rows(view)
+        seen, rows, cols, row_stride = as_rows(view)
         assert seen is view and (rows, cols, row_stride) == (view.numel() // view.shape[-1], view.shape[-1], stride)
     for view in (x.transpose(0, 1), x[:, 1:], x[..., ::2], x.permute(2, 0, 1)):
-        seen, *_ = ops._rows(view)
+        seen, *_ = as_rows(view)
         assert seen is not view and seen.is_contiguous() and torch.equal(seen, view)
 
 
 def test_one_expanded_value_costs_one_row():
     dy = torch.tensor(3.0).expand(1000, 8)
-    row, rows, cols, stride = ops._rows(dy)
+    row, rows, cols, stride = as_rows(dy)
     assert (rows, cols, stride) == (1000, 8, 0) and row.untyped_storage().nbytes() == 8 * 4
     x = torch.randn(1000, 8)
     assert_same(ops.activation_backward(x, dy, "silu"), ops.activation_backward(x, dy.contiguous(), "silu"))
@@ -541,12 +542,18 @@ def test_errors_say_what_to_do(wrong, error, text):
 NOWHERE = 99  # a CUDA device that no machine has
 
 
+def put(patch: pytest.MonkeyPatch, where: tuple[int, int, int]) -> None:
+    """Every family of ops believes that tensors are there."""
+    for module in {inspect.getmodule(op.kernel) for op in ops.OPS.values()}:
+        patch.setattr(module, "place", lambda x: where)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_device_stream_and_threads_reach_the_core(op, monkeypatch):
     """Each of the three, in its place: the core says what is wrong with it, and nothing is computed."""
     problem = _core.cuda_problem(NOWHERE)
     kind = RuntimeError if _core.cuda_architectures() else NotImplementedError
-    for place, error, text in (
+    for where, error, text in (
         ((NOWHERE, 0, 0), (kind, ValueError), re.escape(problem)),
         ((-1, 7, 1), ValueError, "a device's stream is given, but no device"),
         ((-1, 0, -3), ValueError, "threads is -3"),
@@ -554,7 +561,7 @@ def test_device_stream_and_threads_reach_the_core(op, monkeypatch):
         args = sample(op)
         before = [x.clone() for x in tensors(args)]
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_where", lambda x, place=place: place)
+            put(patch, where)
             with pytest.raises(error, match=text):
                 call(op, *args)
         assert_same(args, before)
@@ -570,9 +577,9 @@ def test_the_current_stream_of_the_tensors_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     with FakeTensorMode():
         x = torch.empty(3, device="cuda:1")
-        assert ops._where(x) == (1, 0xABC1, 0) and asked == [torch.device("cuda:1")]
+        assert place(x) == (1, 0xABC1, 0) and asked == [torch.device("cuda:1")]
     torch.set_num_threads(2)  # put back by the fixture
-    assert ops._where(X) == (-1, 0, 2) and len(asked) == 1
+    assert place(X) == (-1, 0, 2) and len(asked) == 1
 
 
 def test_one_function_serves_both_devices():
@@ -594,12 +601,12 @@ def test_rms_norm_backward_brings_scratch_where_a_device_needs_it(rows, cols, ne
     monkeypatch.setattr(_core, "rms_norm_backward", backward)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: made.append(empty(*args, **kw)) or made[-1])
     x, rstd, weight, dy, *_ = sample("rms_norm_backward", shape=(rows, cols))
-    for place in ((-1, 0, 1), (0, 64, 0)):
+    for where in ((-1, 0, 1), (0, 64, 0)):
         made.clear()
-        monkeypatch.setattr(ops, "_where", lambda x, place=place: place)
+        put(monkeypatch, where)
         ops.rms_norm_backward(x, rstd, weight, dy, 0.0, True, True, need_dw)
         scratch = [t for t in made if t.dtype == torch.uint8]
-        assert seen["place"] == place and len(scratch) == (place[0] >= 0 and need_dw)
+        assert seen["place"] == where and len(scratch) == (where[0] >= 0 and need_dw)
         assert seen["scratch"] == (scratch[0].data_ptr() if scratch else 0)
         assert all(t.nbytes == _core.rms_norm_backward_scratch(rows, cols) and t.device == x.device for t in scratch)
     assert (_core.rms_norm_backward_scratch(rows, cols) > 0) == (rows > 0)
@@ -616,8 +623,8 @@ def test_layer_norm_backward_brings_scratch_where_a_device_needs_it(need_dw, nee
 
     monkeypatch.setattr(_core, "layer_norm_backward", backward)
     x, mean, rstd, weight, dy, *_ = sample("layer_norm_backward", shape=(5, 37))
-    for place in ((-1, 0, 1), (0, 64, 0)):
-        monkeypatch.setattr(ops, "_where", lambda x, place=place: place)
+    for where in ((-1, 0, 1), (0, 64, 0)):
+        put(monkeypatch, where)
         ops.layer_norm_backward(x, mean, rstd, weight, dy, True, need_dw, need_db)
     assert [address != 0 for address in seen] == [False, need_dw or need_db]
     assert _core.layer_norm_backward_scratch(5, 37) == 2 * _core.rms_norm_backward_scratch(5, 37)
@@ -641,8 +648,7 @@ def test_all_tensors_of_a_call_are_on_one_device(op, at, device):
             args = [torch.empty_like(x, device="cuda:0") if isinstance(x, torch.Tensor) else x for x in args]
             args[at] = torch.empty_like(args[at], device=device)
         here = args[0].device
-        kernel = getattr(ops, "_cross_entropy" if op == "cross_entropy_" else f"_{op}")
-        outputs = getattr(ops, f"{kernel.__name__}_outputs")
+        _, kernel, outputs = ops.OPS[op]
         for function in (kernel, outputs) if device == "meta" else (outputs,):
             with pytest.raises(
                 ValueError, match=rf"{name} is on device '{device}' but \w+ on '{here}'; pass {name}\.to\('{here}'"

@@ -14,6 +14,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -25,8 +26,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import unswag
-from unswag import data as data_module
-from unswag.data import DataError, PackedDataset, _pack, prepare_data, quarantine_path
+from unswag.data import DataError, PackedDataset, lines, prepare_data, quarantine_path
+from unswag.data import prepare as prepare_module
+from unswag.data.dataset import pack
+from unswag.data.disk import ARRAYS
+from unswag.data.text import Encoder
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -209,7 +213,7 @@ def test_too_long(tmp_path):
 
 
 def test_best_fit_decreasing():
-    order, packs = _pack(np.array([2, 7, 5, 3, 4, 9]), 10)
+    order, packs = pack(np.array([2, 7, 5, 3, 4, 9]), 10)
     rows = [order[a:b].tolist() for a, b in itertools.pairwise(packs)]
     assert rows == [[0], [1, 3], [2, 4], [5]]  # 9 | 7 + 3 | 5 + 4 | 2: every row but the last is as full as it can be
 
@@ -218,7 +222,7 @@ def test_best_fit_decreasing():
 @settings(deadline=None)
 def test_packing_keeps_every_sequence_once_and_is_tight(lengths, capacity):
     lengths = np.array(lengths)
-    order, packs = _pack(lengths, capacity)
+    order, packs = pack(lengths, capacity)
     assert sorted(order) == list(range(len(lengths)))
     used = np.add.reduceat(lengths[order], packs[:-1])
     assert used.max() <= capacity and used.sum() == lengths.sum()
@@ -258,7 +262,7 @@ def test_same_bytes_whatever_the_batch_size(tmp_path, monkeypatch):
     path = sized(tmp_path, *range(3, 60))
     folders = []
     for batch in (1, 7, 1000):
-        monkeypatch.setattr(data_module, "BATCH_ROWS", batch)
+        monkeypatch.setattr(prepare_module, "BATCH_ROWS", batch)
         folders.append(tmp_path / f"out{batch}")
         prepare(path, 100).save(folders[-1])
     first, *others = (
@@ -269,9 +273,9 @@ def test_same_bytes_whatever_the_batch_size(tmp_path, monkeypatch):
 
 def test_long_lines_make_small_batches(tmp_path, monkeypatch):
     sizes = []
-    encode = data_module._Encoder.encode
-    monkeypatch.setattr(data_module._Encoder, "encode", lambda self, texts: (sizes.append(len(texts)), encode(self, texts))[1])
-    monkeypatch.setattr(data_module, "BATCH_BYTES", 100)
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts: (sizes.append(len(texts)), encode(self, texts))[1])
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 100)
     prepare(sized(tmp_path, 4, 4, 4, 4, 4, 200, 4))
     assert sizes == [3, 3, 1]
 
@@ -443,7 +447,7 @@ def test_duplicate_key_in_a_message(tmp_path):
 
 
 def test_a_line_longer_than_the_limit_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
     long = json.dumps({"instruction": "a" * 1000, "output": "b"}).encode()
     path = write(tmp_path / "a.jsonl", raw=b"\n".join([GOOD, long, GOOD, long]))
     data = prepare(path, on_error="skip")
@@ -572,7 +576,7 @@ def test_what_was_harmed_is_not_loaded(harm, tmp_path):
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     data = prepare(sized(tmp_path, 4, 6))
-    monkeypatch.setattr(data_module.os, "rename", lambda *a: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(os, "rename", lambda *a: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
         data.save(tmp_path / "out" / "saved")
     assert not list((tmp_path / "out").iterdir())
@@ -581,7 +585,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_full_disk_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
     (tmp_path / "spool").mkdir()
-    monkeypatch.setattr(data_module.os.path, "getsize", lambda path: 12)
+    monkeypatch.setattr(os.path, "getsize", lambda path: 12)
     with pytest.raises(OSError, match="shorter than what was written to it; is the disk full"):
         prepare(sized(tmp_path, 4, 6))
     assert not list((tmp_path / "spool").iterdir())
@@ -591,7 +595,7 @@ def test_what_gets_its_name_is_on_the_disk_by_then(tmp_path, monkeypatch):
     log = []
     for name in ("fsync", "replace", "rename"):
         call = getattr(os, name)
-        monkeypatch.setattr(data_module.os, name, lambda *a, name=name, call=call: (log.append(name), call(*a))[1])
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=call: (log.append(name), call(*a))[1])
     data = prepare(write(tmp_path / "a.jsonl", raw=GOOD + b"\n{"), on_error="quarantine")
     assert log == ["fsync", "replace"]
     log.clear()
@@ -626,7 +630,7 @@ def test_report(tmp_path, capsys):
 
 def test_progress_of_what_takes_long(tmp_path, monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(data_module.time, "monotonic", lambda: now.__setitem__(0, now[0] + 0.1) or now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now.__setitem__(0, now[0] + 0.1) or now[0])
     prepare(sized(tmp_path, *[5] * 300), verbose=True)
     assert len(re.findall(r"preparing: \d+%", capsys.readouterr().err)) == 3  # 30 seconds, as it thinks
     prepare(sized(tmp_path, *[5] * 300))
@@ -953,8 +957,8 @@ def test_other_keys_of_a_message_go_to_the_template_or_are_noted(tmp_path):
 
 def test_many_keys_of_a_message_take_a_few_renderings(tmp_path, monkeypatch):
     counts = Counter()
-    render = data_module._Encoder._render
-    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    render = Encoder.render
+    monkeypatch.setattr(Encoder, "render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
     messages = turns(("user", "q"), ("assistant", "a"), **{f"k{i}": i for i in range(1000)})
     data = chat(tmp_path, {"messages": messages})
     assert data.counts.noted["more that is not read"] == 980 and counts["render"] < 10
@@ -968,8 +972,8 @@ def test_a_long_conversation_is_not_rendered_for_each_message_if_it_is_dropped(t
     ((_, learnt),) = rows_of(chat(tmp_path, {"messages": messages}, max_length=4096))
     assert learnt == "\n".join(f"assistant {i}<|im_end|>" for i in range(50))
     counts = Counter()
-    render = data_module._Encoder._render
-    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    render = Encoder.render
+    monkeypatch.setattr(Encoder, "render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
     with pytest.raises(ValueError, match="'too long': 1"):
         chat(tmp_path, {"messages": messages}, max_length=256)
     assert counts["render"] == 1
@@ -1422,7 +1426,7 @@ def saved(folder, arrays=None, **changes):
     counts = {"read": 2, "kept": 2, "blank": 0, "dropped": {}, "truncated": 0, "merged": 0, "tokens": 10, "trained": 2}
     manifest = {"format": "unswag-data", "version": 1, "max_length": 8, "pad": 0, "counts": counts, "files": {}}
     folder.mkdir()
-    for name, dtype in data_module._ARRAYS.items():
+    for name, dtype in ARRAYS.items():
         raw = arrays[name] if isinstance(arrays[name], bytes) else np.asarray(arrays[name]).astype(dtype).tobytes()
         (folder / f"{name}.bin").write_bytes(raw)
         manifest["files"][f"{name}.bin"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
@@ -1720,8 +1724,8 @@ def test_a_text_that_ends_with_the_end_gets_no_second_one(tmp_path):
 @pytest.fixture
 def renderings(monkeypatch):
     counts = Counter()
-    render = data_module._Encoder._render
-    monkeypatch.setattr(data_module._Encoder, "_render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
+    render = Encoder.render
+    monkeypatch.setattr(Encoder, "render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
     return counts
 
 
@@ -1960,7 +1964,7 @@ def test_a_quarantine_that_no_earlier_run_wrote_is_left_alone(there, raw, tmp_pa
     }[there]()
     path.write_bytes(raw)
     before = place.read_bytes() if place.is_file() else place.lstat()
-    monkeypatch.setattr(data_module, "_sequences", None)  # no work is done by then
+    monkeypatch.setattr(prepare_module, "sequences", None)  # no work is done by then
     with pytest.raises(ValueError, match=f"{re.escape(str(place))} {message}, .*move it away"):
         prepare([path], on_error="quarantine")
     assert (place.read_bytes() if place.is_file() else place.lstat()) == before
@@ -1982,7 +1986,7 @@ def test_a_quarantine_that_cannot_get_its_name_leaves_nothing(tmp_path, monkeypa
     def refuse(*names):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(data_module.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(PermissionError, match=f"Permission denied, while writing in {re.escape(str(tmp_path))}; make room"):
         prepare(path, on_error="quarantine")
     assert list(tmp_path.iterdir()) == [path]
@@ -2023,11 +2027,11 @@ def test_of_many_that_save_to_one_folder_one_does_and_the_others_are_told(tmp_pa
     rename = os.rename
 
     def late(part, target):
-        monkeypatch.setattr(data_module.os, "rename", rename)
+        monkeypatch.setattr(os, "rename", rename)
         data.save(target)  # another process is faster
         rename(part, target)
 
-    monkeypatch.setattr(data_module.os, "rename", late)
+    monkeypatch.setattr(os, "rename", late)
     with pytest.raises(FileExistsError, match="is there already; save into a new folder"):
         data.save(tmp_path / "out" / "saved")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["saved"]

@@ -11,8 +11,9 @@ import pytest
 from values import kept, normal
 
 import unswag.jax
-from unswag.jax import offload, policies, recompute, save
+from unswag.jax import offload, recompute, save
 from unswag.jax.blocks import gated_mlp, linear_cross_entropy, mlp
+from unswag.jax.names import NAMES
 
 H, FF, TOKENS = 8, 40, 6
 W = [normal(shape, jnp.float32, i, 0.3) for i, shape in enumerate([(H, FF), (FF, H), (FF,), (H,)])]
@@ -51,7 +52,7 @@ def test_save_saves_just_that(name):
 
 def test_save_of_all_names():
     assert saved(jax.checkpoint(layer, policy=save()), x) == Counter([s for each in SAVED.values() for s in each])
-    assert set(SAVED) == set(policies.NAMES)
+    assert set(SAVED) == set(NAMES)
 
 
 def test_without_a_policy_just_the_argument_is_kept():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unswag import records
-from unswag.records import Bad
+from unswag.data import records
+from unswag.data.records import Bad
 
 
 @pytest.mark.parametrize(
