@@ -14,21 +14,6 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Private names that a module still takes from another one: (module, "home.name"). To be emptied.
-ALLOWED = {
-    ("unswag.data", "unswag._missing"),
-    ("unswag.torch.checkpoint", "unswag.torch.stash._top_hooks"),
-    *(
-        ("unswag.torch.rectified", f"unswag.torch.stash.{name}")
-        for name in (
-            "_About", "_Again", "_Cell", "_Kept", "_Layout", "_MARK", "_Output", "_is_dense", "_is_view", "_storage_key",
-            "_stream", "_thread",
-        )
-    ),
-}  # fmt: skip
-# Modules whose imports in functions still make a circle. To be emptied.
-LATER = {f"unswag.jax.{name}" for name in ("activations", "ffi", "gated", "how", "masks", "pallas")}
-
 
 def at_import(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
     """The imports that run when the module is imported: not those in functions, nor those for the type checker."""
@@ -112,19 +97,14 @@ def test_no_module_imports_one_that_imports_it():
 
 
 def test_none_of_the_imports_in_functions_hides_a_circle():
-    graph = {
-        module: {home for node in anywhere(tree) for home, _, _ in taken(node)} - LATER
-        for module, tree in TREES.items()
-        if module not in LATER
-    }
+    graph = {module: {home for node in anywhere(tree) for home, _, _ in taken(node)} for module, tree in TREES.items()}
     assert graph["unswag"] == {"unswag.extras"} and "unswag.jax.ledger" in graph["unswag.front"]
     assert circle(graph) == []
 
 
 def test_no_module_takes_private_names_from_another():
     found = set().union(*(private(module, tree) for module, tree in TREES.items()))
-    assert found - ALLOWED == set(), "give it a public name, or another home"
-    assert found >= ALLOWED, "what is gone is struck from the list"
+    assert found == set(), "give it a public name, or another home"
 
 
 def test_the_walk_sees_circles_and_private_names():
