@@ -1,18 +1,19 @@
-"""Logits that a model in training does not make unless somebody looks at them.
+"""Logits that a model in training computes only if they are used.
 
-Inside a forward that was given labels the head's call is put off (`defer`): it returns a `LazyLogits`, a tensor to everybody,
-with shape, dtype and a place in the graph, and without data.  The model's own loss consumes it in chunks.  The rule is that
-*there is one value of the logits at any moment*:
+Inside a forward that was given labels the call of the output embedding (the head) is deferred: `defer` returns a `LazyLogits`,
+a tensor with shape, dtype and a place in the graph, but without data.  The model's own loss then consumes the hidden states in
+chunks (loss.py).  The rule is that *the logits have one value at any moment*:
 
-* Only scalings, tanh, casts, slices and rows stay lazy, and only until the forward ends.  The first other use makes the
-  logits, with their graph, and everything that was derived from them so far; the chunks are then closed.
-* Where no loss has been made of them in chunks, what was made takes the place of the lazy object itself, which is a plain
-  tensor from then on.  A forward that ends without such a loss makes them before it returns.
-* Where the loss has been made, the object stays lazy in class alone: every use goes to what was made, edits included, but what
-  would wait for the loss's gradient (hooks, `retain_grad`, `torch.autograd.grad`) is an error, as it would never come.
-* They are made by the head as it was: another weight, setting or value of it since is an error.
-* Who passes by `__torch_function__` (autograd.Function, DDP's reducer, C++) finds data in `__torch_dispatch__` and a node in
-  the graph whose backward runs the head again.
+* Only scalings, tanh, casts, slices and reshapes to rows stay lazy, and only until the forward ends.  The first other use makes
+  the logits, with their graph, and every lazy tensor derived from them so far; after that there is no loss in chunks.
+* If no loss was made in chunks, the logits that were made replace the lazy object itself, which is a plain tensor from then on.
+  A forward that ends without such a loss makes them before it returns.
+* If a loss was made in chunks, the object remains a `LazyLogits`.  Every use is passed on to the logits that were made,
+  edits in place included.  Only what would wait for the loss's gradient (hooks, `retain_grad`, `torch.autograd.grad`) is an
+  error, because that gradient never arrives.
+* The head makes them as it was in the forward: if its weights, settings or values have changed since, that is an error.
+* Code that bypasses `__torch_function__` (autograd.Function, DDP's reducer, C++) gets data from `__torch_dispatch__`, and a
+  node in the graph whose backward runs the head again.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ REMEDY = "run the forward under unswag.torch.loss.keep_logits()"
 
 @dataclass(frozen=True)
 class Head:
-    """The output embedding as the chunks use it.
+    """The output embedding of a model, as the loss in chunks uses it.
 
-    call        [..., H] -> [..., classes]: what the head's forward was before it became lazy
+    call        [..., H] -> [..., classes]: the head's forward before it became lazy
     parameters  all parameters of the head
-    linear      (weight, bias) when `call` is F.linear with them and nothing else
-    dtype       of what `call` makes
-    state       what else `call` depends on, by name, as it is when asked: settings, buffers, classes
-    notes       counts what made the logits after all
+    linear      (weight, bias) if `call` is F.linear with them and nothing else
+    dtype       of the logits
+    state       returns what else `call` depends on at that time, by name: settings, buffers, classes
+    notes       counts the uses that made the logits after all
     """
 
     call: Callable[[Tensor], Tensor]
@@ -78,11 +79,13 @@ class Frame:
         self.deferrals: list[weakref.ref[Deferral]] = []
 
     def is_here(self) -> bool:
-        """Not inside a checkpoint that began since: its second forward would have no frame, and make the logits."""
+        """Whether it is running and no checkpoint began since: the checkpoint's recompute would have no frame, and make the
+        logits."""
         return self.open and _saved_tensors_hooks() == self.hooks
 
     def its_hooks(self) -> Any:
-        """What the head saves belongs where its forward is, and not to a checkpoint in which the logits happen to be made."""
+        """A context in which the head's saved tensors go to the hooks of its own forward, and not to those of a checkpoint in
+        which the logits happen to be made."""
         here = _saved_tensors_hooks()
         if here is None or here == self.hooks:
             return contextlib.nullcontext()
@@ -99,7 +102,7 @@ _running = threading.local()
 
 
 def frames() -> list[Frame]:
-    """Of this thread, the innermost last."""
+    """The frames of this thread, the innermost last."""
     if not hasattr(_running, "frames"):
         _running.frames = []
     found: list[Frame] = _running.frames
@@ -108,7 +111,7 @@ def frames() -> list[Frame]:
 
 @contextlib.contextmanager
 def inside_forward(model: nn.Module, labels: bool) -> Iterator[None]:
-    """Around a forward of `model`.  At its end, logits that its loss did not consume are made."""
+    """Put around a forward of `model`.  At its end, logits that no loss consumed are made."""
     frame = Frame(model, labels)
     frames().append(frame)
     try:
@@ -116,17 +119,17 @@ def inside_forward(model: nn.Module, labels: bool) -> Iterator[None]:
         for ref in frame.deferrals:
             deferral = ref()
             if deferral is not None and not deferral.consumed:
-                deferral.make("a forward that made no loss of them")
+                deferral.make("a forward that computed no loss from them")
     finally:
         frame.open = False
         frames().remove(frame)
 
 
-# ---- one call of the head that was put off --------------------------------------------------------------------------------
+# ---- one deferred call of the head ----------------------------------------------------------------------------------------
 
 
 class Deferral:
-    """head(hidden), not made yet, and the lazy tensors that derive from it.  Holds `hidden`."""
+    """A deferred head(hidden), and the lazy tensors derived from it.  Holds `hidden`."""
 
     def __init__(self, head: Head, hidden: Tensor, frame: Frame) -> None:
         device = hidden.device.type
@@ -146,23 +149,25 @@ class Deferral:
         return [] if self.fake else [(t._version, t.data_ptr() if is_plain(t) else 0) for _, t in self._tensors]
 
     def check(self, look: bool = True) -> None:
-        """Raises RuntimeError if the head would not make now what it would have made.  look: at values, too, because edits
-        through `.data` leave no other trace; on a GPU that waits for it."""
+        """Raises RuntimeError if the head would now make something else than in its forward.
+
+        look: compare sampled values, too, because edits through `.data` leave no other trace; on a GPU this waits for it."""
         names = [what for what, _ in self._tensors]
         changed = [what for what, then, now in zip(names, self._then, self._now(), strict=False) if then != now]
         if look and not changed:
             changed = [what for (what, t), was in zip(self._tensors, self._samples, strict=False) if not _is_like(t, was)]
         if changed:
             raise RuntimeError(
-                f"unswag: these logits were not made during the forward, and {changed[0]} have been changed in place since (by "
-                f"an optimizer step?), so they can no longer be; read outputs.logits before, or {REMEDY}"
+                f"unswag: these logits were not computed in the forward, and {changed[0]} have been changed in place since (by "
+                f"an optimizer step?), so they can no longer be computed; read outputs.logits earlier, or {REMEDY}"
             )
         now = {} if self.fake else self.head.state()
         if now != self._state:
             names = [name for name in {**now, **self._state} if now.get(name, ...) != self._state.get(name, ...)]
             raise RuntimeError(
-                f"unswag: these logits were not made during the forward, and the output embedding is no longer what it was "
-                f"(changed: {', '.join(names[:3])}), so they can no longer be; read outputs.logits before, or {REMEDY}"
+                f"unswag: these logits were not computed in the forward, and the output embedding is no longer what it was "
+                f"(changed: {', '.join(names[:3])}), so they can no longer be computed; read outputs.logits earlier, or "
+                f"{REMEDY}"
             )
 
     def its_autocast(self) -> Any:
@@ -171,7 +176,7 @@ class Deferral:
         return torch.autocast(self.hidden.device.type, dtype=dtype, enabled=enabled)
 
     def make(self, use: str) -> None:
-        """Makes the logits, and all that derives from them and is still held."""
+        """Makes the logits, and everything that derives from them and is still alive; `use` says why, for the warning."""
         held = [ref() for ref in self.lazies]
         alive = [lazy for lazy in held if isinstance(lazy, LazyLogits) and lazy._node.made is None]
         del held
@@ -202,17 +207,17 @@ class Deferral:
         self.head.notes[use] += 1
         if self.head.notes[use] == 1:
             size = logits.shape.numel() * logits.dtype.itemsize / 2**20
-            because = f"`{use}` was used on them" if use.isidentifier() else f"it was {use}"
+            because = f"`{use}` was used on them" if use.isidentifier() else f"there was {use}"
             warnings.warn(
-                f"unswag: the logits of a training step were made in full ({size:,.1f} MiB): {because}. "
-                "Results are right; memory is saved when the model computes the loss itself from `labels`.",
+                f"unswag: the logits of a training step were made in full ({size:,.1f} MiB): {because}. Results are correct. "
+                "To save this memory, let the model compute the loss from `labels`, and use no logits.",
                 stacklevel=4,
             )
 
 
 def _sample(t: Tensor) -> Any:
-    """Some of the values: their bytes, of which a tensor is kept only where copying them out would wait for a GPU. None of a
-    subclass, whose values are its own affair."""
+    """Some of the values: as bytes on the CPU, as a tensor on a GPU, where copying them out would wait for it.  None for a
+    subclass, whose memory does not hold its values."""
     if not is_plain(t):
         return None
     each = int(256 ** (1 / max(1, t.ndim)))  # of each dimension
@@ -227,10 +232,10 @@ def _is_like(t: Tensor, sample: Any) -> bool:
 
 
 class _Node:
-    """A lazy tensor's place: head(hidden), or `method(*arguments)` of another one.
+    """What a lazy tensor stands for: head(hidden), or `method(*arguments)` of another one.
 
-    made     the real tensor, with its graph;  data: its values alone, for who asked below autograd
-    foreign  somebody else's autograd.Function made the lazy tensor: its graph is theirs
+    made     the real tensor, with its graph;  data: its values alone, for uses below autograd
+    foreign  another library's autograd.Function returned the lazy tensor, whose graph is therefore not ours
     """
 
     def __init__(self, deferral: Deferral, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> None:
@@ -253,19 +258,19 @@ class _Node:
         return self.made
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The same of other hidden states, afresh."""
+        """The same, computed from other hidden states."""
         if self.parent is not None:
             return _stepped(self.parent.run(hidden), self.step)
         made = self.deferral.head(hidden)
         if tuple(made.shape) != self.shape or made.dtype != self.dtype:
             raise RuntimeError(
-                f"unswag: the output embedding makes {made.dtype} {tuple(made.shape)} now, and {self.dtype} {self.shape} was "
+                f"unswag: the output embedding now returns {made.dtype} {tuple(made.shape)}; {self.dtype} {self.shape} was "
                 f"expected; {REMEDY}"
             )
         return made.contiguous()
 
     def values(self) -> Tensor:
-        """Those that the logits have now, without a graph."""
+        """The values that the logits have now, without a graph."""
         self.check_unedited()
         if self.made is not None:
             return self.made.detach()
@@ -284,8 +289,8 @@ class _Node:
 
 
 _EDITED = (
-    "unswag: logits that were put off have been edited in place, and something that does not see such edits (an "
-    f"autograd.Function or C++ code) uses them; give it logits.clone(), or {REMEDY}"
+    "unswag: deferred logits were edited in place, and code that does not see such edits (an autograd.Function or C++ code) "
+    f"uses them; pass it logits.clone(), or {REMEDY}"
 )
 
 
@@ -298,14 +303,14 @@ _use_count: Callable[[Tensor], int] = torch._C.TensorBase._use_count  # type: ig
 
 
 def _take_the_place_of(lazy: Tensor, made: Tensor) -> None:
-    """The object that was lazy is `made` from now on.  As torch.utils.swap_tensors, which refuses weak references."""
+    """Turns the lazy object into `made`, as torch.utils.swap_tensors does, which refuses objects with weak references."""
     lazy.__class__, made.__class__ = made.__class__, lazy.__class__
     lazy.__dict__, made.__dict__ = made.__dict__, lazy.__dict__
     torch._C._swap_tensor_impl(lazy, made)
 
 
 class _Again(torch.autograd.Function):
-    """The graph of a lazy tensor, for who passes by `__torch_function__`: the backward runs the head again."""
+    """The graph of a lazy tensor, for code that bypasses `__torch_function__`: the backward runs the head again."""
 
     @staticmethod
     def forward(ctx: Any, node: _Node, hidden: Tensor, *parameters: Tensor) -> Tensor:
@@ -328,7 +333,7 @@ class _Again(torch.autograd.Function):
 
 
 class _Attached(torch.autograd.Function):
-    """A copy of `data`, at the place in the graph that somebody else's autograd.Function gave a lazy tensor."""
+    """A copy of `data`, at the place in the graph that another library's autograd.Function gave a lazy tensor."""
 
     @staticmethod
     def forward(ctx: Any, lazy: Tensor, data: Tensor) -> Tensor:
@@ -349,7 +354,7 @@ def _add(node: _Node) -> LazyLogits:
 
 
 def defer(head: Head, hidden: Tensor, frame: Frame) -> Tensor:
-    """head(hidden), put off in `frame`."""
+    """Lazy logits [..., classes] in place of head(hidden), in the forward `frame`."""
     shape = (*hidden.shape[:-1], head.classes)
     return _add(_Node(Deferral(head, hidden, frame), shape, dense_stride(shape), head.dtype))
 
@@ -358,10 +363,10 @@ def defer(head: Head, hidden: Tensor, frame: Frame) -> Tensor:
 
 
 class LazyLogits(Tensor):
-    """See the head of this file.  [..., classes].
+    """Logits [..., classes] that are made when they are used; see the head of this file.
 
-    Any use but the chain's makes the real logits (once, with the head and autocast state of the forward), says so in one
-    warning and counts it in `head.notes`.  Raises RuntimeError when that is no longer possible, or would be wrong.
+    Any use other than the few that stay lazy makes the real logits (once, with the head and autocast state of the forward),
+    warns once and counts it in `head.notes`.  Raises RuntimeError when that is no longer possible, or would be wrong.
     """
 
     _node: _Node
@@ -375,9 +380,10 @@ class LazyLogits(Tensor):
         return lazy
 
     def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor | None:
-        """F.cross_entropy of these logits and labels [...] in chunks; `options` are LossOptions', softcap and scale aside.
-        None if the logits are made or their forward is over, if they are not softcap tanh(scale logits / softcap), or if a head
-        that is called is asked for each row's loss.
+        """F.cross_entropy of these logits and labels [...] in chunks; `options` as in `LossOptions`, without softcap and scale.
+
+        None if the logits are made or their forward is over, if they are not softcap tanh(scale logits / softcap), or if the
+        loss of each row is asked of a head that is not linear.
         """
         node, deferral = self._node, self._node.deferral
         if not _is_open(node):
@@ -431,12 +437,12 @@ class LazyLogits(Tensor):
 
 
 def _is_open(node: _Node) -> bool:
-    """Whether its forward is running, and nobody has made it."""
+    """Whether its forward is running, and it has not been made."""
     return node.made is None and node.data is None and not node.foreign and node.deferral.frame.is_here()
 
 
 def _lazily(logits: LazyLogits, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What stays lazy, or is a loss in chunks; else None."""
+    """The result, if it stays lazy or is a loss in chunks; else None."""
     node = logits._node
     if name == "to" and len(args) == 1 and not kwargs and isinstance(args[0], (str, torch.device)):
         return logits if torch.device(args[0]) == node.deferral.hidden.device else None
@@ -467,25 +473,25 @@ def _passed_on(logits: LazyLogits) -> LazyLogits:
 
 
 def _refuse_to_wait(func: Any, name: str, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises for what would wait for the gradient of logits whose loss was made without them."""
+    """Raises RuntimeError for calls that wait for the gradient of logits whose loss was made without them."""
     waits = first if func in _WAITS else (args[1:2], kwargs.get("inputs")) if func is torch.autograd.grad else None
     if func is Tensor.register_hook and _is_of_fsdp(args[1]):
         return
     for logits in tree_leaves(waits):
         if isinstance(logits, LazyLogits) and (logits._node.deferral.consumed or logits._node.made is not None):
             raise RuntimeError(
-                f"unswag: `{name}` on logits that were put off: the model's loss was made without them, from the hidden "
-                f"states, so its gradient never reaches them; {REMEDY}"
+                f"unswag: `{name}` on deferred logits: the model's loss was computed without them, from the hidden states, so "
+                f"its gradient never reaches them; {REMEDY}"
             )
 
 
 def _is_of_fsdp(hook: Any) -> bool:
-    """Whether a hook is FSDP's, which asks for any of a forward's outputs, and has the loss, too."""
+    """Whether a hook is FSDP's, which needs the gradient of any one of a forward's outputs, and gets the loss's."""
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.distributed.")
 
 
 def _name(func: Any) -> str:
-    """Of a function, or of the property that is read or set."""
+    """The name of a function, or of the property that is read or set."""
     name = getattr(func, "__name__", str(func))
     return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
 

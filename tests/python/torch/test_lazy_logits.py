@@ -1,4 +1,4 @@
-"""Logits that were put off: one value at any moment, whoever uses them, in whatever way; or an error that says what to do."""
+"""Deferred logits: one value at any moment, however they are used, or an error that says what to do."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ The first of these that applies:
 2. held already: another tensor of the same storage is held by reference, so this one costs nothing;
 3. the output of an op with a recipe (`remember`), or a dtype cast of one: not held, but recomputed from the recipe's inputs, if
    no program that PyTorch accepts can change those before the backward (see `outputs.UnsavedInput`);
-4. marked by an op as playing a role (`plays`) for which the policy has a codec: encoded once, for all who save it;
+4. marked by an op as playing a role (`plays`) for which the policy has a codec: encoded once, for all ops that save it;
 5. held by reference.
 
 A tensor that was overwritten after it was saved by reference is an error in the backward, as in plain PyTorch (a plain hook
-would lose that check). A recomputed tensor serves several readers only as long as none of them writes into it; whoever comes
+would lose that check). A recomputed tensor serves several readers only as long as none of them writes into it; the next reader
 then gets one of its own.
 
 Ownership

@@ -39,10 +39,11 @@ def remember(
 
     Call it on what `Function.apply` returned (inside `forward` autograd is off and this does nothing). `recompute` is an op
     or a module-level function, independent of autocast and of random state; it must not write to its inputs. Inputs may
-    be parameters, activations, outputs remembered before, or None. A program may overwrite an input that neither the op nor
-    anybody else saves, and PyTorch would not notice; then a copy of the input is held if that is smaller than `output`, or
-    else `output` is. Costs nothing unless `output` is saved for backward.
-    Does nothing when no stash is active on this thread, so that ops can always call it.
+    be parameters, activations, outputs remembered before, or None. A program may overwrite an input that no op saves, and
+    PyTorch would not notice; then a copy of the input is held if that is smaller than `output`, or else `output` is.
+
+    Costs nothing unless `output` is saved for backward. Does nothing when no stash is active on this thread, so that ops can
+    always call it.
     """
     if torch.compiler.is_compiling():
         return
@@ -52,8 +53,8 @@ def remember(
 
 
 def plays(role: str, *tensors: torch.Tensor) -> None:
-    """Says that `tensors` play `role` (one of `policy.ROLES`): whoever saves one of them while this stash is active keeps it in
-    the form that the policy names for that role.
+    """Says that `tensors` play `role` (one of `policy.ROLES`): any op that saves one of them while this stash is active keeps
+    it in the form that the policy names for that role.
 
     An op calls it before its `Function.apply`, for what it will save and what others may save of it. Does nothing when no stash
     is active on this thread or its policy keeps the role exactly.
@@ -83,7 +84,7 @@ def step_aside() -> None:
 
 
 class Entries(NamedTuple):
-    """How many entries the registries of a stash have, for tests and for who debugs one.
+    """How many entries the registries of a stash have, for tests and debugging.
 
     outputs  outputs with a recipe or a form of their own;  marks  storages with tensors that play a role
     pending  storages for which a recipe waits;  awaited  outputs whose handles are to be replaced
@@ -103,9 +104,9 @@ class Stash:
     policy  a `Policy` or its name
     model   only for names in error messages; held weakly
 
-    Steps aside (everything is then as without it) when gradients are off, when other saved-tensor hooks are already in
-    place (a checkpoint, save_on_cpu or an offloader around the model: ours would switch theirs off), inside another stash
-    (that one stays in use), under torch.func and under torch.compile.
+    Has no effect when gradients are off, when other saved-tensor hooks are already in place (a checkpoint, save_on_cpu or an
+    offloader around the model: ours would switch theirs off), inside another stash (that one stays in use), under torch.func
+    and under torch.compile. Except for the first and the third, it warns once.
     """
 
     def __init__(self, policy: str | Policy = "exact", model: nn.Module | None = None) -> None:
@@ -174,8 +175,10 @@ class Stash:
     passive = False  # True: a stash entered inside this one takes over
 
     def door(self, t: torch.Tensor, depth: int = 1) -> Handle:
-        """The handle that stands for `t` until the backward pass; `unpack` gives the tensor back. `depth`: how many Python
-        functions lie between this one and who saves `t`."""
+        """The pack hook: returns the handle that stands for `t` until the backward pass; `unpack` gives the tensor back.
+
+        depth  how many Python frames lie between this one and the code that saves `t`
+        """
         if is_parameter(t) or is_cast_of_parameter(t):
             return self.by_reference(t, Lease(), "parameter")
         key = storage_key(t)
@@ -246,8 +249,8 @@ class Stash:
         return lease
 
     def reliable(self, t: torch.Tensor, key: int, node: Any = None) -> Handle | None:
-        """A handle for `t`, an input of the op of `node`, that no program which PyTorch accepts can spoil, or None: somebody
-        saves it, it can be recomputed without its storage, or it is held in fewer bits."""
+        """A handle for `t`, an input of the op of `node`, that no program which PyTorch accepts can invalidate: another op
+        saves `t`, it can be recomputed without its storage, or it is held in fewer bits. None if nothing of this applies."""
         lease = self._current_lease(key)
         if lease is not None:
             return self.by_reference(t, lease, "shared") if lease.protects(node) else None
@@ -261,7 +264,7 @@ class Stash:
         inputs: tuple[Any, ...],
         constants: dict[str, Any],
     ) -> None:
-        """What `remember` does, for the stash whose door is in use."""
+        """Does the work of `remember`, for the stash in use."""
         self._prune()
         key = storage_key(output)
         layout = Layout.of(output)
@@ -282,7 +285,7 @@ class Stash:
             attach(entry, node)
 
     def mark(self, role: str, tensors: tuple[torch.Tensor, ...]) -> None:
-        """What `plays` does, for the stash whose door is in use."""
+        """Does the work of `plays`, for the stash in use."""
         codec = self.policy.codec(role)
         if codec is None:
             return
@@ -342,7 +345,7 @@ class Stash:
             output.replace_later(lease, cast)
 
     def _tell_pending(self, t: torch.Tensor, key: int) -> None:
-        """Recipes that wait for somebody to save `t` can rely on it now."""
+        """`t` is saved: recipes that wait for that can rely on it now."""
         if self._pending:
             for ref in self._pending.pop(key, ()):
                 if (pending := ref()) is not None:
@@ -366,7 +369,7 @@ class Stash:
         return self.reliable(x, key, node) or UnsavedInput(x)
 
     def _coded(self, t: torch.Tensor, key: int) -> Recomputed | None:
-        """A handle on the packed form of `t`, which is marked; None if it is not."""
+        """A handle on the packed form of `t`; None if `t` is not marked."""
         for mark in self._marks.get(key, ()):
             if mark.storage.expired():
                 continue
@@ -402,12 +405,12 @@ class Stash:
                 del self._pending[key]
 
 
-_CHECKPOINT = vars(torch_checkpoint)  # the globals of who saves what a checkpoint recomputes from
+_CHECKPOINT = vars(torch_checkpoint)  # the globals of the code that saves what a checkpoint recomputes from
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
 def _writers(saver: types.FrameType) -> tuple[type, ...]:
-    """The Function that saves, from whose `apply` the hook was called, if it is none of ours."""
+    """The autograd Function from whose `apply` the hook was called, if it is not one of ours."""
     cls: type = saver.f_locals["cls"]
     return () if cls.__module__.startswith("unswag.") else (cls,)
 

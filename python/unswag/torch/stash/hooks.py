@@ -51,8 +51,9 @@ def warn_compiled() -> None:
 def own(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy of it where a norm may not save x itself.
 
-    Norms written in Python save a float32 copy of a 16-bit input; ours save x. That differs where nobody checks whether x
-    was overwritten afterwards: in the recompute of PyTorch's own checkpoint. There, and for 16-bit inputs only, this copies.
+    Norms written in Python save a float32 copy of a 16-bit input; ours save x. The difference shows where PyTorch does not
+    check whether x was overwritten afterwards: in the recompute of its own checkpoint. There, and for 16-bit inputs only, this
+    copies.
     """
     if x.element_size() >= 4 or torch.compiler.is_compiling() or torch_top_hooks is None:
         return x

@@ -1,4 +1,4 @@
-"""What the registries of a stash know of tensors before somebody saves them: outputs with a recipe, and roles."""
+"""Entries of the registries of a stash, made before a tensor is saved: outputs with a recipe, and tensors with a role."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class UnsavedInput:
-    """An input of a recipe that nobody saves, so that a program may change it before the backward: PyTorch would not notice.
+    """An input of a recipe that no op saves, so that a program may overwrite it before the backward: PyTorch would not notice.
 
-    A recipe may rely on it once somebody saves it unchanged (PyTorch refuses a change then), or on a copy (`alias` is what to
+    A recipe may rely on it once an op saves it unchanged (PyTorch refuses a change then), or on a copy (`alias` is what to
     copy, where that is smaller than the output). Otherwise the output is held, and nothing of this.
     """
 
@@ -123,7 +123,7 @@ class UnsavedInput:
         return min(self.span(), self.layout.size.numel()) * self.layout.dtype.itemsize
 
     def copy(self) -> torch.Tensor | None:
-        """What it was, in memory that nobody else has; None if it is gone or was changed."""
+        """Its content in memory of its own; None if it is gone or was changed."""
         t, span = self.alias, self.span()
         if t is None or not self.unchanged():
             return None
@@ -132,7 +132,7 @@ class UnsavedInput:
         return t.as_strided((span,), (1,), self.offset).clone().as_strided(self.layout.size, self.layout.stride)
 
     def found_in(self, t: torch.Tensor) -> torch.Tensor | None:
-        """It again, with its version counter, in the storage of `t`, which somebody saves; None if it was changed."""
+        """The same tensor, with its version counter, in the storage of `t`, which an op saves; None if it was changed."""
         if not self.unchanged() or t._version != self.version or t.dtype != self.layout.dtype or t.is_conj() or t.is_neg():
             return None
         again = self.counter.detach()
@@ -173,7 +173,7 @@ class PendingOutput(RememberedOutput):
         return self.recipe
 
     def input_saved(self, t: torch.Tensor, key: int) -> None:
-        """Somebody saves `t`, whose storage is that of an unsaved input."""
+        """An op saves `t`, whose storage is that of an unsaved input."""
         for i, x in enumerate(self.inputs):
             if not isinstance(x, UnsavedInput) or x.key != key or (again := x.found_in(t)) is None:
                 continue
