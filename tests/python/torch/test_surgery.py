@@ -26,13 +26,13 @@ from unswag.torch.patterns.pattern import Candidate, replace_forward, replaced
 FP32 = 5e-6  # the same mathematics, other roundings and orders of summation
 BATCHES = {"plain": plain, "padded": padded, "packed": packed}
 PATCHES = {  # family: how many of each pattern two layers have
-    "llama": dict(norm=5, gated_mlp=2, attention=1),
-    "gemma2": dict(norm=9, gated_mlp=2),  # its attention has a soft cap
-    "qwen2": dict(norm=5, gated_mlp=2, attention=1),
-    "qwen3": dict(norm=9, gated_mlp=2, attention=1),
-    "mistral": dict(norm=5, gated_mlp=2, attention=1),
-    "bitnet": dict(norm=9, relu=2, attention=1),  # its MLPs have a norm inside
-    "lfm2": dict(norm=9, gated_mlp=2, attention=1),  # calls F.silu, no activation attribute
+    "llama": dict(rms_norm=5, gated_mlp=2, attention=1),
+    "gemma2": dict(rms_norm=9, gated_mlp=2),  # its attention has a soft cap
+    "qwen2": dict(rms_norm=5, gated_mlp=2, attention=1),
+    "qwen3": dict(rms_norm=9, gated_mlp=2, attention=1),
+    "mistral": dict(rms_norm=5, gated_mlp=2, attention=1),
+    "bitnet": dict(rms_norm=9, relu=2, attention=1),  # its MLPs have a norm inside
+    "lfm2": dict(rms_norm=9, gated_mlp=2, attention=1),  # calls F.silu, no activation attribute
     "gpt2": dict(activation=2, attention=1, layer_norm=5),
 }
 

@@ -1,7 +1,7 @@
-"""Activation: silu or gelu in any spelling, as a module or as a function that a module holds.
+"""Activation: silu or gelu in any spelling, as a module or as a function stored on a module.
 
-This is the activation of nearly every plain MLP, fc2(act(fc1(x))). The forward around it stays as it is, dropouts, residuals
-and casts with it, so the wiring needs no proof; the Linear behind keeps nothing, because the output is made again.
+This is the activation of nearly every plain MLP, fc2(act(fc1(x))). The forward around it is unchanged, with its dropouts,
+residuals and casts, so only the activation is probed. The next Linear keeps nothing, because its input is recomputed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from unswag.torch.patterns.probing import (
 from unswag.torch.patterns.proof import Proof, seen_as
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a module is compared with ours
-NEAR = 0.2  # what is as near as this to one of ours is an activation, and is named in the report when it is none of them
+NEAR = 0.2  # what is as near as this to one of ours is an activation, and the report names it when it is not equal
 Kind = tuple[torch.dtype, bool]  # of x; under autocast
 HOMES = ("torch.nn.functional", "torch._C._nn")  # of the functions that an attribute may hold
 
@@ -87,9 +87,9 @@ class Activation:
         if reason := reason_to_leave(module, like):
             return reason
         if candidate.parts["apart"] > SAME:
-            return f"it is none of {', '.join(KEEP_INPUT)}"
+            return f"it is close to {candidate.parts['act']}, but not equal to it"
         if getattr(module, "inplace", False):
-            return "it works in place"
+            return "it works in place (inplace=True)"
         same, proven = candidate.parts["same"], candidate.parts["proven"]
         if same not in proven:
             proven[same] = _reasons(module, candidate.parts["act"], like)
@@ -110,7 +110,7 @@ class Activation:
                 return stock(self, x)
             autocast = torch.is_autocast_enabled(x.device.type)
             if (x.dtype, autocast) not in proven:
-                proof.say(self, f"x is {x.dtype}, in which its results differ{' under autocast' if autocast else ''}")
+                proof.say(self, f"x is {x.dtype}, for which its results differ{' under autocast' if autocast else ''}")
                 return stock(self, x)
             return activation(x, act, codes_of(self))
 
@@ -124,7 +124,7 @@ def _held(name: str, act: str, module: nn.Module, function: Callable[..., Tensor
 
 @dataclass(frozen=True)
 class HeldActivation:
-    """What is seen in an attribute in place of the function `stock`."""
+    """What an attribute reads as in place of the function `stock`."""
 
     stock: Callable[..., Tensor]
     act: str

@@ -61,24 +61,24 @@ class Attention:
         module: Any = candidate.module
         now = module.config._attn_implementation
         if now in LINEAR:
-            return f"{now} is linear in memory already"
+            return f"{now} already needs memory linear in the sequence"
         if now not in ("sdpa", "eager"):
-            return f"its attention is {now!r}, which UnSwag does not know"
+            return f"its attention implementation is {now!r}, which UnSwag does not support"
         models = [m for m in candidate.parts["holders"] if hasattr(m, "set_attn_implementation")]
         parts = (part for m in models for part in m.modules())
         softcap = next((p.attn_logit_softcapping for p in parts if getattr(p, "attn_logit_softcapping", None)), None)
         # of a nested config a larger model may build the masks, under the name that it reads there; flash-attn wants its own
         wanted = "flash_attention_2" if _flash_attention_runs(module) and not candidate.parts["nested"] else NAME
         if softcap and wanted == NAME:
-            return f"its scores have a soft cap ({softcap:g}), which scaled_dot_product_attention cannot compute"
+            return f"its scores have a soft cap ({softcap:g}), which scaled_dot_product_attention does not support"
         if not all(m._can_set_attn_implementation() and m._supports_sdpa for m in models):
-            return "its code does not take another attention function"
+            return "its code does not take its attention function from transformers' registry, so it cannot be replaced"
         if wanted == NAME and (where := next((w for m in models for w in map(asks_for_sdpa, homes(m)) if w), None)):
-            return f'its code ({where}) asks whether the attention is called "sdpa", and does something else under another name'
+            return f'its code ({where}) behaves differently when its attention implementation is not called "sdpa"'
         if now == "eager":  # which somebody asked for: transformers takes "sdpa" wherever a model has it
             return (
-                "it was loaded as 'eager', which alone gives attentions (the weights) to callers and hooks; where nobody needs "
-                "them, call set_attn_implementation('sdpa') before the surgery"
+                "it was loaded with attn_implementation='eager', the only one that returns attention weights; if you do not "
+                "need them, call model.set_attn_implementation('sdpa') before the surgery"
             )
         candidate.parts["implementation"] = wanted
         return None
@@ -233,8 +233,8 @@ def _flash_attention_runs(module: nn.Module) -> bool:
 
 # ---- caches -----------------------------------------------------------------------------------------------------------------
 def leave_caches_out(model: nn.Module) -> None:
-    """Makes the models of transformers in `model` compute packed rows without a cache: transformers tells their sequences apart
-    only then, while it makes one by default."""
+    """Makes the models of transformers in `model` compute packed rows without a cache. Transformers tells the sequences of a
+    row apart only without one, and makes one by default."""
     for module in model.modules():
         if hasattr(type(module), "set_attn_implementation") and cannot_operate(module) is None:
             parameters = inspect.signature(module.forward).parameters
@@ -251,8 +251,8 @@ def _without_cache(names: list[str], inner: Callable[..., Any], self: nn.Module,
         return inner(self, *args, **kwargs)
     if use_cache:
         warnings.warn(
-            "unswag: use_cache=True, and position_ids start again at 0 within a row: packed rows are computed without a cache "
-            "(past_key_values is None), because with one their sequences would see each other",
+            "unswag: use_cache=True is ignored for packed rows (position_ids restart at 0 within a row), because with a cache "
+            "their sequences would attend to each other; past_key_values is None",
             stacklevel=3,
         )
     return inner(self, **given | {"use_cache": False})

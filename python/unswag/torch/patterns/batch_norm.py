@@ -1,4 +1,4 @@
-"""BatchNorm: what follows it need not keep its output, which is made again from the input that BatchNorm keeps anyway."""
+"""BatchNorm: what follows it need not keep its output, which is recomputed from the input that BatchNorm keeps anyway."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Recipe = tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 class BatchNorm:
     name = "batch_norm"
     role = None
-    saves = "x, as stock; where ReLU or another op keeps the output, stock keeps that too, here it is made again"
+    saves = "x, as stock; where ReLU or another op keeps the output, stock keeps that too, here it is recomputed"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         for name, module in model.named_modules():
@@ -54,7 +54,7 @@ def batch_norm_again(
     eps: float, running: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """The output of `F.batch_norm` with the statistics mean and var, or without them that of a training step: the same op on
-    the same x takes the same statistics. Nobody's running statistics are read or written, but their dtype takes part."""
+    the same x takes the same statistics. Running statistics are neither read nor updated; only their dtype affects rounding."""
     trains = mean is None
     if trains and running is not None:
         mean, var = (x.new_zeros(x.shape[1], dtype=running) for _ in range(2))
@@ -100,6 +100,6 @@ def _differs(module: Any) -> str | None:
             except Exception:  # not this dtype, not so many dimensions
                 continue
             if recipe is not None and not torch.equal(batch_norm_again(x, *recipe[0], **recipe[1]), y):
-                return f"made again, its output differs in {dtype}"
+                return f"its recomputed output differs in {dtype}"
             taken += recipe is not None
-    return None if taken else "its input is nothing that its output could be made from"
+    return None if taken else "its output cannot be recomputed from its input"

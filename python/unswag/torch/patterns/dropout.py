@@ -1,4 +1,4 @@
-"""Dropout by a seed in place of a mask. Only when asked for, `dropout="redrawn"`: its draws are others than PyTorch's."""
+"""Dropout with a seed in place of a mask. Only on request, by `dropout="redrawn"`: it does not draw what PyTorch draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unswag.torch.patterns.proof import Proof
 class Dropout:
     name = "dropout"
     role = None
-    saves = "a seed; the next Linear's input is made again too; stock keeps a mask, 8 bits per element, and the output"
+    saves = "a seed; the next Linear's input is recomputed too; stock keeps a mask, 8 bits per element, and the output"
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         like = floating_parameter(model)
@@ -28,7 +28,7 @@ class Dropout:
         if reason := reason_to_leave(module, candidate.parts["like"]):
             return reason
         if module.inplace:
-            return "it works in place"
+            return "it works in place (inplace=True)"
         return None
 
     def apply(self, candidate: Candidate) -> None:

@@ -57,7 +57,7 @@ class Experts:
     def probe(self, candidate: Candidate) -> str | None:
         module: Any = candidate.module
         if GATE in vars(module):
-            return f"its {GATE} was already replaced"
+            return f"its {GATE} was already replaced on the instance"
         if reason := reason_to_leave(module, module.down_proj):
             return reason
         reasons = []
@@ -69,7 +69,9 @@ class Experts:
         else:
             return f"its gate is not act(gate) * up of two halves: {reasons[0]}"
         if not _calls_gate(module):
-            return f"its experts run one by one (experts_implementation is {_implementation(module)!r}, not 'grouped_mm')"
+            return (
+                f"its experts run one by one (experts_implementation={_implementation(module)!r}; 'grouped_mm' can be patched)"
+            )
         whole = _implementation(module) == "grouped_mm" and _differs(module, act, gate_first) is None
         covers = ("act_fn",) if hasattr(module, "act_fn") else ()
         candidate.parts |= {"act": act, "gate_first": gate_first, "whole": whole, "covers": covers}

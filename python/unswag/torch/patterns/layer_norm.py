@@ -103,8 +103,10 @@ class LayerNorm:
         if reason := reason_to_leave(module, like):
             return reason
         shape = getattr(module, "normalized_shape", (0,))
-        if len(shape) != 1 or any(getattr(module, v).ndim != 1 for v in vectors):
-            return f"it normalises over {len(shape)} dimensions, {list(shape)}; the kernels over the last alone"
+        if len(shape) != 1:
+            return f"it normalises over {len(shape)} dimensions {list(shape)}, and the kernels only over the last"
+        if odd := next((v for v in vectors if getattr(module, v).ndim != 1), None):
+            return f"its {odd} has shape {list(getattr(module, odd).shape)}, and the kernels take one number per column"
         if reason := unreadable(module, vectors):
             return reason
         same = kind(module)

@@ -59,7 +59,7 @@ class Lora:
         if reason := reason_to_leave(module):
             return reason
         if missing := [k for k in STATE if not hasattr(module, k)]:
-            return f"not PEFT's LoRA as we know it: it has no {', '.join(missing)}"
+            return f"it is not a LoRA layer of a PEFT version that UnSwag knows: it has no {', '.join(missing)}"
         reasons = {name: _unlike(module, name) for name in module.lora_A}
         plain = [name for name, reason in reasons.items() if reason is None]
         if not plain:
@@ -140,25 +140,25 @@ def _unlike(module: Any, name: str) -> str | None:
     a, b, dropout = (getattr(module, k)._modules.get(name) for k in ADAPTERS)
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None:
-        return f"its adapter {name!r} is of another kind, {type(variant).__name__}"
+        return f"its adapter {name!r} is a variant of LoRA, {type(variant).__name__}"
     if getattr(module, "use_dora", {}).get(name):
-        return f"its adapter {name!r} is of another kind, DoRA"
+        return f"its adapter {name!r} is a variant of LoRA, DoRA"
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
-        return f"its adapter {name!r} is no pair of Linears, the first without bias"
+        return f"its adapter {name!r} is not a pair of Linears of which the first has no bias"
     if stock_class(dropout) not in (nn.Identity, nn.Dropout) or not getattr(dropout, "p", 0.0) < 1:
-        return f"its adapter {name!r} has a dropout that is no nn.Dropout with p < 1"
+        return f"its adapter {name!r} has a dropout that is not an nn.Dropout with p < 1"
     if getattr(dropout, "inplace", False):
         return f"its adapter {name!r} has a dropout that writes to x (inplace=True)"
     if any(has_hooks(part) for part in (a, b, dropout)):
         return f"its adapter {name!r} has hooks, which would not run"
     if any("forward" in vars(part) or (cls := stock_class(part)).forward is not FORWARDS[cls] for part in (a, b, dropout)):
-        return f"its adapter {name!r} has a part with a forward of its own, which would not run"
+        return f"its adapter {name!r} has a part with a replaced forward, which would not run"
     if type(a.weight) is not nn.Parameter or type(b.weight) is not nn.Parameter:
         return f"its adapter {name!r} has weights of type {type(a.weight).__name__}, which only their own module can use"
     if a.weight.dtype != b.weight.dtype or not a.weight.dtype.is_floating_point:
         return f"its adapter {name!r} has weights of dtypes {a.weight.dtype} and {b.weight.dtype}"
     if not isinstance(module.scaling.get(name), (int, float)):
-        return f"its adapter {name!r} has a scaling that is no number"
+        return f"its adapter {name!r} has a scaling that is not a number"
     return None
 
 
@@ -196,7 +196,7 @@ def _differs(module: Any, names: list[str], how: How) -> str | None:
         words = f"with {x_dtype} x and {dtype} adapters" + (" under autocast" if autocast else "")
         given = x.detach().to(dtype).double()
         if len(seen) != len(names) or not all(torch.equal(s.double(), given) for s in seen):
-            return f"its dropout does not get x {words}"
+            return f"its dropout is not applied to x {words}"
         worst = max(distance(a, b) for a, b in zip(have, want, strict=True))
         narrow = max((x_dtype, dtype, want[0].dtype), key=lambda d: torch.finfo(d).eps)
         eps = torch.finfo(torch.bfloat16).eps if autocast else torch.finfo(narrow).eps

@@ -1,4 +1,4 @@
-"""The loss of a language model: from the hidden states, in chunks, instead of from logits of tokens x vocabulary.
+"""The loss of a language model, computed in chunks from the hidden states, without logits of tokens x vocabulary.
 
 On the instance, and only inside a training forward that was given labels: the output embedding returns `LazyLogits`, and
 `model.loss_function` makes the loss from them, or F.cross_entropy where a model calls that on its rows (masked, older and
@@ -102,7 +102,7 @@ class Loss:
             if home.startswith(("liger", "unsloth")):
                 return f"{home} has replaced the model's forward"
             if problem := cannot_operate(model):
-                return f"of the model that uses it: {problem}"
+                return f"the model that uses it cannot be patched: {problem}"
         candidate.parts["causal"] = [model for model, loss in losses.items() if loss is ForCausalLMLoss]
         candidate.parts["linear"] = linear = _is_linear(head)
         try:
@@ -155,20 +155,20 @@ def _code(head: nn.Module) -> tuple[Any, ...]:
 
 def _cannot_be_lazy(head: nn.Module, linear: bool) -> str | None:
     if isinstance(head, (FSDPModule, FullyShardedDataParallel)):
-        return "it is a sharded unit of its own; shard it together with the model's root"
+        return "it is an FSDP unit of its own; shard it together with the model's root"
     if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its weight is a DTensor"
     used: Any = (head.weight, head.bias) if linear else [p for p in head.parameters() if p.requires_grad]
     if odd := [type(weight).__name__ for weight in used if not is_plain(weight)]:
         return f"its weight is a {odd[0]}, which only the head itself can use"
     if any(isinstance(v, Tensor) and v.grad_fn is not None for m in head.modules() for v in vars(m).values()):
-        return "its weight is made by a hook before its forward, and its graph would be used up by the first chunk"
+        return "its weight is computed by a hook before each forward, and the first chunk's backward would free its graph"
     if not linear and any(p._backward_hooks for p in head.parameters()):
-        return "one of its parameters has a gradient hook, which would see each chunk"
+        return "one of its parameters has a gradient hook, which would run once per chunk"
     if any(isinstance(m, _DropoutNd) and m.p > 0 for m in head.modules()):
         return "it has dropout, and chunks would draw in another order"
     if None in _sizes(head):
-        return f"a {type(head).__name__} does not say how many classes it has"
+        return f"the number of classes of a {type(head).__name__} cannot be read from it"
     return no_kernel(*head.parameters())
 
 
@@ -183,16 +183,16 @@ def _probe_head(head: Any, linear: bool) -> str | None:
     with torch.no_grad():
         logits = twin(x)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
-            return f"it makes {tuple(getattr(logits, 'shape', ()))} from 2 rows, not {(2, classes)}"
+            return f"it returns shape {tuple(getattr(logits, 'shape', ()))} for 2 rows, not {(2, classes)}"
         if linear and not torch.equal(logits, F.linear(x, head.weight, head.bias)):
             return "it is a Linear that does not compute x weight^T + bias"
         if not all(map(torch.equal, twin.buffers(), buffers)):
-            return "its forward changes its buffers, and would do so for each chunk"
+            return "its forward changes its buffers, which would happen once per chunk"
         if not torch.equal(torch.get_rng_state(), drawn):
             return "its forward draws random numbers, and chunks would draw in another order"
         apart = torch.cat([twin(x[:1]), twin(x[1:])])
         if (apart - logits).float().norm() > 0.01 * logits.float().norm():  # roundings are far below
-            return "what it makes of a row depends on the other rows"
+            return "its output for a row depends on the other rows"
     return None
 
 
@@ -273,9 +273,9 @@ def _real_because(head: nn.Module, state: _State, frame: Frame) -> str | None:
     if modes := [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]:
         return f"the mode {type(modes[0]).__name__}"
     if _code(head) != state.code:
-        return "another output embedding than at the surgery"
+        return "an output embedding that changed after the surgery"
     if (reason := _cannot_be_lazy(head, state.linear)) is not None:
-        return f"an output embedding that cannot wait: {reason}"
+        return f"an output embedding that cannot run in chunks: {reason}"
     return None
 
 

@@ -162,10 +162,10 @@ def others_of(module: nn.Module, linears: Sequence[str]) -> Others | str:
     known: list[str] = list(ACTIVATIONS)
     for name in acts:
         if isinstance(others[name], nn.Module) and (has_hooks(others[name]) or "forward" in vars(others[name])):
-            return f"its activation {name} has hooks, which would not run, or a forward of its own"
+            return f"its activation {name} has hooks or a replaced forward, which would not run"
         known = [k for k, f in ACTIVATIONS.items() if same_activation(others[name], f)]
         if not known:
-            return f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
+            return f"its activation {name} is not one of {', '.join(ACTIVATIONS)}"
     return Others(next(iter(acts), None), known, dropouts)
 
 
@@ -178,7 +178,7 @@ def choose(candidate: Candidate, wirings: Iterable[AnyWiring], others: Others, f
             if (same, wiring) not in proven:
                 proven[same, wiring] = _elsewhere(candidate.module, wiring)
             if reason := proven[same, wiring]:
-                return f"its forward is not {formula} everywhere: {reason}"
+                return f"its forward is not {formula} for all inputs: {reason}"
             candidate.parts |= {"wiring": wiring, "covers": (others.held,) if others.held else ()}
             return None
         nearest = max(nearest, failed, key=lambda f: f[0])
@@ -216,7 +216,7 @@ def _mixed(module: nn.Module, wiring: AnyWiring, x: Tensor) -> str | None:
     dtypes = {dtype for name in wiring.linears if (dtype := _dtype(getattr(module, name))) is not None}
     if not torch.is_autocast_enabled(x.device.type):
         dtypes.add(x.dtype)
-    return f"it may cast, and its dtypes are {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
+    return f"its forward may cast, and its dtypes differ ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
 
 CASES = tuple(
@@ -258,7 +258,7 @@ def _differs(module: nn.Module, wiring: AnyWiring) -> tuple[int, str] | None:
         except Writes as error:
             return len(CASES), str(error)
         except Exception as error:
-            return case, f"it does not call its Linears ({type(error).__name__}: {error})"
+            return case, f"it does not call its Linears as modules ({type(error).__name__}: {error})"
         try:
             ours = value_and_gradients(lambda: wiring(copy, x), [x, *leaves])  # noqa: B023
         except TypeError as error:

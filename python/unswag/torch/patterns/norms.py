@@ -63,7 +63,9 @@ def unreadable(module: nn.Module, vectors: Sequence[str]) -> str | None:
 
 def unproven(dtypes: Dtypes) -> str:
     x, weight, autocast = dtypes
-    return f"x is {x} and the weight {weight}{' under autocast' if autocast else ''}, for which no form of it was proven"
+    return (
+        f"x is {x} and the weight {weight}{' under autocast' if autocast else ''}, for which no known formula was found equal"
+    )
 
 
 @dataclass(frozen=True)

@@ -208,9 +208,9 @@ def cannot_operate(module: nn.Module) -> str | None:
         operated = _operated_class(stock_class(module))
         object.__new__(stock_class(module)).__class__ = operated
     except Exception as error:  # a class that cannot be derived from, or of a fixed layout
-        return f"its class cannot be derived from ({type(error).__name__}: {error})"
+        return f"its class cannot be subclassed ({type(error).__name__}: {error})"
     if nn.utils.parametrize.is_parametrized(module):
-        return "it is parametrized, and its parametrization counts on its class"
+        return "it is parametrized, and its parametrization relies on its class"
     return None
 
 
@@ -298,8 +298,8 @@ def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if type(args) is not tuple:
             raise TypeError(
-                "unswag: torch.fx.symbolic_trace reads the names of a forward's arguments from its code, where an operated "
-                "module's are not; trace the model before the surgery, or after remove_unswag_surgery(model)"
+                "unswag: torch.fx.symbolic_trace cannot trace a patched module, because it reads the names of the arguments "
+                "from the code of forward; trace the model before the surgery, or after remove_unswag_surgery(model)"
             )
         ours = self.__dict__.get(METHODS)
         if ours is None or name not in ours:

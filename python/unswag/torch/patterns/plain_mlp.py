@@ -1,4 +1,4 @@
-"""Plain MLP whose forward calls its activation by name: fc2(F.gelu(fc1(x))). One that holds it is a matter of `activation`."""
+"""Plain MLP whose forward calls its activation by name: fc2(F.gelu(fc1(x))). `activation` handles one that a module stores."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PlainMlp:
         if isinstance(others, str):
             return others
         if others.held:
-            return f"its activation {others.held} is called as it is"
+            return f"its activation is stored in {others.held}, where the pattern `activation` patches it"
         wirings = (
             Wiring(fc1, fc2, act, None, on_h, on_y)
             for (on_h, on_y), (fc1, fc2), act in itertools.product(others.places(), itertools.permutations(linears), KEEP_INPUT)

@@ -52,7 +52,7 @@ LARGE = 1 << 22  # elements: what has more is no part that a probe runs, but som
 
 def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> nn.Module:
     if nn.utils.parametrize.is_parametrized(module):
-        raise ValueError(f"a {type(module).__name__} is computed from others at each reading, which may change its state")
+        raise ValueError(f"a {type(module).__name__} is parametrized: reading its parameters may change its state")
     cls = stock_class(module)
     made = cls.__new__(cls)
     seen[id(module)] = made
@@ -346,10 +346,10 @@ def differs_in_use(
         try:
             mine = _results(mode, lambda x: ours(copy, x), x, leaves)
         except Exception as error:
-            return f"{where} ours raises {type(error).__name__}: {error}"
+            return f"{where} the replacement raises {type(error).__name__}: {error}"
         worst = _apart(mine, theirs)
         if worst > max(LOOSE, *(32 * torch.finfo(t.dtype).eps for t in (x, *theirs, *leaves))):
-            return f"results differ by {worst:.1e} {where}" + f", as large as {x.abs().max():.0e}" * (x.numel() > 0)
+            return f"results differ by {worst:.1e} {where}" + f" with values up to {x.abs().max():.0e}" * (x.numel() > 0)
     return None
 
 

@@ -93,8 +93,8 @@ class Proof:
             self._said.add((kind, what))
             where = f"{self._name} ({kind})" if self._name else f"the model ({kind})"
             warnings.warn(
-                f"unswag: {where} runs its own forward: {what}, which is not what the surgery proved; "
-                "call apply_unswag_surgery again to operate on the model as it is now",
+                f"unswag: {where} runs its own forward, without the saving: {what}. Surgery has not verified this case; "
+                "call apply_unswag_surgery again to patch the model as it is now",
                 stacklevel=4,
             )
 
@@ -169,7 +169,7 @@ class _Facts:
                 return f"{what} changed"
         got = [k for table, k in self._nones if own[table].get(k) is not None or k in own]
         for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(module)):
-            return f"it got a {what} of its own"
+            return f"it got its own {what}"
         return None
 
     def _appeared(self, module: nn.Module) -> list[str]:

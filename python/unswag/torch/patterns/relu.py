@@ -1,4 +1,4 @@
-"""ReLU and ReLU²: a module without weights that runs torch's relu, whatever it is called, or a function that a module holds."""
+"""ReLU and ReLU²: a module without weights that runs torch's relu, whatever its class, or a function stored on a module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Relu:
     role = None
     saves = (
         "1 bit per element; 1 bit and the non-zeros where the next layer keeps the output, or the output itself where that is "
-        "smaller; nothing where its input can be made again. Stock keeps the output, and of relu² the square too"
+        "smaller; nothing where it can be recomputed. Stock keeps the output, and of relu² the square too"
     )
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
@@ -91,7 +91,7 @@ def _held(module: nn.Module, function: Callable[..., Tensor]) -> HeldRelu:
 
 @dataclass(frozen=True)
 class HeldRelu:
-    """What is seen in an attribute in place of torch's relu."""
+    """What an attribute reads as in place of torch's relu."""
 
     stock: Callable[..., Tensor]
     kept: Counter[str]
@@ -142,7 +142,7 @@ def _differs(module: nn.Module, call: Call) -> str | None:
         if not all(_same_bits(a, b) for a, b in zip(ours, theirs, strict=True)):
             return f"results differ in {dtype}"
         if not +kept:
-            return "it keeps something else"
+            return "it saves something else for the backward pass"
     return None
 
 

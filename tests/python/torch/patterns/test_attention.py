@@ -271,7 +271,7 @@ def test_a_linear_implementation_is_left():
     model = families.build("llama")
     model.config._attn_implementation = "flex_attention"
     (found,) = Attention().find(model)
-    assert "linear in memory already" in Attention().probe(found)
+    assert "already needs memory linear in the sequence" in Attention().probe(found)
 
 
 # ---- the choice, in no shared object ----------------------------------------------------------------------------------------

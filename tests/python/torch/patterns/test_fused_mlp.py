@@ -110,7 +110,13 @@ class DropsUp(Mlp):
         return self.down_proj(self.drop(up) * self.activation_fn(gate))
 
 
-LEFT = {Interleaved: "not down", Clamped: "not down", SubNorm: "norm", DropsUp: "not down", (lambda: Mlp(nn.Tanh())): "none of"}
+LEFT = {
+    Interleaved: "not down",
+    Clamped: "not down",
+    SubNorm: "norm",
+    DropsUp: "not down",
+    (lambda: Mlp(nn.Tanh())): "not one of",
+}
 
 
 @pytest.mark.parametrize(("make", "why"), LEFT.items())

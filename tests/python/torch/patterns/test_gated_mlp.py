@@ -215,9 +215,9 @@ LEFT = {
     NoActivation: "not down",
     EvalOnly: "not down",
     TrainingOnly: "not down",
-    (lambda: Mlp(nn.Tanh())): "act_fn is none of",
-    (lambda: Mlp(Nearly())): "act_fn is none of",
-    (lambda: Mlp(OneSided())): "act_fn is none of",
+    (lambda: Mlp(nn.Tanh())): "act_fn is not one of",
+    (lambda: Mlp(Nearly())): "act_fn is not one of",
+    (lambda: Mlp(OneSided())): "act_fn is not one of",
 }
 
 

@@ -188,7 +188,7 @@ def test_other_shapes_are_left():
     assert "its forward raises" in alone.probe(alone.candidate(ChannelsFirst(COLS)))
     assert "its forward raises" in alone.probe(alone.candidate(nn.GroupNorm(1, COLS)))
     reason = alone.probe(alone.candidate(nn.LayerNorm((4, COLS))))
-    assert "over 2 dimensions, [4, 96]; the kernels over the last alone" in reason
+    assert "over 2 dimensions [4, 96], and the kernels only over the last" in reason
 
 
 def test_each_norm_is_the_candidate_of_one_pattern():

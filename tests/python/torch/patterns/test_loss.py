@@ -860,7 +860,7 @@ def test_fsdp(one_rank, own_unit):
     assert_close({n: p.grad.full_tensor() for n, p in model.named_parameters()}, want)
     if own_unit:
         released(model)
-        assert patch(model) == ["it is a sharded unit of its own; shard it together with the model's root"]
+        assert patch(model) == ["it is an FSDP unit of its own; shard it together with the model's root"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -214,7 +214,7 @@ def test_parametrized_parts_are_not_advanced(norm):
     x = torch.randn(3, 8)
     for _ in range(2):
         torch.testing.assert_close(model(x), stock(x))
-    with pytest.raises(ValueError, match="computed from others at each reading"):
+    with pytest.raises(ValueError, match="is parametrized: reading its parameters may change"):
         twin(model[2])
 
 
