@@ -206,7 +206,7 @@ class Group:
     @property
     def label(self) -> str:
         """The module's name, in words where it has none."""
-        return self.module or "(the model itself)"
+        return self.module or ("(the logits)" if self.role == "logits" else "(the model itself)")
 
 
 FREE_TIERS = ("recipe", "shared")

@@ -94,8 +94,9 @@ def of_ledgers(sides: Mapping[str, Ledger], path: str | Path) -> None:
     axes[0][0].invert_yaxis()
     axes[0][0].set_xlim(0, 1.12 * longest / scale or 1)
     figure.suptitle(next(iter(sides.values())).title() or "Saved for backward", x=0.01, ha="left", fontsize="large")
-    if drawn:
-        figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=len(drawn), frameon=False)
+    if roles := [role for role in COLOURS if role in drawn]:
+        handles = [drawn[role] for role in roles]
+        figure.legend(handles, roles, loc="outside lower center", ncols=len(roles), frameon=False)
     save(figure, path)
 
 

@@ -207,6 +207,7 @@ class _Logits(NamedTuple):
 
 
 def _logits(model: nn.Module) -> _Logits | None:
+    module: Any
     for module in model.modules():
         if hasattr(module, "get_output_embeddings"):
             try:
@@ -308,7 +309,7 @@ def _rows(t: Any) -> int:
 
 def _of_encoder(model: nn.Module, sequences: list[tuple[str, torch.Size]]) -> list[tuple[str, torch.Size]]:
     """Those that the encoder of an encoder-decoder returned; of any other model all."""
-    whole = next((module for module in model.modules() if hasattr(module, "get_encoder")), None)
+    whole: Any = next((module for module in model.modules() if hasattr(module, "get_encoder")), None)
     encoder = None if whole is None else whole.get_encoder()
     names = {name for name, module in model.named_modules() if module is encoder}
     inside = [(name, shape) for name, shape in sequences if any(name == of or name.startswith(f"{of}.") for of in names if of)]

@@ -105,26 +105,28 @@ def _batches(model: nn.Module, tokens: int) -> Iterator[Shapes]:
     config = config_of(model)
     vision = getattr(config, "vision_config", config)
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    text, one = (1, min([tokens, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])), (1,)
+    text: tuple[int, ...] = (1, min([tokens, *(limit for limit in limits if isinstance(limit, int) and limit > 0)]))
+    one: tuple[int, ...] = (1,)
+    shape: tuple[int, ...]
     if main == "input_ids":
         if config is None and not {"input_ids", "args", "kwargs"} & set(inspect.signature(model.forward).parameters):
             return
-        given, labels = (text, torch.long), [text, one]
+        shape, like, labels = text, torch.long, [text, one]
     elif main == "pixel_values":
         size = getattr(vision, "image_size", None) or 224
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        given, labels = ((1, getattr(vision, "num_channels", 3), height, width), like), [one, (1, height, width), text]
+        shape, labels = (1, getattr(vision, "num_channels", 3), height, width), [one, (1, height, width), text]
     elif main == "input_features":
         frames = 2 * getattr(config, "max_source_positions", 1500)
-        given, labels = ((1, getattr(config, "num_mel_bins", 80), frames), like), [text, one]
+        shape, labels = (1, getattr(config, "num_mel_bins", 80), frames), [text, one]
     elif main == "input_values":
         bins = getattr(config, "num_mel_bins", None)
-        given, labels = ((1, 16000) if bins is None else (1, config.max_length, bins), like), [one, text]
+        shape, labels = (1, 16000) if bins is None else (1, config.max_length, bins), [one, text]
     else:
         return
-    batch: Shapes = {main: given}
+    batch: Shapes = {main: (shape, like)}
     if _accepts(model, "labels"):
-        yield from (batch | {"labels": (shape, torch.long)} for shape in labels)
+        yield from (batch | {"labels": (form, torch.long)} for form in labels)
     if getattr(config, "is_encoder_decoder", False):
         yield batch | {"decoder_input_ids": (text, torch.long)}
     yield batch

@@ -57,16 +57,19 @@ def test_loss_buffers_and_logits_are_drawn_and_named(drawn):
     figure = drawn(one=one)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mlp", "logits", "loss buffers"]
     bars = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert bars == ["(the model itself)", "(the loss)", "block_b.mlp", "block_a.mlp"]
+    assert bars == ["(the logits)", "(the loss)", "block_b.mlp", "block_a.mlp"]
     assert [text.get_text() for text in figure.axes[0].texts] == [" 7.0", " 5.0", " 2.0", " 1.0"]
 
 
 def test_two_have_the_same_bars_and_one_scale(drawn):
-    figure = drawn(before=ledger(3), after=ledger(1, loss_buffers=100))
+    other = ledger(1, loss_buffers=100)
+    other.rows.append(Row("", "residual", (4,), "float32", 32.0, "device", 10))
+    figure = drawn(before=ledger(3), after=other)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mlp", "residual", "loss buffers"]
     left, right = figure.axes
     assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
-    assert [text.get_text() for text in left.texts] == [" 4.0", " 2.0", " 1.0", " 0.0"]
-    assert [text.get_text() for text in right.texts] == [" 0.0", " 0.0", " 1.0", " 0.1"]
+    assert [text.get_text() for text in left.texts] == [" 4.0", " 2.0", " 1.0", " 0.0", " 0.0"]
+    assert [text.get_text() for text in right.texts] == [" 0.0", " 0.0", " 1.0", " 0.1", " 0.0"]
     assert left.get_title("left").startswith("before, 7.0 KiB") and right.get_title("left").startswith("after, 1.1 KiB")
 
 

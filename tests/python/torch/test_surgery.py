@@ -541,11 +541,13 @@ def test_a_network_of_convolutions_has_no_attention_to_be_left():
 
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
     model = ResNetForImageClassification(config).train()
+    image = {"pixel_values": torch.randn(1, 3, 224, 224), "labels": torch.tensor([1])}
+    before = unswag.audit(model, **image).alive
     report = unswag.apply_unswag_surgery(model)
     assert set(counts(report)) == {"batch_norm", "relu", "stash"} and report.skipped == []
     assert report.after.alive < 0.75 * report.before.alive and report.bytes_per_token == (None, None)
-    image = {"pixel_values": torch.randn(1, 3, 224, 224), "labels": torch.tensor([1])}
-    assert report.after.alive == pytest.approx(unswag.audit(model, **image).alive, rel=1e-3)
+    assert report.before.alive == pytest.approx(before, rel=1e-3)
+    assert report.after.alive == pytest.approx(unswag.audit(model, **image).alive, rel=0.02)  # the number of zeros settles it
     said = " ".join(str(report).split())
     assert f"bytes per example: {report.before.alive:,} before" in said and "(pixel_values 1×3×224×224, labels 1)." in said
 
@@ -719,7 +721,7 @@ def test_checkpointing_that_is_left_is_in_the_report(when):
         report = operate(model)
     else:
         report = operate(model)
-        assert report.notes == [] and "checkpoint" not in shown(report)
+        assert report.notes == [] and "checkpointing is left" not in shown(report)
         checkpoint_in_a_way_of_its_own(model)
         with pytest.warns(UserWarning, match="checkpointing is not changed"):
             step(model, plain())

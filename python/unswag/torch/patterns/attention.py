@@ -44,7 +44,8 @@ class Attention:
 
     def find(self, model: nn.Module) -> Iterator[Candidate]:
         seen: list[Any] = []
-        if not any(attends(stock_class(module)) for module in model.modules()):
+        classes: set[Any] = {stock_class(module) for module in model.modules()}
+        if not any(map(attends, classes)):
             return
         for name, module in model.named_modules():
             config = getattr(module, "config", None)
@@ -95,7 +96,7 @@ ATTENDS = re.compile(r"softmax|scaled_dot_product|ATTENTION_FUNCTIONS|flash_attn
 
 
 @functools.cache
-def attends(cls: type[nn.Module]) -> bool:
+def attends(cls: Any) -> bool:
     """Whether the code of a class computes attention, or may: a network of convolutions has none to be replaced or left."""
     if issubclass(cls, (nn.MultiheadAttention, nn.Softmax)):
         return True
