@@ -39,6 +39,7 @@ Names names(const List& list) {
 template <class List>
 Names names_of(const List& list) {
   std::vector<std::string_view> out;
+  out.reserve(list.size());
   for (const auto& entry : list) out.push_back(entry.name);
   return names(out);
 }
