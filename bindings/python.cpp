@@ -14,7 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include "math/dither.hpp"
 #include "unswag/unswag.hpp"
 #include "xla.hpp"
 
@@ -40,6 +39,7 @@ Names names(const List& list) {
 template <class List>
 Names names_of(const List& list) {
   std::vector<std::string_view> out;
+  out.reserve(list.size());
   for (const auto& entry : list) out.push_back(entry.name);
   return names(out);
 }
@@ -423,7 +423,7 @@ shape), NotImplementedError (no kernel), RuntimeError (device).  The global lock
   m.attr("blocks") = names_of(unswag::blocks);
   std::vector<std::string_view> dithered;
   for (const auto& [act, name] : unswag::activations)
-    if (unswag::math::has_dither(act)) dithered.push_back(name);
+    if (unswag::has_dither(act)) dithered.push_back(name);
   m.attr("dithered") = names(dithered);
   nb::dict forms;
   for (const unswag::BlockForm& form : unswag::blocks) {

@@ -38,19 +38,31 @@ inline constexpr std::array dtypes{
 //   jax_leaky_relu  y = x >= 0 ? x : slope x                                    bit = x >= 0            NaN: slope dy
 //   jax_relu6       y = min(max(x, 0), 6)                                       bit = x > 0 and x < 6   NaN: no gradient
 enum class Mask : std::uint8_t { relu, leaky_relu, relu6, jax_relu, jax_leaky_relu, jax_relu6 };
+// clang-format off
 inline constexpr std::array masks{
-    Named{Mask::relu, "relu"},         Named{Mask::leaky_relu, "leaky_relu"},         Named{Mask::relu6, "relu6"},
-    Named{Mask::jax_relu, "jax_relu"}, Named{Mask::jax_leaky_relu, "jax_leaky_relu"}, Named{Mask::jax_relu6, "jax_relu6"},
+    Named<Mask>{Mask::relu, "relu"},
+    Named<Mask>{Mask::leaky_relu, "leaky_relu"},
+    Named<Mask>{Mask::relu6, "relu6"},
+    Named<Mask>{Mask::jax_relu, "jax_relu"},
+    Named<Mask>{Mask::jax_leaky_relu, "jax_leaky_relu"},
+    Named<Mask>{Mask::jax_relu6, "jax_relu6"},
 };
+// clang-format on
 
 // Activations with their exact derivative; src/math/activations.hpp has a struct for each, in this order.
 //   relu2       y = max(x, 0)^2,  dx = 2 max(x, 0) dy;  relu2 of relu(x) is relu2 of x, so relu(x) may be kept instead
 //   quick_gelu  y = x / (1 + e^(-1.702 x))
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2, quick_gelu };
+// clang-format off
 inline constexpr std::array activations{
-    Named{Activation::silu, "silu"}, Named{Activation::gelu, "gelu"},   Named{Activation::gelu_tanh, "gelu_tanh"},
-    Named{Activation::relu, "relu"}, Named{Activation::relu2, "relu2"}, Named{Activation::quick_gelu, "quick_gelu"},
+    Named<Activation>{Activation::silu, "silu"},
+    Named<Activation>{Activation::gelu, "gelu"},
+    Named<Activation>{Activation::gelu_tanh, "gelu_tanh"},
+    Named<Activation>{Activation::relu, "relu"},
+    Named<Activation>{Activation::relu2, "relu2"},
+    Named<Activation>{Activation::quick_gelu, "quick_gelu"},
 };
+// clang-format on
 
 // Block codecs: n numbers as n codes of `bits` bits and one scale of 16 bits (docs/format.md section 9).  Rotated: whole
 // numbers, coded after a Walsh-Hadamard rotation, which spreads outliers over the block.  e4m3 and e5m2 are 8-bit floats, for
@@ -64,11 +76,15 @@ struct BlockForm {
   // Of a packed block, the scale included.
   constexpr int bytes() const { return n * bits / 8 + 2; }
 };
+// clang-format off
 inline constexpr std::array blocks{
-    BlockForm{Block::int8, "int8", 32, 8, true},  BlockForm{Block::int4, "int4", 16, 4, true},
-    BlockForm{Block::int2, "int2", 64, 2, true},  BlockForm{Block::e4m3, "e4m3", 32, 8, false},
+    BlockForm{Block::int8, "int8", 32, 8, true},
+    BlockForm{Block::int4, "int4", 16, 4, true},
+    BlockForm{Block::int2, "int2", 64, 2, true},
+    BlockForm{Block::e4m3, "e4m3", 32, 8, false},
     BlockForm{Block::e5m2, "e5m2", 32, 8, false},
 };
+// clang-format on
 
 // The list of an enum, whether a value is in it, and its entry.
 constexpr const auto& list_of(DType) { return dtypes; }

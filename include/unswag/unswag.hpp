@@ -235,7 +235,8 @@ Status code_backward(const CodeBackward& args, Stream stream = {});
 //   y = act(x),  code = floor((act'(x) - lowest) / step + v),  dx = dy (lowest + step (code + 1/2 - v)),  0 < v < 1
 // act' has values in [lowest, 1 - lowest], step = (1 - 2 lowest) / (2^bits - 1), and v is drawn from (seed, offset) for element
 // row cols + col, in the backward again.  The mean of dx is dy act'(x), the variance of its factor step^2 / 12, whatever x is.
-// silu, gelu and gelu_tanh only.  The bytes depend on how a backend rounds act'(x).
+// Only for an activation that has_dither: silu, gelu and gelu_tanh.  The bytes depend on how a backend rounds act'(x).
+bool has_dither(Activation act);
 struct DitherForward {
   Activation act = Activation::silu;
   int bits = 2;

@@ -5,11 +5,11 @@
 namespace unswag {
 namespace {
 
-Check& derivative_has_a_range(Check& check, Activation act) {
-  return check.known("act", act).one_of("act", act, math::has_dither);
-}
+Check& derivative_has_a_range(Check& check, Activation act) { return check.known("act", act).one_of("act", act, has_dither); }
 
 }  // namespace
+
+bool has_dither(Activation act) { return math::lowest_slope(act) < 0; }
 
 Status dither_forward(const DitherForward& args, Stream stream) {
   Check check("dither_forward", stream);

@@ -19,8 +19,6 @@ UNSWAG_HOST inline double lowest_slope(Activation act) {
   return lowest;
 }
 
-UNSWAG_HOST inline bool has_dither(Activation act) { return lowest_slope(act) < 0; }
-
 template <class S>
 struct Dither {
   S lowest, step, per_step;

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <functional>
 
-#include "math/dither.hpp"
 #include "matrix.hpp"
 #include "packed.hpp"
 
@@ -256,7 +255,7 @@ TEST_F(Cuda, DitherOfEveryNumberHasTheBytesOfTheCpu) {
   for (const DType dtype : float_dtypes) {
     Matrix x(dtype, 1, all_numbers);
     fill_with_every_number(x);
-    for (const Activation act : every<Activation>(math::has_dither)) {
+    for (const Activation act : every<Activation>(has_dither)) {
       PackedRows packed(1, packed_row_bytes(all_numbers, 3)), packed_cpu(1, packed_row_bytes(all_numbers, 3));
       Matrix y(dtype, 1, x.cols()), y_cpu(dtype, 1, x.cols());
       cuda->dither_forward({act, 3, 5, 6, x, y, packed}, {});

@@ -1,6 +1,4 @@
 // Subtractive dither: codes and factors by their formula, the mean over draws, and draws that depend on the position alone.
-#include "math/dither.hpp"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -48,7 +46,7 @@ TEST(Dither, CodesAndFactorsAreThoseOfTheFormulaWhateverTheStrides) {
       for (const std::int64_t cols : {1, 7, 32, 33, 1037}) {
         const std::int64_t rows = 3, stride = cols % 2 ? -cols - 3 : cols;
         const std::vector<double> v = units(rows * cols);
-        for (const Activation act : every<Activation>(math::has_dither)) {
+        for (const Activation act : every<Activation>(has_dither)) {
           for (const int bits : {1, 2, 3, 4}) {
             Matrix x(dtype, rows, cols, stride), dy(dtype, rows, cols, stride), y(dtype, rows, cols), value(dtype, rows, cols);
             x.fill_normal(3, 2), dy.fill_normal(4);
@@ -98,7 +96,7 @@ TEST(Dither, CodesAndFactorsAreThoseOfTheFormulaWhateverTheStrides) {
 TEST(Dither, TheMeanOverDrawsIsTheDerivativeWhateverXIs) {
   const std::int64_t n = 1 << 14;
   const Kernels& k = *backends().back();
-  for (const Activation act : every<Activation>(math::has_dither)) {
+  for (const Activation act : every<Activation>(has_dither)) {
     for (const int bits : {1, 2, 3, 4}) {
       for (const double x0 : {-9.0, -2.3993573, -1.41421356, -1.0, -0.3, 0.0, 0.05, 0.7, 1.41421356, 2.4, 8.0}) {
         Matrix x(DType::f32, 1, n), one(DType::f32, 1, n), slope(DType::f32, 1, n), q(DType::f32, 1, n);

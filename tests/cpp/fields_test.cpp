@@ -18,7 +18,8 @@ void check(int count) {
   std::vector<std::uint8_t> codes, again(std::size_t(count), 0xa5);
   for (int i = 0; i < count; ++i) codes.push_back(std::uint8_t(random.bits() % (1 << bits)));
   math::pack_fields<bits>(codes.data(), packed.row(0), count);
-  for (int i = 0; i < count; ++i) ASSERT_EQ(packed.field(0, i * bits, bits), codes[std::size_t(i)]) << bits << " bits, " << i;
+  for (std::int64_t i = 0; i < count; ++i)
+    ASSERT_EQ(packed.field(0, i * bits, bits), codes[std::size_t(i)]) << bits << ", " << i;
   packed.read_only();
   math::unpack_fields<bits>(packed.row(0), again.data(), count);
   ASSERT_EQ(again, codes) << bits << " bits";

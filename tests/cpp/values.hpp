@@ -2,6 +2,7 @@
 // (IEEE 754 binary16/32/64 and bfloat16) and not from the library.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -30,8 +31,19 @@ std::string name_of(Enum value) {
   return std::string(listed(value).name);
 }
 
-inline const std::vector<DType> all_dtypes = every<DType>();
-inline const std::vector<DType> float_dtypes = every<DType>([](DType t) { return t != DType::f64; });
+inline constexpr auto all_dtypes = [] {
+  std::array<DType, dtypes.size()> all{};
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = dtypes[i].value;
+  return all;
+}();
+// All but float64, which the portable row alone has.
+inline constexpr auto float_dtypes = [] {
+  std::array<DType, dtypes.size() - 1> floats{};
+  std::size_t n = 0;
+  for (const DType dtype : all_dtypes)
+    if (dtype != DType::f64) floats[n++] = dtype;
+  return floats;
+}();
 
 struct Format {
   int bytes, digits, min_exponent;  // of the significand, hidden bit included; of the smallest normal number

@@ -1,7 +1,8 @@
-"""What is declared is pinned, and the wheel carries the library and nothing of its workshop."""
+"""What is declared is pinned, the core has its types beside it, and the wheel carries the library and nothing else."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -30,6 +31,23 @@ def test_every_declared_package_is_pinned():
     assert len(pinned) == len(lines)
     assert {name_of(requirement) for requirement in declared} <= pinned
     assert {"jax", "jaxlib"} <= pinned
+
+
+def test_the_stub_beside_the_core_is_that_of_this_core():
+    from unswag import _core
+
+    def functions(text: str) -> dict[str, list[str]]:
+        """name → names of the parameters"""
+        found = [f for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)]
+        return {f.name: [a.arg for a in f.args.args] for f in found}
+
+    stub = Path(_core.__file__).with_name("_core.pyi")
+    assert stub.is_file(), f"{stub} is missing; run make native"
+    given = "\n".join(f"def {line}: ..." for f in vars(_core).values() if callable(f) for line in f.__doc__.splitlines()[:1])
+    assert functions(given) == functions(stub.read_text()), f"{stub} is older than the module; run make native"
+    assert len(functions(given)) > 15
+    names = {node.target.id for node in ast.parse(stub.read_text()).body if isinstance(node, ast.AnnAssign)}
+    assert names == {name for name, value in vars(_core).items() if isinstance(value, tuple | dict) and name[0] != "_"}
 
 
 @pytest.mark.slow

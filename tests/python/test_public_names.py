@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -75,19 +74,6 @@ def test_version_is_that_of_the_build():
     from unswag import _core
 
     assert _core.version() == unswag.__version__
-
-
-def test_the_stub_of_the_core_says_what_the_core_takes():
-    from unswag import _core
-
-    def functions(text: str) -> dict[str, str]:
-        """name → parameters, and the result without what is in its brackets."""
-        found = {f.name: f for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)}
-        return {name: f"{ast.unparse(f.args)} -> {ast.unparse(f.returns).partition('[')[0]}" for name, f in found.items()}
-
-    given = "\n".join(f"def {line}: ..." for f in vars(_core).values() if callable(f) for line in f.__doc__.splitlines()[:1])
-    assert functions(given) == functions(Path(unswag.__file__).with_name("_core.pyi").read_text())
-    assert len(functions(given)) > 15
 
 
 INSTALL = "which is not installed. In the folder of UnSwag's sources, run: pip install"
