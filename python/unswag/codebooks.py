@@ -258,7 +258,7 @@ def fit(function: str, bits: int, scale: float | Mapping[float, float] = 1.0, me
         target = bounds if of == "derivative" else _derivative(bounds, table) + nu @ _raised(bounds, powers)
         return target - (level[:-1] + level[1:]) / 2
 
-    bounds = _newton(residual, bounds, 0.0 if half else -math.inf)
+    bounds = newton(residual, bounds, 0.0 if half else -math.inf)
     levels = solved(bounds)[0]
     if half:
         bounds, levels = np.concatenate((-bounds[::-1], [0.0], bounds)), np.concatenate((1 - levels[::-1], levels))
@@ -389,14 +389,14 @@ def _normal(
     function: str, scales: Mapping[float, float], bounds: Array, of: str = "x", powers: tuple[int, ...] = ()
 ) -> _Points:
     """A mixture of normal distributions, its right half where there are powers, exact for cells with these bounds."""
-    ends = _preimages(function, bounds) if of == "derivative" else bounds
+    ends = preimages(function, bounds) if of == "derivative" else bounds
     x, weight = quadrature(scales, ends, 0.0 if powers else -math.inf)
     slope = _derivative(x, function)
     points = _Points(slope, weight, x, _raised(x, powers), powers)
     return points.by_slope() if of == "derivative" else points
 
 
-def _preimages(function: str, values: Array) -> Array:
+def preimages(function: str, values: Array) -> Array:
     """All x where f'(x) is one of the values; an end where a branch has none."""
     turn = _TURN[function]
     ends = np.array([-60.0, -turn, turn, 60.0])[:, None]
@@ -428,7 +428,7 @@ def _segments(weight: Array, target: Array, count: int, cuts: Indices) -> Indice
     return ends[found[:0:-1]]
 
 
-def _newton(residual: Callable[[Array], Array], bounds: Array, least: float) -> Array:
+def newton(residual: Callable[[Array], Array], bounds: Array, least: float) -> Array:
     """Where the residual is 0, from near there; bounds stay ascending and above `least`."""
     if not len(bounds):
         return bounds
