@@ -460,9 +460,7 @@ def test_torch_func_is_refused_by_the_fused(name):
 
 
 def test_torch_func_is_refused_by_coded_derivatives():
-    with pytest.raises(
-        NotImplementedError, match=r"silu: the transforms of torch.func are not supported; use torch.nn.functional.silu"
-    ):
+    with pytest.raises(NotImplementedError, match=r"silu: the transforms .* not supported; use torch.nn.functional.silu"):
         torch.func.vmap(lambda x: F.silu(x, bits=2))(torch.randn(3, 4))
 
 
@@ -473,7 +471,7 @@ def test_forward_mode_is_refused(name):
     for i, x in enumerate(xs):
         with (
             forward_ad.dual_level(),
-            pytest.raises(NotImplementedError, match="has a tangent, and forward mode is not supported"),
+            pytest.raises(NotImplementedError, match="has a tangent, and forward mode is not"),
         ):
             ALL[name][0](*xs[:i], forward_ad.make_dual(x, x), *xs[i + 1 :])
     f = lambda x: ALL[name][0](x, *xs[1:])  # noqa: E731
