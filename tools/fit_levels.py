@@ -81,7 +81,7 @@ def function_space(function: str, bits: int) -> Codebook:
     for near in range(n + 1):
         far = np.linspace(2.8 * turn if function == "gelu" else 4.2 * turn, turn, n - near + 2)[1:-1]
         start = np.concatenate([far, np.linspace(turn, 0, near + 2)[1:-1]])
-        bounds = codebooks._newton(residual, start, -math.inf)
+        bounds = codebooks.newton(residual, start, -math.inf)
         _, weight, error, a = rest(bounds)
         if bounds[-1] < 0 and np.abs(residual(bounds)).max() < 1e-12 and weight @ error**2 < least:
             least, found, levels = weight @ error**2, bounds, np.cumsum(a)
@@ -177,14 +177,14 @@ def unbiased_errors(function: str) -> dict[str, list[float]]:
 
         def variance(*levels: float, scale: float = s) -> float:
             """E (f' - l_i) (l_(i+1) - f') for the levels around f'."""
-            ends = codebooks._preimages(function, np.array(levels[1:-1]))
+            ends = codebooks.preimages(function, np.array(levels[1:-1]))
             x, weight = quadrature(scale, ends)
             slope = reference.activation_derivative(x, function)
             below = np.clip(np.searchsorted(levels, slope) - 1, 0, len(levels) - 2)
             low, high = np.array(levels)[below], np.array(levels)[below + 1]
             return float(weight @ ((slope - low) * (high - slope)))
 
-        x, weight = quadrature(s, codebooks._preimages(function, np.array([0.0, 1.0])))
+        x, weight = quadrature(s, codebooks.preimages(function, np.array([0.0, 1.0])))
         slope = reference.activation_derivative(x, function)
         part = np.clip(slope, 0, 1)
         low, high = 0.05, 0.45  # golden section

@@ -40,7 +40,7 @@ FUNCTIONS = ("silu", "gelu")
 _LIKE = {"silu": ("silu", 1.0), "gelu": ("gelu", 1.0), "gelu_tanh": ("gelu", 1.0), "quick_gelu": ("silu", 1.702)}
 SMOOTH = tuple(_LIKE)  # the activations that have codebooks
 
-# Least error on inputs of the normal distribution among those of so many bits; with 2, those whose error has no low moments,
+# Least error on inputs of the normal distribution among those of the same width; with 2, those whose error has no low moments,
 # which is what is left after many tokens.
 _DEFAULT = {
     "silu": {1: "opt_x_silu_1bit_s1", 2: "mm2_silu_2bit_s1", 3: "opt_x_silu_3bit_s1", 4: "opt_x_silu_4bit_s1"},
@@ -112,15 +112,15 @@ def _check_bits(function: str, bits: object) -> None:
 
 
 def names(function: str, bits: int | None = None) -> list[str]:
-    """The codebooks of a function, all or those of so many bits."""
+    """The names of the codebooks of a function, of all widths or of this number of bits."""
     function, _ = _like(function)
     return [name for (f, name), book in _all().items() if f == function and bits in (None, book.bits)]
 
 
 def codebook(function: str, bits: int, name: str | None = None) -> Codebook:
-    """By name, or the default of so many bits, of silu, gelu, gelu_tanh or quick_gelu.
+    """The codebook of silu, gelu, gelu_tanh or quick_gelu with this name, or the default with this number of bits.
 
-    Short names, where there are so many bits: "optimal" (least squared error on N(0, 1)), "mm1", "mm2" (and no moments of the
+    Short names, for the widths that have them: "optimal" (least squared error on N(0, 1)), "mm1", "mm2" (and no moments of the
     error), "value" (cells of f'), "fewbit", "resilu2", "regelu2", "seed". ValueError lists the choices.
     """
     table, stretch = _like(function)
@@ -222,7 +222,7 @@ def fidelity(book: Codebook, function: str, scale: float = 1.0) -> Fidelity:
 
 
 def fit(function: str, bits: int, scale: float | Mapping[float, float] = 1.0, method: str = "optimal") -> Codebook:
-    """The codebook of so many bits for inputs of N(0, scale²), or of a mixture {scale: part, ...} of them.
+    """The codebook of this number of bits for inputs of N(0, scale²), or of a mixture {scale: part, ...} of them.
 
     method  "optimal"  least E e², e = level - f'(x)
             "mm1"      least E e² such that E x e = 0, mirrored as f' is: the level at -x is 1 - that at x. So E x^k e = 0 for
@@ -258,7 +258,7 @@ def fit(function: str, bits: int, scale: float | Mapping[float, float] = 1.0, me
         target = bounds if of == "derivative" else _derivative(bounds, table) + nu @ _raised(bounds, powers)
         return target - (level[:-1] + level[1:]) / 2
 
-    bounds = _newton(residual, bounds, 0.0 if half else -math.inf)
+    bounds = newton(residual, bounds, 0.0 if half else -math.inf)
     levels = solved(bounds)[0]
     if half:
         bounds, levels = np.concatenate((-bounds[::-1], [0.0], bounds)), np.concatenate((1 - levels[::-1], levels))
@@ -389,14 +389,14 @@ def _normal(
     function: str, scales: Mapping[float, float], bounds: Array, of: str = "x", powers: tuple[int, ...] = ()
 ) -> _Points:
     """A mixture of normal distributions, its right half where there are powers, exact for cells with these bounds."""
-    ends = _preimages(function, bounds) if of == "derivative" else bounds
+    ends = preimages(function, bounds) if of == "derivative" else bounds
     x, weight = quadrature(scales, ends, 0.0 if powers else -math.inf)
     slope = _derivative(x, function)
     points = _Points(slope, weight, x, _raised(x, powers), powers)
     return points.by_slope() if of == "derivative" else points
 
 
-def _preimages(function: str, values: Array) -> Array:
+def preimages(function: str, values: Array) -> Array:
     """All x where f'(x) is one of the values; an end where a branch has none."""
     turn = _TURN[function]
     ends = np.array([-60.0, -turn, turn, 60.0])[:, None]
@@ -428,7 +428,7 @@ def _segments(weight: Array, target: Array, count: int, cuts: Indices) -> Indice
     return ends[found[:0:-1]]
 
 
-def _newton(residual: Callable[[Array], Array], bounds: Array, least: float) -> Array:
+def newton(residual: Callable[[Array], Array], bounds: Array, least: float) -> Array:
     """Where the residual is 0, from near there; bounds stay ascending and above `least`."""
     if not len(bounds):
         return bounds

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.python.activations import ACTIVATIONS
 
 from unswag import reference
 
@@ -133,14 +135,7 @@ def test_bfloat16_is_torch_bfloat16():
 
 # ---- the mathematics, against PyTorch in float64 ---------------------------------------------------------------------
 
-TORCH = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-    "relu2": lambda x: torch.relu(x).square(),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+TORCH = {name: partial(row.torch, torch) for name, row in ACTIVATIONS.items()}
 
 
 def _draw(*shape: int) -> torch.Tensor:
@@ -149,7 +144,8 @@ def _draw(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("act", TORCH)
 def test_activation_and_derivative(act):
-    x = torch.linspace(-12, 12, 2401, dtype=torch.float64).requires_grad_()
+    reach = ACTIVATIONS[act].reach
+    x = torch.linspace(-reach, reach, 2401, dtype=torch.float64).requires_grad_()
     y = TORCH[act](x)
     (dx,) = torch.autograd.grad(y.sum(), x)
     np.testing.assert_allclose(reference.activation(x.detach().numpy(), act), y.detach(), rtol=1e-12, atol=1e-15)

@@ -65,14 +65,14 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 class PackedDataset:
     """Rows of packed sequences, read from a memory map.
 
-    data[i] is a dict of int64 arrays: input_ids, labels (-100 where there is nothing to learn, and at the first token of each
-    sequence), position_ids (from 0 in each sequence) and seq_lengths.  data[a:b] is a list of rows.  `collator` makes batches
-    of rows, and says what a model must do with them; `to_hf` makes a data set of Hugging Face.
+    data[i] is a dict of int64 arrays: input_ids, labels (-100 for tokens that are not trained, and for the first token of each
+    sequence), position_ids (from 0 in each sequence) and seq_lengths. data[a:b] is a list of rows. `collator` makes batches of
+    rows, and says what a model must do with them; `to_hf` makes a data set of Hugging Face.
 
-    What `prepare_data` returns lies in the temporary folder until the last copy of it is let go, or the interpreter ends; what
-    `load` returns stays where it is.  Copies share the files.  A pickle carries them (4 bytes per token; where it is opened
-    they have no name), except to the worker processes of a DataLoader, which read the same files; a pickle of a loaded data
-    set carries only the name of its folder.
+    The files of `prepare_data` are in the temporary folder, and are removed with the last copy of the data set or when the
+    interpreter ends; those of `load` stay where they are. Copies share the files. A pickle contains them (4 bytes per token;
+    once it is opened they have no name), except for the worker processes of a DataLoader, which read the same files. A pickle
+    of a loaded data set contains only the name of its folder.
     """
 
     def __init__(self, folder: Path, counts: Counts, max_length: int, pad: int, *, owned: bool = False):
@@ -154,10 +154,10 @@ class PackedDataset:
     def to_hf(self, *, packed: bool = False) -> datasets.Dataset:
         """A `datasets.Dataset` with the columns input_ids, labels, position_ids and seq_lengths, in the cache of `datasets`.
 
-        packed False: one sequence per row, in the order of the files.  Right with every trainer and collator: TRL pads the
-        rows, or packs them itself (`packing=True`).
-        packed True: the rows as they are here.  They need a collator that heeds seq_lengths or position_ids: `data.collator`,
-        or that of TRL with `padding_free=True`.  TRL's default collator does not: the sequences of a row see each other.
+        packed=False: one sequence per row, in the order of the files. Right with every trainer and collator: TRL pads the rows,
+        or packs them itself (`packing=True`).
+        packed=True: the packed rows. They need a collator that uses seq_lengths or position_ids: `data.collator`, or TRL's
+        with `padding_free=True`. The default collator of TRL does not, so the sequences of a row would see each other.
 
         TRL cuts rows at its own `SFTConfig(max_length=1024)`; give it the max_length of the data, or None.
         """
@@ -188,7 +188,7 @@ class PackedDataset:
         return Report(self.counts, np.asarray(self.lengths), len(self), self.max_length)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the data set into a new folder, complete or not at all.  Raises FileExistsError if `folder` is there."""
+        """Writes the data set into a new folder, completely or not at all. Raises FileExistsError if `folder` exists."""
         target = path_of("save", "folder", folder)
         there = f"{target} is there already; save into a new folder, or remove it first"
         if target.exists():
@@ -231,8 +231,8 @@ class PackedDataset:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PackedDataset:
-        """Opens what `save` wrote.  Raises ValueError if a file is missing, cut short or changed, of another version, or if
-        what they say does not fit together."""
+        """Opens a folder that `save` wrote. Raises ValueError if a file is missing, truncated, changed or of another version,
+        or if the files contradict each other."""
         folder = path_of("load", "folder", folder)
 
         def refused(what: str) -> ValueError:
@@ -334,14 +334,14 @@ def _checked(manifest: dict[str, Any], refused: Callable[[str], ValueError]) -> 
 class Collator:
     """Rows → a batch of torch tensors [rows, longest]: input_ids, labels, position_ids, all int64.
 
-    There is no attention mask: position ids that start again at 0 tell where a sequence begins, and padding at the end of a
-    row is a sequence of its own without labels.  Position ids are taken from the rows, else made from their seq_lengths.
+    There is no attention mask: a position id of 0 marks the beginning of a sequence, and padding at the end of a row is a
+    sequence of its own without labels. Position ids are those of the rows, or else computed from their seq_lengths.
 
-    A stock model of transformers separates the sequences only without a cache and without an attention mask: in a loop of your
-    own call model(**batch, use_cache=False), in training and evaluation alike, or set model.config.use_cache = False (the
-    Trainer does, TRL's trainers too).  With the default, use_cache=True, the sequences of a row see each other and the loss is
-    that of another model.  The flash_attention implementations separate them in batches of one row only.  docs/data.md lists
-    the models that have no position ids, or no attention to separate.
+    A stock model of transformers separates the sequences only without a cache and without an attention mask. In your own loop,
+    call model(**batch, use_cache=False), in training and evaluation alike, or set model.config.use_cache = False (the Trainer
+    and the trainers of TRL do so). With the default, use_cache=True, the sequences of a row see each other and the loss is
+    wrong. The flash_attention implementations separate them only in batches of one row. docs/data.md lists the models that
+    have no position ids, or no attention to separate.
     """
 
     pad: int

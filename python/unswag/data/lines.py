@@ -37,7 +37,7 @@ _OTHER_FILES = {
 
 
 class DataError(ValueError):
-    """A line that cannot be used.  `path`, `line` and `column` (both from 1) and `reason` say where and why."""
+    """A line that cannot be used: `path`, `line`, `column` (both counted from 1) and `reason`."""
 
     def __init__(self, path: Path, line: int, column: int, kind: str, reason: str):
         super().__init__(

@@ -38,32 +38,32 @@ def prepare_data(
     on_error: str = "raise",
     verbose: bool = True,
 ) -> PackedDataset:
-    """Reads .jsonl (or gzipped .jsonl), tokenizes, masks the prompts and packs.
+    """Reads .jsonl (or gzipped .jsonl) files, tokenizes them, masks the prompts and packs the sequences into rows.
 
     Args:
         path_or_paths: file or files, read in this order; UTF-8, with or without a byte order mark, LF or CRLF.
-        tokenizer: of Hugging Face.  It must have an EOS token, which ends every sequence and keeps its label (even if it is
+        tokenizer: a tokenizer of Hugging Face with an EOS token, which ends every sequence and keeps its label (even if it is
             the padding token as well).
         max_length: tokens per row.
-        template: "chat" renders instructions and messages with the tokenizer's chat template, "alpaca" instructions in the form
-            of Stanford Alpaca, "auto" takes the chat template if there is one.  Texts of prompt / completion and of text are
-            taken as they are.
-        columns: our field → the name that it has in the files, such as {"output": "answer"}.
+        template: "chat" renders instructions and messages with the tokenizer's chat template; "alpaca" writes instructions in
+            the form of Stanford Alpaca; "auto" uses the chat template if there is one. Prompt / completion and text are used
+            unchanged.
+        columns: our field → its name in the files, such as {"output": "answer"}.
         packing: False gives each sequence a row of its own.
-        too_long: what happens to sequences of more than `max_length` tokens: "drop", or "truncate" at the end.
+        too_long: "drop" leaves out sequences of more than `max_length` tokens, "truncate" cuts them at the end.
         on_error: "raise" stops at the first bad line; "skip" leaves it out and counts it; "quarantine" also writes it, with the
-            reason, to `<file>.quarantine` beside the file, and takes that file away when no line is bad.  A file of that name
-            that no earlier run wrote is an error.
+            reason, to `<file>.quarantine` beside the file, and removes that file if no line is bad. A file of that name that no
+            earlier run wrote is an error.
         verbose: prints the report, and the progress of anything that takes more than two seconds.
 
-    Bad is also a line whose chat template raises, or leaves out a message or a tool call.  Lines of which nothing is to be
-    learnt ("weight": 0) and those that are too long are counted and left out whatever `on_error` says.
+    A line is also bad if its chat template raises, or leaves out a message or a tool call. Lines without anything to train on
+    ("weight": 0) and lines that are too long are counted and left out whatever `on_error` says.
 
-    Time is quadratic in the answers of a conversation: the text of a chat template is rendered twice up to each that is learnt.
+    Time is quadratic in the answers of a conversation: the chat template renders the text up to each trained answer twice.
 
-    Raises DataError (a ValueError) for a bad line; ValueError for anything else that cannot be used: a missing, empty, blank or
-    directory path, an array instead of lines, arguments, no usable line at all; TypeError for an argument of another type;
-    OSError, which names the folder, where nothing can be written.
+    Raises DataError (a ValueError) for a bad line; ValueError for a path that is missing, empty, blank or a directory, for an
+    array instead of lines, for arguments that do not fit, and if no line is usable; TypeError for an argument of another type;
+    OSError, which names the folder, if a file cannot be written.
     """
     paths = paths_of(path_or_paths)
     max_length = check_arguments(tokenizer, max_length, template, columns, packing, too_long, on_error, verbose)

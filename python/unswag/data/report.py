@@ -26,7 +26,7 @@ NAMES = 20  # columns that it names
 
 @dataclass
 class Counts:
-    """What became of the lines.  Always read == kept + blank + sum(dropped.values())."""
+    """How many lines were kept, blank or dropped. Always read == kept + blank + sum(dropped.values())."""
 
     read: int = 0
     kept: int = 0
@@ -36,7 +36,7 @@ class Counts:
     merged: int = 0  # kept; a token spans the end of the prompt, and has a label
     tokens: int = 0
     trained: int = 0  # tokens that have a label
-    noted: Counter[str] = field(default_factory=Counter)  # kept lines, by what of them was not used as it stands
+    noted: Counter[str] = field(default_factory=Counter)  # kept lines, by the part of them that was ignored or changed
     where: dict[str, list[str]] = field(default_factory=dict)  # the first lines of each reason and note, path:line first
     quarantine: list[str] = field(default_factory=list)  # files that were written
 
@@ -61,7 +61,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Report:
-    """Counts and lengths; printed as a table with a histogram, `plot` as a picture."""
+    """Counts and lengths: prints as a table with a histogram; `plot` draws the histogram."""
 
     counts: Counts
     lengths: np.ndarray
@@ -121,7 +121,7 @@ class Report:
         return numbers, edges
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Saves the histogram of the lengths as PNG."""
+        """Saves a histogram of the lengths of the sequences, in tokens, as PNG."""
         target = path_of("plot", "path", path)
         try:
             from matplotlib.figure import Figure

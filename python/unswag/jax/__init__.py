@@ -1,6 +1,6 @@
 """Functions for JAX, Flax and Equinox that keep the smallest exact form of what their backward needs.
 
-They work under jit, grad, vmap, scan, remat, shard_map and automatic sharding, on every platform of XLA.
+They work under jit, grad, vmap, scan, remat, shard_map and automatic sharding, on every platform that XLA supports.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""silu and gelu, exactly from x or, when bits are named, with the derivative as a code of so many bits.
+"""silu and gelu: exact, from x, or with `bits`, which keeps only a code of the derivative.
 
 x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. 16-bit values are
-computed in float32 and rounded once. "Saved" is what is kept from forward to backward, n elements of b bytes; the output is
-kept too where the next layer needs it for a trained weight, whoever computed it. The gradient may be differentiated again, in
-either mode (`jax.hessian`); `jax.jvp` through a function itself is JAX's TypeError. `implementation` names the kernels; 'ffi',
-the C++ kernels on the CPU, has no codes, and rounds in another place than XLA.
+computed in float32 and rounded once. "Saved" is what is kept from forward to backward, for n elements of b bytes; a next layer
+with a trained weight keeps the output as well. The gradient may be differentiated again, in either mode (`jax.hessian`);
+`jax.jvp` through a function itself is a TypeError of JAX. `implementation` selects the kernels: "xla", or "ffi", the C++
+kernels on the CPU, which have no codes and round in other places.
 
-A code is lossy: the values are exact, the gradients are not (docs/math.md gives the errors), and they have no derivative, since
-the levels are constants: to differentiate them by x again is a NotImplementedError. `codebook` is a name that
-`unswag.codebooks.codebook` knows ("optimal", "mm1", "mm2", "fewbit", "resilu2", "seed", …) or a Codebook, such as
-`unswag.codebooks.calibrated` makes. A code of 0, for NaN too, means the lowest level.
+Codes are lossy: the values are exact, the gradients are not (docs/math.md gives the errors). The levels are constants, so these
+gradients have no derivative: differentiating them by x again is a NotImplementedError. `codebook` is a name known to
+`unswag.codebooks.codebook` ("optimal", "mm1", "mm2", "fewbit", "resilu2", "seed", …) or a Codebook, such as
+`unswag.codebooks.calibrated` returns. The code 0, also that of NaN, is the lowest level.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def wide(x: Array) -> Array:
 
 
 def _vanishing(term: Array, x: Array) -> Array:
-    """A term that is 0 at both infinities, where it comes out as 0 inf."""
+    """A term whose limit at both infinities is 0, where it is computed as 0 times infinity."""
     return jnp.where(jnp.isfinite(term) | jnp.isnan(x), term, jnp.zeros_like(x))
 
 
@@ -61,7 +61,7 @@ def _silu_derivative(x: Array) -> Array:
 
 
 def _phi(x: Array) -> Array:
-    """The normal distribution."""
+    """The distribution function of the normal distribution."""
     return lax.erfc(-x * np.asarray(np.sqrt(0.5), x.dtype)) / 2
 
 
@@ -212,9 +212,7 @@ def _activation(
     if bits is not None:  # how many there may be unswag.codebooks says
         integer(function, "bits", bits, "choose 1, 2, 3 or 4, or None to keep x exactly")
     if not isinstance(codebook, str | Codebook | None):
-        raise TypeError(
-            f"{function}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best of so many bits"
-        )
+        raise TypeError(f"{function}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best one")
     if isinstance(codebook, Codebook):
         if bits not in (None, codebook.bits):
             raise ValueError(f"{function}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
@@ -235,7 +233,7 @@ def _activation(
 
 
 def gelu_name(op: str, approximate: bool) -> str:
-    """By a bool, and not by PyTorch's 'none', which would be true."""
+    """The name in the table. approximate is a bool, as in JAX: PyTorch's 'none' would count as true."""
     return "gelu_tanh" if one_of(op, "approximate", approximate, (True, False)) else "gelu"
 
 
@@ -247,8 +245,14 @@ def silu(
     implementation: str | None = None,
     layout: str | None = None,
 ) -> Array:
-    """x / (1 + e^-x), as `jax.nn.silu`. Saved: x, n b bytes (`jax.nn.silu` keeps two arrays more); with `bits` just a code of
-    the derivative, n bits / 8 bytes, with the gradient error of the codebook (default: the best of so many bits)."""
+    """x / (1 + e^-x), as `jax.nn.silu`. Saved: x, n b bytes (`jax.nn.silu` keeps two more arrays).
+
+    bits            1 to 4: only a code of the derivative is saved, n bits / 8 bytes. Lossy: the gradient has the error of the
+                    codebook
+    codebook        the levels of the derivative; None: the best with this number of bits
+    implementation  "xla", "ffi" or None for the best on this platform
+    layout          where the bits of a code lie (docs/format.md): "rows", "rows256" or None for the best
+    """
     return _activation(x, "silu", "silu", bits, codebook, implementation, layout)
 
 
@@ -261,7 +265,10 @@ def gelu(
     implementation: str | None = None,
     layout: str | None = None,
 ) -> Array:
-    """x Phi(x), or its tanh form, as `jax.nn.gelu`. Saved: x, n b bytes; with `bits` just a code of the derivative (of the erf
-    form, from which the tanh form differs by 0.001), n bits / 8 bytes."""
+    """x Phi(x), or with `approximate` its tanh form, as `jax.nn.gelu`. Saved: x, n b bytes.
+
+    bits, codebook, implementation and layout as in `silu`. Codes are those of the erf form, whose derivative differs from that
+    of the tanh form by at most 0.001.
+    """
     act = gelu_name("gelu", approximate)
     return _activation(x, "gelu", act, bits, codebook, implementation, layout)

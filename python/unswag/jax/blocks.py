@@ -1,14 +1,14 @@
-"""Blocks that go through the tokens in chunks, forward and backward: nothing of size tokens x ff or tokens x classes is built,
-nor kept unless `keep` says so. This, and not the mask alone, is what makes long contexts fit.
+"""Blocks that process the tokens in chunks, forward and backward: no array of tokens x ff or tokens x classes is built, and
+none is kept unless `keep` says so. It is this, more than the mask, that makes long contexts fit.
 
 x and hidden are [..., tokens, H], with any leading dimensions; a chunk is `chunk` tokens of every sequence, the last one may be
 shorter. Weights and biases have the dtype of x: float32, bfloat16, float16 or float64. Products are those of the plain
 spelling in that dtype; weight gradients are summed over the chunks in float32 (float64) and rounded once. A gradient may be
-differentiated again, in either mode; `jax.jvp` through a function itself is JAX's TypeError. ValueError for shapes, values and
-names, TypeError for dtypes that do not fit. Formulas: docs/math.md.
+differentiated again, in either mode; `jax.jvp` through a function itself is a TypeError of JAX. ValueError for shapes, values
+and names, TypeError for dtypes that do not fit. Formulas: docs/math.md.
 
 "Saved" is what is kept from forward to backward for tokens of b bytes per element, beside the weights. Under jit a gradient
-that nobody asks for (of a frozen weight) costs nothing, neither its product nor what would be kept for it.
+that is not used (of a frozen weight) costs nothing: neither its product nor what would be kept for it.
 
 Leading dimensions need no vmap, which would sum each example's weight gradients apart. They may be sharded: under automatic
 sharding the gradients of trained weights are summed over the devices, in the loop or after it, as the compiler decides, and
@@ -124,6 +124,7 @@ class _Mlp(NamedTuple):
         return self.unit.gradients(dh, *z)
 
 
+# Not all of the table: those that have a function of their own in `unswag.jax`.
 _GATED = ("silu", "gelu", "gelu_tanh", "relu")
 _PLAIN = ("relu", "relu2", "leaky_relu", "relu6")
 _KEEP = ("mask", "pre_activation", "recompute")
@@ -242,7 +243,7 @@ def mlp(
     x     [..., tokens, H]; up [H, ff], down [ff, out], up_bias [ff], down_bias [out]; the output is [..., tokens, out]
     act   "relu", "relu2", "leaky_relu" (its `negative_slope` is a Python number) or "relu6"
     keep  beside x, b H bytes per token, which the gradient of `up` needs:
-          "recompute"       nothing; the backward makes x up again
+          "recompute"       nothing; the backward recomputes x up
           "mask"            one bit per element, ff / 8 bytes per token, and x is not kept if `up` and `down` are frozen; not
                             for relu2, whose gradient is 2 max(z, 0) dh. A trained `down` needs h, hence x up again: then the
                             mask saves nothing over "recompute"
@@ -280,7 +281,7 @@ def gated_mlp(
     x     [..., tokens, H]; gate and up [H, ff], down [ff, out]; the output is [..., tokens, out]
     act   "silu", "gelu" (the erf form), "gelu_tanh" or "relu"
     keep  beside x, b H bytes per token:
-          "recompute"       nothing; the backward makes x gate and x up again
+          "recompute"       nothing; the backward recomputes x gate and x up
           "pre_activation"  both, 2 b ff bytes per token
     chunk tokens of each sequence at a time. Transient: a few arrays [..., chunk, ff]
     """

@@ -63,10 +63,11 @@ _call_p = Primitive("unswag_ffi")
 _call_p.multiple_results = True
 
 
-def _call(
+def call(
     target: str, operands: tuple[Array, ...], results: tuple[tuple[Any, Any], ...], named: bool = True, **attributes: Any
 ) -> list[Array]:
-    """results: last dimension and dtype of each.  named: whether the caller asked for this implementation by name."""
+    """The custom call of a handler, under all transformations. results: last dimension and dtype of each. named: whether the
+    caller asked for this implementation by name."""
     types = tuple((last, np.dtype(dtype).name) for last, dtype in results)
     return _call_p.bind(*operands, target=target, results=types, named=named, attributes=tuple(sorted(attributes.items())))
 
@@ -168,7 +169,8 @@ def _words(x: Array) -> tuple[Array, tuple[int, ...]]:
     return x.reshape(*leading, words, WORD) if whole else x.reshape(*leading, cols), (*leading, words)
 
 
-def _mask(act: str, slope: float, dtype: Any) -> dict[str, Any]:
+def mask_attributes(act: str, slope: float, dtype: Any) -> dict[str, Any]:
+    """act and slope as attributes of a custom call."""
     rounded = float(np.asarray(slope).astype(dtype))  # as jax.nn has it
     return {"act": np.int64(_core.masks.index(f"jax_{act}")), "slope": np.float64(rounded)}
 
@@ -178,7 +180,7 @@ def mask_forward(x: Array, act: str, slope: float, named: bool = True) -> tuple[
     view, packed_shape = _words(x)
     last = 1 if view.ndim > len(packed_shape) else packed_shape[-1]
     results = ((view.shape[-1], x.dtype), (last, np.uint32))
-    y, packed = _call("unswag_mask_forward_v1", (view,), results, named, **_mask(act, slope, x.dtype))
+    y, packed = call("unswag_mask_forward_v1", (view,), results, named, **mask_attributes(act, slope, x.dtype))
     return y.reshape(x.shape), packed.reshape(packed_shape)
 
 
@@ -188,7 +190,7 @@ def mask_backward(packed: Array, dy: Array, act: str, slope: float, named: bool 
     if view.ndim > len(packed_shape):
         packed = packed[..., None]
     result = ((view.shape[-1], dy.dtype),)
-    (dx,) = _call("unswag_mask_backward_v1", (packed, view), result, named, **_mask(act, slope, dy.dtype))
+    (dx,) = call("unswag_mask_backward_v1", (packed, view), result, named, **mask_attributes(act, slope, dy.dtype))
     return dx.reshape(dy.shape)
 
 
@@ -200,7 +202,7 @@ def _elementwise(target: str, act: str, named: bool, count: int, *operands: Arra
     x = operands[0]
     results = ((1, x.dtype),) * count
     code = np.int64(_core.activations.index(act))
-    return [y[..., 0] for y in _call(target, tuple(v[..., None] for v in operands), results, named, act=code)]
+    return [y[..., 0] for y in call(target, tuple(v[..., None] for v in operands), results, named, act=code)]
 
 
 def activation_forward(x: Array, act: str, named: bool = True) -> Array:

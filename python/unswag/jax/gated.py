@@ -1,12 +1,12 @@
-"""Gated units that keep (gate, up) only: act(gate) and the product are made again in the backward.
+"""Gated units that keep only gate and up: the backward recomputes act(gate) and the product.
 
 gate and up have one shape and dtype: float32, bfloat16, float16 or float64; the product has the same. 16-bit values are
-computed in float32 and the product is rounded once. Saved: gate and up, 2 n b bytes, which the two matrix products before
-have anyway. ValueError for shapes, TypeError for dtypes that do not fit. The gradient may be differentiated again, in either
-mode; `jax.jvp` through a function itself is JAX's TypeError. Formulas: docs/math.md (Shazeer 2020, GLU Variants Improve
-Transformer).
+computed in float32 and the product is rounded once. Saved: gate and up, 2 n b bytes for n elements of b bytes. ValueError for
+shapes, TypeError for dtypes that do not fit. The gradient may be differentiated again, in either mode; `jax.jvp` through a
+function itself is a TypeError of JAX. Formulas: docs/math.md (Shazeer 2020, GLU Variants Improve Transformer).
 
-`implementation` names the kernels; 'ffi', the C++ kernels on the CPU, rounds in another place than XLA. reglu has XLA's alone.
+`implementation` selects the kernels: "xla", or "ffi", the C++ kernels on the CPU, which round in other places. reglu has only
+those of XLA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gradients(gate: Array, up: Array, dh: Array, act: str) -> tuple[Array, Array
 
 
 class Unit(NamedTuple):
-    """The product and its gradients by the kernels that are chosen. JAX differentiates both, by their formulas."""
+    """The product and its gradients by the chosen kernels. JAX differentiates both by their formulas."""
 
     act: str
     how: How
@@ -75,15 +75,22 @@ def _checked(op: str, gate: Array, up: Array, act: str, implementation: str | No
 
 
 def swiglu(gate: Array, up: Array, *, implementation: str | None = None) -> Array:
-    """silu(gate) up."""
+    """silu(gate) up, of two arrays of one shape and dtype; so is the result. Saved: gate and up, 2 n b bytes.
+
+    implementation  "xla", "ffi" or None for the best on this platform
+    """
     return _checked("swiglu", gate, up, "silu", implementation)
 
 
 def geglu(gate: Array, up: Array, approximate: bool = True, *, implementation: str | None = None) -> Array:
-    """gelu(gate) up; `approximate` as in `jax.nn.gelu`: the tanh form."""
+    """gelu(gate) up, of two arrays of one shape and dtype; so is the result. Saved: gate and up, 2 n b bytes.
+
+    approximate     True, the default as in `jax.nn.gelu`: the tanh form; False: the erf form
+    implementation  "xla", "ffi" or None for the best on this platform
+    """
     return _checked("geglu", gate, up, gelu_name("geglu", approximate), implementation)
 
 
 def reglu(gate: Array, up: Array) -> Array:
-    """max(gate, 0) up."""
+    """max(gate, 0) up, of two arrays of one shape and dtype; so is the result. Saved: gate and up, 2 n b bytes."""
     return _checked("reglu", gate, up, "relu", "xla")

@@ -2,16 +2,16 @@
 
 x is an array of any shape, float32, bfloat16, float16 or float64; the output has its shape and dtype. Values and gradients
 are those of `jax.nn`, bit for bit, on the same platform: also for NaN (no gradient passes), ±0 and infinities. One exception:
-`jax.nn.leaky_relu` adds its two branches, which turns a cotangent of -0 into +0 and may change a NaN's payload or a subnormal
-16-bit one; ours passes them as they are. "Saved" is what is kept from forward to backward; the output itself is kept too where
-the next layer needs it for a trained weight, whoever computed it.
+`jax.nn.leaky_relu` adds its two branches, which turns a cotangent of -0 into +0 and may change the payload of a NaN or a
+subnormal 16-bit cotangent; ours passes cotangents unchanged. "Saved" is what is kept from forward to backward, for n elements;
+a next layer with a trained weight keeps the output as well.
 
-`implementation` names the kernels, `layout` where the bits lie (docs/format.md); None is the best for the platform and the
-shape, and naming one switches every fallback off. TypeError for a dtype that is not floating, ValueError for an unknown
-name.
+`implementation` selects the kernels ("xla", "ffi", "pallas"), `layout` where the bits lie ("rows", "rows256"; docs/format.md).
+None is the best for the platform and the shape; a name allows no fallback. TypeError for a dtype that is not floating,
+ValueError for an unknown name.
 
-A gradient may be differentiated again, in either mode (`jax.hessian`); `jax.jvp` through a function itself is JAX's TypeError.
-Under automatic sharding the words of a mask never hold bits of two devices (docs/jax.md).
+A gradient may be differentiated again, in either mode (`jax.hessian`); `jax.jvp` through a function itself is a TypeError of
+JAX. Under automatic sharding the words of a mask never hold bits of two devices (docs/jax.md).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _apply(packed: Array, dy: Array, act: Act, how: How) -> Array:
     return xla.apply(packed, dy, act.gradient, 1, how.layout)
 
 
-def _mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
+def mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
     def plain(x: Array) -> tuple[Array, Array]:
         return act.value(x), _pack(x, act, how)
 
@@ -88,14 +88,14 @@ def _mask_forward(x: Array, act: Act, how: How) -> tuple[Array, Array]:
     return y, checkpoint_name(packed, MASK)
 
 
-def _mask_backward(act: Act, how: How, packed: Array, dy: Array) -> tuple[Array]:
+def mask_backward(act: Act, how: How, packed: Array, dy: Array) -> tuple[Array]:
     def plain(packed: Array, dy: Array) -> Array:
         return _apply(packed, dy, act, how)
 
     return (implement(how, "mask_backward", plain, packed, dy, act=act.name, slope=act.slope),)
 
 
-_mask.defvjp(_mask_forward, _mask_backward)
+_mask.defvjp(mask_forward, mask_backward)
 
 
 def _masked(op: str, x: Array, act: Act, implementation: str | None, layout: str | None) -> Array:
@@ -105,8 +105,8 @@ def _masked(op: str, x: Array, act: Act, implementation: str | None, layout: str
 
 
 def relu(x: Array, *, implementation: str | None = None, layout: str | None = None) -> Array:
-    """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes; the layout rows pads each row to 4 bytes, rows256
-    the rows to a multiple of 256."""
+    """max(x, 0), as `jax.nn.relu`. Saved: one bit per element, n / 8 bytes. The layout rows pads each row to 4 bytes, rows256
+    the number of rows to a multiple of 256."""
     return _masked("relu", x, Act("relu"), implementation, layout)
 
 
@@ -160,6 +160,6 @@ _relu2.defvjp(_relu2_forward, _relu2_backward)
 
 
 def relu2(x: Array) -> Array:
-    """max(x, 0)^2 (So et al. 2021, Primer), as `jnp.square(jax.nn.relu(x))`. Saved: x, n b bytes, and no bool beside it. No
-    bits can do: the gradient is 2 max(x, 0) dy."""
+    """max(x, 0)^2 (So et al. 2021, Primer), as `jnp.square(jax.nn.relu(x))`. Saved: x, n b bytes, and no bool
+    beside it. Bits are not enough: the gradient is 2 max(x, 0) dy."""
     return _relu2(floating("relu2", "x", x))

@@ -1,4 +1,4 @@
-"""Names of what our functions keep, and `jax.checkpoint` policies that save, offload or make again just that.
+"""Names of the residuals of our functions, and `jax.checkpoint` policies that save, offload or recompute them.
 
 Every residual carries its name through `jax.ad_checkpoint.checkpoint_name`:
 
@@ -34,13 +34,13 @@ def _checked(function: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def save(*names: str) -> Callable[..., Any]:
-    """Policy: residuals of these names (all of ours without one) are saved, everything else is made again."""
+    """Policy: residuals of these names (all of ours without one) are saved; everything else is recomputed."""
     return jax.checkpoint_policies.save_only_these_names(*_checked("save", names))
 
 
 def offload(*names: str, source: str = "device", destination: str = "pinned_host") -> Callable[..., Any]:
-    """Policy: residuals of these names (all of ours without one) go to `destination` until the backward needs them, and
-    everything else is made again. For accelerators whose runtime has that kind of memory."""
+    """Policy: residuals of these names (all of ours without one) are moved to `destination` until the backward needs
+    them; everything else is recomputed. For accelerators whose runtime has that kind of memory."""
     for name, kind in (("source", source), ("destination", destination)):
         if not isinstance(kind, str):
             raise TypeError(f"offload: {name} is {kind!r}; pass a kind of memory, e.g. 'device' or 'pinned_host'")
@@ -53,10 +53,11 @@ def offload(*names: str, source: str = "device", destination: str = "pinned_host
 
 
 def recompute(*names: str) -> Callable[..., Any]:
-    """Policy: residuals of these names (all of ours without one) are made again, our others are saved, and so is nothing else.
+    """Policy: residuals of these names (all of ours without one) are recomputed; our other residuals are saved, and
+    nothing else.
 
-    `jax.checkpoint_policies.save_anything_except_these_names` would not do: what has a name was a value without one before,
-    and that is saved instead.
+    `jax.checkpoint_policies.save_anything_except_these_names` does not work for this: each named value was a value without a
+    name before, and that would be saved instead.
     """
     again = _checked("recompute", names)
     return jax.checkpoint_policies.save_only_these_names(*(name for name in NAMES if name not in again))

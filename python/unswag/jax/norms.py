@@ -1,9 +1,9 @@
-"""RMSNorm and LayerNorm that keep x and one float per row; everything else is made again from them.
+"""RMSNorm and LayerNorm that keep x and one number per row; everything else is recomputed from them.
 
-x is [..., cols], float32, bfloat16, float16 or float64, the weights [cols] of any floating dtype; y has the shape and dtype
-of x. 16-bit values are computed in float32 and rounded once. Saved: x, which is the residual stream and usually kept
+x is [..., cols], float32, bfloat16, float16 or float64, weight and bias are [cols] of any floating dtype; y has the shape and
+dtype of x. 16-bit values are computed in float32 and rounded once. Saved: x, which is the residual stream and usually kept
 anyway, and rstd, 4 bytes per row (8 for float64). The gradient may be differentiated again, in either mode; `jax.jvp` through a
-function itself is JAX's TypeError. Formulas: docs/math.md.
+function itself is a TypeError of JAX. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -90,15 +90,20 @@ def _epsilon(op: str, eps: float) -> float:
 
 
 def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-6, weight_offset: float = 0.0) -> Array:
-    """x rstd (weight_offset + weight), rstd = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019). weight_offset is 1 where
-    a model's weights are stored as differences from 1 (Gemma)."""
+    """x rstd (weight_offset + weight), rstd = 1 / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019).
+
+    weight_offset  1 for models that store weight - 1 (Gemma)
+    Saved: x and rstd, 4 bytes per row.
+    """
     x, (weight,) = _checked("rms_norm", x, {"weight": weight})
     offset = number("rms_norm", "weight_offset", weight_offset)
     return _norm(x, weight, None, _epsilon("rms_norm", eps), offset, False)
 
 
 def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6) -> Array:
-    """(x - mean) rstd weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps) (Ba et al. 2016). The mean is made
-    again from x."""
+    """(x - mean) rstd weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps) over the last dimension (Ba et al. 2016).
+
+    Saved: x and rstd, 4 bytes per row; the mean is recomputed from x.
+    """
     x, (weight, bias) = _checked("layer_norm", x, {"weight": weight, "bias": bias})
     return _norm(x, weight, bias, _epsilon("layer_norm", eps), 0.0, True)

@@ -12,24 +12,9 @@ try:
 except ModuleNotFoundError as error:
     extras.missing("unswag.torch", error, "torch")
 
-from unswag.torch import nn, ops
+from unswag.torch import functional, nn, ops
 from unswag.torch.audit import audit  # not lazily: the module of this name would hide the function
-from unswag.torch.functional import (
-    dropout,
-    gated,
-    geglu,
-    gelu,
-    layer_norm,
-    leaky_relu,
-    quick_gelu,
-    reglu,
-    relu,
-    relu2,
-    relu6,
-    rms_norm,
-    silu,
-    swiglu,
-)
+from unswag.torch.functional import *  # noqa: F403
 from unswag.torch.stash import Stash
 
 if TYPE_CHECKING:
@@ -37,29 +22,8 @@ if TYPE_CHECKING:
 
 _HOME = dict.fromkeys(("SurgeryReport", "apply_unswag_surgery", "remove_unswag_surgery"), "unswag.torch.surgery")
 
-__all__ = [
-    "Stash",
-    "SurgeryReport",
-    "apply_unswag_surgery",
-    "audit",
-    "dropout",
-    "gated",
-    "geglu",
-    "gelu",
-    "layer_norm",
-    "leaky_relu",
-    "nn",
-    "ops",
-    "quick_gelu",
-    "reglu",
-    "relu",
-    "relu2",
-    "relu6",
-    "remove_unswag_surgery",
-    "rms_norm",
-    "silu",
-    "swiglu",
-]
+__all__ = ["Stash", "SurgeryReport", "apply_unswag_surgery", "audit", "nn", "ops", "remove_unswag_surgery"]
+__all__ += functional.__all__
 
 
 def __getattr__(name: str) -> Any:

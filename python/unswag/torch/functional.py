@@ -1,16 +1,17 @@
 """Differentiable functions that keep the smallest exact form of what their backward needs.
 
-Every function takes tensors of any shape, on the CPU or on one CUDA device, of dtype float32, float16, bfloat16 or float64,
-computes in float32 (float64 for float64) and rounds once. "Saved" is what is kept from forward to backward, with n elements of
-b bytes each.
+Every function takes tensors of any shape, on the CPU or on one CUDA device, of dtype float32, float16, bfloat16 or float64.
+It computes in float32 (float64 for float64) and rounds once. "Saved" is what autograd keeps from forward to backward, for n
+elements of b bytes each. Inside `unswag.torch.Stash`, an output that another op saves may be recomputed in the backward instead
+("recomputed under the stash").
 
-Errors of all of them: TypeError for another dtype, a sparse layout or something that is no tensor; ValueError for a shape
-or a device that does not fit; NotImplementedError or RuntimeError for a device without kernels. Each message says what to do.
+All of them raise TypeError for another dtype, a sparse layout or an argument that is not a tensor; ValueError for a shape or
+device that does not fit; NotImplementedError or RuntimeError for a device without kernels. Each message says what to do.
 
-Under autocast the functions neither cast their inputs nor change their results: the output has the input's dtype. They can
-be differentiated once, in reverse mode; a second derivative is an error, and so is forward mode. Under the transforms of
-torch.func (grad, vjp, vmap) the activations and masks work; gated units, norms, coded derivatives and vmap over dropout are an
-error, which names what to call there. Sources of the formulas: docs/math.md.
+Under autocast the functions neither cast their inputs nor change their results: the output has the dtype of the input. They can
+be differentiated once, in reverse mode; a second derivative and forward mode are errors. Activations and masks work under the
+transforms of torch.func (grad, vjp, vmap). Gated units, norms, coded derivatives and vmap over dropout raise an error there
+that names what to call. Sources of the formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _DEVICES = ("cpu", "cuda", "meta")  # whether there are CUDA kernels, and for th
 
 
 def _check(op: str, name: str, x: Tensor) -> None:
-    """What the dispatcher would refuse with a page of text."""
+    """Refuses in one sentence what the dispatcher would refuse with a page of text."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; pass a torch.Tensor")
     if x.dtype not in ops.DTYPES:
@@ -67,7 +68,7 @@ def _check(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name} is on device '{x.device}', for which there are no kernels; pass {name}.to('cpu')"
         )
     if forward_ad._current_level >= 0 and _has_tangent(x):
-        raise NotImplementedError(f"{op}: {name} has a tangent, and there is no forward mode here; use {_theirs(op)} there")
+        raise NotImplementedError(f"{op}: {name} has a tangent, and forward mode is not supported; use {_theirs(op)} there")
 
 
 def _under(transform: Any) -> bool:
@@ -81,7 +82,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def check_number(op: str, name: str, value: Any, remedy: str = "pass a number") -> None:
-    """A number of Python or numpy, or a tensor of one element, whose value is not looked at: a device would be waited for."""
+    """A number of Python or numpy, or a tensor of one element, whose value is not read: that would wait for the device."""
     if isinstance(value, int | float):  # torch.compile cannot ask its own numbers for an attribute
         return
     if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.is_complex()):
@@ -142,23 +143,21 @@ def _theirs(op: str) -> str:
 
 
 def _no_transform(op: str) -> None:
-    """For what keeps more than its inputs in one call: there are no rules for torch.func."""
+    """For Functions that save more than their inputs in one call: they have no rules for torch.func."""
     if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            f"{op}: there are no rules for the transforms of torch.func here; use {_theirs(op)} under them"
-        )
+        raise NotImplementedError(f"{op}: the transforms of torch.func are not supported; use {_theirs(op)} under them")
 
 
 def _signature_once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch reads the signature of a `forward` beside a `setup_context` at every call, in 40 µs; one that is there already
-    is taken."""
+    """PyTorch inspects the signature of a `forward` that has a `setup_context` at every call, which takes 40 µs, unless the
+    function has one in `__signature__`."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
 
 
 def _in_memory_order(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of an elementwise function: where x is dense but its dimensions lie in another order in memory (channels_last), function
-    sees it as one row, in that order. So nothing is copied, and y and the gradient have the strides of x, as PyTorch's have."""
+    """For elementwise functions: a dense x whose dimensions lie in another order in memory (channels_last) is passed on as one
+    row, in that order. So nothing is copied, and y and the gradient have the strides of x, as in PyTorch."""
 
     @functools.wraps(function)
     def ordered(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,8 +202,8 @@ class _Mask(torch.autograd.Function):
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), bit for bit as `torch.relu`: NaN stays NaN and passes its gradient.
 
-    Saved: a mask of one bit per element, rows (last dimension) padded to 4 bytes: n / 8 bytes; neither x nor y.
-    Where the next layer keeps y anyway (a Linear that is trained), `torch.relu` adds nothing and this adds n / 8 bytes.
+    Saved: a mask of one bit per element, rows (last dimension) padded to 4 bytes: n / 8 bytes. Neither x nor y is saved.
+    Where the next layer saves y anyway (a trained Linear), `torch.relu` adds nothing and this adds n / 8 bytes.
     """
     _check("relu", "x", x)
     y: Tensor = _Mask.apply(x, "relu", 0.0)[0]
@@ -274,11 +273,10 @@ class _Coded(torch.autograd.Function):
 
 @_in_memory_order
 def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
-    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; under the stash y is made again from x when asked
-    for.
+    """act(x), one of `unswag.torch.ops.ACTIVATIONS`. Saved: x, n b bytes; y is recomputed under the stash.
 
-    Under a policy x plays the role mlp. Under "2bit" a code of the derivative is kept instead of it, n / 4 bytes, and y, if
-    somebody saves it, in int2; `codes` is where the codebook stays from call to call.
+    Under a policy x has the role mlp. Under "2bit" a code of the derivative is saved instead of x, n / 4 bytes, and y, if
+    another op saves it, in int2; `codes` holds the codebook from call to call.
     """
     _act("activation", act)
     _check(act, "x", x)
@@ -300,7 +298,7 @@ def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook |
     if bits is not None:  # how many there may be unswag.codebooks says
         check_integer(act, "bits", bits, remedy="choose 1, 2, 3 or 4, or None to keep x exactly")
     if not isinstance(codebook, str | Codebook | None):
-        raise TypeError(f"{act}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best of so many bits")
+        raise TypeError(f"{act}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best one")
     _no_transform(act)
     y: Tensor = _Coded.apply(x, act, derivatives.code(act, bits, codebook))[0]
     return y
@@ -308,12 +306,12 @@ def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook |
 
 @_in_memory_order
 def silu(x: Tensor, *, bits: int | None = None, codebook: str | Codebook | None = None) -> Tensor:
-    """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; under the stash y is made again from x when asked for.
+    """x / (1 + e^-x) (Elfwing et al. 2017). Saved: x, n b bytes; y is recomputed under the stash.
 
-    bits      1 to 4: only a code of the derivative is kept, n bits / 8 bytes. Lossy: y is exact, the gradient is not
+    bits      1 to 4: only a code of the derivative is saved, n bits / 8 bytes. Lossy: y is exact, the gradient is not
               (docs/policies.md)
-    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (right in the mean), or a Codebook; by
-              default the best of so many bits
+    codebook  the levels of the derivative: a name of `unswag.codebooks`, "dither2" (unbiased, with higher variance), or a
+              Codebook; by default the best with this number of bits
     """
     return _with_bits(x, "silu", bits, codebook)
 
@@ -330,14 +328,14 @@ def gelu(
 ) -> Tensor:  # fmt: skip
     """x Phi(x) with the normal distribution's Phi, or with `approximate="tanh"` its tanh form (Hendrycks & Gimpel 2016).
 
-    Saved: x, n b bytes; under the stash y is made again from x when asked for. With `bits` and `codebook` as in `silu`.
+    Saved: x, n b bytes; y is recomputed under the stash. `bits` and `codebook` as in `silu`.
     """
     return _with_bits(x, gelu_name("gelu", approximate), bits, codebook)
 
 
 @_in_memory_order
 def quick_gelu(x: Tensor) -> Tensor:
-    """x / (1 + e^(-1.702 x)) (Hendrycks & Gimpel 2016). Saved: x, n b bytes; under the stash y is made again from x."""
+    """x / (1 + e^(-1.702 x)) (Hendrycks & Gimpel 2016). Saved: x, n b bytes; y is recomputed under the stash."""
     return activation(x, "quick_gelu")
 
 
@@ -345,7 +343,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, bit for bit as `torch.relu(x).square()` (So et al. 2021, Primer).
 
-    Saved: x, n b bytes; under the stash y is made again from x when asked for. relu2(relu(x)) is relu2(x), in its gradient too.
+    Saved: x, n b bytes; y is recomputed under the stash. relu2(relu(x)) equals relu2(x), and so do their gradients.
     """
     return activation(x, "relu2")
 
@@ -370,7 +368,7 @@ class _Gated(torch.autograd.Function):
 
 
 class _GatedCoded(torch.autograd.Function):
-    """h = act(gate) * up, which keeps act(gate), up and a code of act'(gate). Its second result is act(gate)."""
+    """h = act(gate) * up, which saves act(gate), up and a code of act'(gate). Its second result is act(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str, code: Code) -> tuple[Tensor, Tensor]:
@@ -396,10 +394,10 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
     """act(gate) * up, rounded once (Shazeer 2020); `act` is one of `unswag.torch.ops.ACTIVATIONS`.
 
     gate, up: same shape, same dtype; nothing is broadcast. Result: that shape and dtype.
-    Saved: gate and up, 2 n b bytes; not act(gate), and under the stash not the product, which is made again when asked for.
+    Saved: gate and up, 2 n b bytes, not act(gate); h is recomputed under the stash.
 
-    Under a policy gate and up play the role mlp. Under "2bit" a code of act'(gate), and act(gate) and up in int2, are kept: 6.5
-    bits per element of h; `codes` is where the codebook stays from call to call.
+    Under a policy gate and up have the role mlp. Under "2bit" a code of act'(gate), and act(gate) and up in int2, are saved:
+    6.5 bits per element of h; `codes` holds the codebook from call to call.
     """
     _act("gated", act)
     _check("gated", "gate", gate)
@@ -438,16 +436,16 @@ class _GatedHalves(torch.autograd.Function):
 
 
 def gated_of_halves(gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
-    """The value of `gated_halves`, by which the stash makes it again."""
+    """The value of `gated_halves`: the stash recomputes it by this function."""
     h: Tensor = ops.gated_forward(*ops.halves(gate_up, gate_first), act)
     return h
 
 
 def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Codes | None = None) -> Tensor:
-    """act(gate) * up of the two halves of the last dimension, rounded once: `gated` for one Linear that makes both.
+    """act(gate) * up of the two halves of the last dimension, rounded once: `gated` for one Linear that computes both.
 
     gate_up: [..., 2 n], gate first or, with `gate_first=False`, up first. Result: [..., n].
-    Saved: gate_up as it is; the gradient is made as one tensor, in place of two that would have to be joined. Under a policy as
+    Saved: gate_up, 2 n b bytes. The gradient is computed as one tensor, so that no halves have to be joined. Under a policy as
     in `gated`.
     """
     _act("gated_halves", act)
@@ -515,11 +513,10 @@ def rms_norm(
 ) -> Tensor:
     """x rstd (weight_offset + weight) over the last dimension, rstd = 1 / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019).
 
-    x: [..., cols]; weight: [cols] of any supported dtype, or None for no weight. Result: shape of x, dtype `out_dtype` or x's.
-    weight_offset: 1 for models that store weight - 1 (Gemma). cast_before_weight: round x rstd to x's dtype before the weight
-    is applied (Llama); otherwise all is float until the result (Gemma).
-    Saved: x, which its other readers share, and rstd: 4 bytes per row (8 for float64); under the stash the result is not kept
-    by who reads it, but made again from x and rstd.
+    x: [..., cols]; weight: [cols] of any supported dtype, or None for no weight. Result: shape of x, dtype `out_dtype` or that
+    of x. weight_offset: 1 for models that store weight - 1 (Gemma). cast_before_weight: round x rstd to the dtype of x before
+    the weight is applied (Llama); otherwise everything is float32 until the result (Gemma).
+    Saved: x, which other ops that save it share, and rstd: 4 bytes per row (8 for float64); y is recomputed under the stash.
     """
     _check("rms_norm", "x", x)
     if weight is not None:
@@ -580,10 +577,10 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) rstd weight + bias over the last dimension, rstd = 1 / sqrt(variance + eps) (Ba, Kiros, Hinton 2016).
 
-    x: [..., cols]; weight, bias: [cols] of any supported dtype, or None. All is float until the result, which is rounded once.
-    Result: shape of x, dtype `out_dtype` or x's.
-    Saved: x, which its other readers share, and mean and rstd: 8 bytes per row (16 for float64); under the stash the result is
-    not kept by who reads it, but made again from x, mean and rstd.
+    x: [..., cols]; weight, bias: [cols] of any supported dtype, or None. Everything is float32 until the result, which is
+    rounded once. Result: shape of x, dtype `out_dtype` or that of x.
+    Saved: x, which other ops that save it share, and mean and rstd: 8 bytes per row (16 for float64); y is recomputed under the
+    stash.
     """
     _check("layer_norm", "x", x)
     for name, vector in (("weight", weight), ("bias", bias)):
@@ -623,16 +620,16 @@ class _Dropout(torch.autograd.Function):
 def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """x / (1 - p) with probability 1 - p, else 0 (Srivastava et al. 2014); x itself when not training or p is 0.
 
-    Saved: nothing but a seed; the backward draws again (Philox, docs/format.md section 4). PyTorch keeps a mask of n bytes.
-    The draws are not those of `torch.nn.functional.dropout`. ValueError for p outside [0, 1); RuntimeError inside a CUDA graph,
-    whose replays would all drop the same elements.
+    Saved: only a seed; the backward draws again (Philox, docs/format.md section 4). PyTorch saves a mask of n bytes.
+    The draws differ from those of `torch.nn.functional.dropout`. ValueError for p outside [0, 1); RuntimeError inside a CUDA
+    graph, whose replays would all drop the same elements.
     """
     _check("dropout", "x", x)
     p = probability("dropout", p)
     if not training or p == 0:
         return x
     if torch._C._are_functorch_transforms_active() and _under(torch._C._functorch.TransformType.Vmap):
-        raise NotImplementedError(f"dropout: there is no rule for torch.func.vmap; use {_theirs('dropout')} under it")
+        raise NotImplementedError(f"dropout: torch.func.vmap is not supported; use {_theirs('dropout')} under it")
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "dropout: a CUDA graph is being captured, and every replay would drop the same elements; use "

@@ -1,4 +1,4 @@
-"""Modules over `unswag.torch.functional`; what each saves is said there."""
+"""The functions of `unswag.torch.functional` as modules. n elements of x have b bytes each."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = [
 
 
 class ReLU(torch.nn.Module):
-    """`functional.relu`. Saved: one bit per element."""
+    """`functional.relu`. Saved: one bit per element, n / 8 bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(x)
 
 
 class LeakyReLU(torch.nn.Module):
-    """`functional.leaky_relu`. Saved: one bit per element."""
+    """`functional.leaky_relu`. Saved: one bit per element, n / 8 bytes."""
 
     def __init__(self, negative_slope: float = 0.01) -> None:
         super().__init__()
@@ -37,21 +37,21 @@ class LeakyReLU(torch.nn.Module):
 
 
 class ReLU6(torch.nn.Module):
-    """`functional.relu6`. Saved: one bit per element."""
+    """`functional.relu6`. Saved: one bit per element, n / 8 bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu6(x)
 
 
 class SiLU(torch.nn.Module):
-    """`functional.silu`. Saved: x."""
+    """`functional.silu`. Saved: x, n b bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.silu(x)
 
 
 class GELU(torch.nn.Module):
-    """`functional.gelu`. Saved: x."""
+    """`functional.gelu`. Saved: x, n b bytes."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
@@ -66,28 +66,28 @@ class GELU(torch.nn.Module):
 
 
 class QuickGELU(torch.nn.Module):
-    """`functional.quick_gelu`. Saved: x."""
+    """`functional.quick_gelu`. Saved: x, n b bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.quick_gelu(x)
 
 
 class ReLU2(torch.nn.Module):
-    """`functional.relu2`. Saved: x."""
+    """`functional.relu2`. Saved: x, n b bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu2(x)
 
 
 class SwiGLU(torch.nn.Module):
-    """silu(gate) * up of two tensors. Saved: gate and up."""
+    """silu(gate) * up of two tensors of one shape and dtype. Saved: gate and up, 2 n b bytes."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return functional.swiglu(gate, up)
 
 
 class GEGLU(torch.nn.Module):
-    """gelu(gate) * up of two tensors. Saved: gate and up."""
+    """gelu(gate) * up of two tensors of one shape and dtype. Saved: gate and up, 2 n b bytes."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
@@ -102,14 +102,14 @@ class GEGLU(torch.nn.Module):
 
 
 class ReGLU(torch.nn.Module):
-    """relu(gate) * up of two tensors. Saved: gate and up."""
+    """relu(gate) * up of two tensors of one shape and dtype. Saved: gate and up, 2 n b bytes."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return functional.reglu(gate, up)
 
 
 class Dropout(torch.nn.Module):
-    """`functional.dropout` while training, else x. Saved: nothing."""
+    """`functional.dropout` while training, else x. Saved: a seed, no tensor."""
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ class Dropout(torch.nn.Module):
 
 
 def _cols(op: str, cols: Any) -> int:
-    functional.check_integer(op, "cols", cols, 0, "pass the size of the last dimension, the one that is normalised")
+    functional.check_integer(op, "cols", cols, 0, "pass the size of the last dimension, which is normalised")
     return int(cols)
 
 
 class RMSNorm(torch.nn.Module):
     """`functional.rms_norm` over the last dimension of size `cols`. Saved: x and 4 bytes per row.
 
-    The weight starts where the factor weight_offset + weight is 1. elementwise_affine=False: no weight.
+    The weight is initialised to 1 - weight_offset. elementwise_affine=False: no weight.
     """
 
     weight: torch.nn.Parameter | None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from near import assert_as_near
+from tests.python.activations import ACTIVATIONS, of_kind
 from values import SIXTEEN, all_sixteen, bits, kept, normal
 
 from unswag import codebooks, reference
@@ -14,16 +17,9 @@ from unswag import jax as uj
 from unswag.codebooks import Codebook
 from unswag.jax.activations import FUNCTIONS
 
-OURS = {
-    "silu": uj.silu,
-    "gelu": lambda x, **k: uj.gelu(x, approximate=False, **k),
-    "gelu_tanh": lambda x, **k: uj.gelu(x, approximate=True, **k),
-}
-THEIRS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
+ROWS = {name: row for name, row in of_kind("smooth").items() if row.ours_jax}
+OURS = {name: partial(row.ours_jax, uj) for name, row in ROWS.items()}
+THEIRS = {name: partial(row.jax, jax) for name, row in ROWS.items()}
 
 
 def value_and_gradient(function, x):
@@ -56,7 +52,7 @@ def test_every_16_bit_value_is_within_one_ulp_of_fp64_and_costs_one_rounding(act
 
 @pytest.mark.parametrize("act", OURS)
 def test_float32_against_fp64(act):
-    x = jnp.linspace(-12, 12, 200_001, dtype=jnp.float32)
+    x = jnp.linspace(-ROWS[act].reach, ROWS[act].reach, 200_001, dtype=jnp.float32)
     wide = np.asarray(x).astype(np.float64)[None]
     truths = reference.activation(wide, act)[0], reference.activation_derivative(wide, act)[0]
     assert_as_near([(value_and_gradient(OURS[act], x), value_and_gradient(THEIRS[act], x), truths)], terms=4)
@@ -65,16 +61,9 @@ def test_float32_against_fp64(act):
 @pytest.mark.parametrize("act", FUNCTIONS)
 def test_the_table_of_formulas(x64, act):
     """Every name of the table, which the C++ core has too where it was built, is the function of docs/math.md."""
-    x = np.linspace(-12, 12, 4001)[None]
+    x = np.linspace(-ACTIVATIONS[act].reach, ACTIVATIONS[act].reach, 4001)[None]
     for f, truth in zip(FUNCTIONS[act], (reference.activation, reference.activation_derivative), strict=True):
         np.testing.assert_allclose(f(jnp.asarray(x)), truth(x, act), rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.native
-def test_the_table_has_the_names_of_the_core():
-    from unswag import _core
-
-    assert list(FUNCTIONS) == list(_core.activations)
 
 
 @pytest.mark.parametrize("act", OURS)

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from near import SEED, assert_as_near
 from programs import QUICK, both_ways, collectives, compiled, forward_backward, four_devices, traced
+from tests.python.activations import ACTIVATIONS, of_kind
 from values import kept, normal, unit
 
 import unswag.jax
@@ -20,18 +21,9 @@ from unswag.jax.blocks import gated_mlp, linear_cross_entropy, mlp
 H, FF, OUT = 6, 40, 5  # 40 bits do not fill two words
 SHAPES = [((), 7, 3), ((2, 3), 6, 2), ((2,), 4, 9)]  # leading dimensions, tokens, chunk
 
-PLAIN_ACTS = {
-    "relu": jax.nn.relu,
-    "relu2": lambda z: jnp.square(jax.nn.relu(z)),
-    "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=0.2),
-    "relu6": jax.nn.relu6,
-}
-GATED_ACTS = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
+PLAIN_ACTS = {name: partial(row.jax, jax) for name, row in of_kind("mask", "square").items()}
+PLAIN_ACTS["leaky_relu"] = partial(jax.nn.leaky_relu, negative_slope=0.2)
+GATED_ACTS = {name: partial(row.jax, jax) for name, row in ACTIVATIONS.items() if row.gated_jax}
 KEEPS = {
     act: ["mask", "pre_activation", "recompute"] if act != "relu2" else ["pre_activation", "recompute"] for act in PLAIN_ACTS
 }

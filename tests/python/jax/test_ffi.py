@@ -285,8 +285,8 @@ def gradient_of(name: str, **options: Any) -> Callable[[Array], Any]:
 
 def test_where_the_best_is_native_it_is_so_on_the_cpu_alone():
     def run(x: Array) -> tuple[Array, Array]:
-        y, packed = masks._mask_forward(x, masks.Act("relu"), How(None, "rows"))
-        return y, masks._mask_backward(masks.Act("relu"), How(None, "rows"), packed, y)[0]
+        y, packed = masks.mask_forward(x, masks.Act("relu"), How(None, "rows"))
+        return y, masks.mask_backward(masks.Act("relu"), How(None, "rows"), packed, y)[0]
 
     assert lowered(run, "cpu").count("@unswag_mask") == 2
     assert "@unswag" not in lowered(run, "tpu") and "@unswag" not in lowered(run, "cuda")
@@ -320,11 +320,11 @@ def test_without_cuda_kernels_the_error_says_how_to_get_them():
 
 def test_a_packed_array_of_another_shape_is_refused():
     with pytest.raises(Exception, match="mask_backward: packed has 8 rows of 2 words; pass 8 rows of 4 uint32 words"):
-        ffi._call(
+        ffi.call(
             "unswag_mask_backward_v1",
             (jnp.zeros((8, 2), jnp.uint32), jnp.ones((8, 100))),
             ((100, jnp.float32),),
-            **ffi._mask("relu", 0.0, jnp.float32),
+            **ffi.mask_attributes("relu", 0.0, jnp.float32),
         )
 
 

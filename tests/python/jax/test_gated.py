@@ -9,17 +9,20 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from near import assert_as_near
 from programs import both_ways, collectives, compiled, forward_backward, four_devices
+from tests.python.activations import ACTIVATIONS, Row
 from values import SIXTEEN, all_sixteen, bits, kept, normal
 
+from unswag import jax as uj
 from unswag import reference
 from unswag.jax import geglu, reglu, swiglu
 
-UNITS = {
-    "silu": (swiglu, lambda gate, up: jax.nn.silu(gate) * up),
-    "gelu_tanh": (geglu, lambda gate, up: jax.nn.gelu(gate) * up),
-    "gelu": (partial(geglu, approximate=False), lambda gate, up: jax.nn.gelu(gate, approximate=False) * up),
-    "relu": (reglu, lambda gate, up: jax.nn.relu(gate) * up),
-}
+
+def pair(row: Row):
+    """(ours, the plain spelling) of a gated unit."""
+    return partial(row.gated_jax, uj), lambda gate, up: row.jax(jax, gate) * up
+
+
+UNITS = {name: pair(row) for name, row in ACTIVATIONS.items() if row.gated_jax}
 each_unit = pytest.mark.parametrize(("act", "ours", "plain"), [(act, *both) for act, both in UNITS.items()], ids=UNITS)
 
 

@@ -11,16 +11,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import collectives, compiled, devices
+from tests.python.activations import of_kind
 from values import SIXTEEN, all_sixteen, bits, kept, normal, special
 
 from unswag import jax as uj
 from unswag.jax.how import choose
 
 PAIRS = {  # ours by XLA; test_ffi.py and test_pallas.py have the other implementations
-    "relu": (partial(uj.relu, implementation="xla"), jax.nn.relu),
-    "relu6": (partial(uj.relu6, implementation="xla"), jax.nn.relu6),
-    "leaky_relu": (partial(uj.leaky_relu, implementation="xla"), jax.nn.leaky_relu),
-    "relu2": (lambda x, **_: uj.relu2(x), lambda x: jnp.square(jax.nn.relu(x))),
+    name: (partial(row.ours_jax, uj, implementation="xla"), partial(row.jax, jax))
+    for name, row in of_kind("mask", "square").items()
 }
 LAYOUTS = ["rows", "rows256"]
 

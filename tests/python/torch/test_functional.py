@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from in_place import assert_trains_as
 from near import SEED, assert_as_near
+from tests.python.activations import ACTIVATIONS, of_kind
 from torch.autograd import forward_ad
 
 from unswag import reference
@@ -25,27 +28,20 @@ pytestmark = pytest.mark.native
 TORCH = torch.nn.functional
 NAN, INF = math.nan, math.inf
 
-# name → (ours, PyTorch's spelling, the shapes of the inputs)
-MASKS = {
-    "relu": (F.relu, torch.relu),
-    "leaky_relu": (lambda x: F.leaky_relu(x, 0.01), lambda x: TORCH.leaky_relu(x, 0.01)),
-    "relu6": (F.relu6, TORCH.relu6),
-}
-SMOOTH = {
-    "silu": (F.silu, TORCH.silu),
-    "gelu": (F.gelu, TORCH.gelu),
-    "gelu_tanh": (lambda x: F.gelu(x, "tanh"), lambda x: TORCH.gelu(x, approximate="tanh")),
-    "quick_gelu": (F.quick_gelu, lambda x: x * torch.sigmoid(1.702 * x)),
-}
-SQUARES = {"relu2": (F.relu2, lambda x: torch.relu(x).square())}
-GATED = {
-    "swiglu": (F.swiglu, lambda g, u: TORCH.silu(g) * u),
-    "geglu": (F.geglu, lambda g, u: TORCH.gelu(g) * u),
-    "geglu_tanh": (lambda g, u: F.geglu(g, u, "tanh"), lambda g, u: TORCH.gelu(g, approximate="tanh") * u),
-    "reglu": (F.reglu, lambda g, u: torch.relu(g) * u),
-    "relu2_gated": (lambda g, u: F.gated(g, u, "relu2"), lambda g, u: torch.relu(g).square() * u),
-    "quick_geglu": (lambda g, u: F.gated(g, u, "quick_gelu"), lambda g, u: g * torch.sigmoid(1.702 * g) * u),
-}
+
+def pairs(*kinds: str) -> dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]]:
+    """name → (ours, PyTorch's spelling) of the activations of these kinds."""
+    return {name: (partial(row.ours, F), partial(row.torch, torch)) for name, row in of_kind(*kinds).items()}
+
+
+def gated_pair(name: str) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    row = ACTIVATIONS[name]
+    ours = partial(row.gated, F) if row.gated else partial(F.gated, act=name)
+    return ours, lambda gate, up: row.torch(torch, gate) * up
+
+
+MASKS, SMOOTH, SQUARES = pairs("mask"), pairs("smooth"), pairs("square")
+GATED = {f"gated_{name}": gated_pair(name) for name in ACTIVATIONS}
 
 
 def llama_norm(x, w, eps=1e-6):
@@ -104,7 +100,7 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize("gate_first", [True, False])
 def test_halves_are_gated_and_keep_what_they_are_given(gate_first):
-    gate, up = inputs("swiglu", torch.float64, (3, 5))
+    gate, up = inputs("gated_silu", torch.float64, (3, 5))
     one = torch.cat([gate, up] if gate_first else [up, gate], -1).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: F.gated_halves(x, "silu", gate_first), (one,))
     kept = []
@@ -459,12 +455,12 @@ def test_torch_func_is_refused_by_the_fused(name):
     xs = inputs(name, torch.float32)
     f = lambda x: ALL[name][0](x, *(x.detach() for x in xs[1:])).sum()  # noqa: E731
     for transform in (torch.func.grad, torch.func.vmap):
-        with pytest.raises(NotImplementedError, match=r"no rules for the transforms of torch.func here; use .* under them"):
+        with pytest.raises(NotImplementedError, match=r"the transforms of torch.func are not supported; use .* under them"):
             transform(f)(xs[0].detach())
 
 
 def test_torch_func_is_refused_by_coded_derivatives():
-    with pytest.raises(NotImplementedError, match=r"silu: there are no rules .* use torch.nn.functional.silu"):
+    with pytest.raises(NotImplementedError, match=r"silu: the transforms .* not supported; use torch.nn.functional.silu"):
         torch.func.vmap(lambda x: F.silu(x, bits=2))(torch.randn(3, 4))
 
 
@@ -473,11 +469,14 @@ def test_forward_mode_is_refused(name):
     """In a word that names PyTorch's function; constants beside a dual tensor are none."""
     xs = [x.detach() for x in inputs(name, torch.float32)]
     for i, x in enumerate(xs):
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has a tangent, and there is no forward mode"):
+        with (
+            forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match="has a tangent, and forward mode is not"),
+        ):
             ALL[name][0](*xs[:i], forward_ad.make_dual(x, x), *xs[i + 1 :])
     f = lambda x: ALL[name][0](x, *xs[1:])  # noqa: E731
     for run in (lambda: torch.func.jvp(f, (xs[0],), (xs[0],)), lambda: torch.func.hessian(lambda x: f(x).sum())(xs[0][:1])):
-        with pytest.raises(NotImplementedError, match="no forward mode here; use"):
+        with pytest.raises(NotImplementedError, match="forward mode is not supported; use"):
             run()
     with forward_ad.dual_level():
         assert torch.equal(ALL[name][0](*xs), ALL[name][0](*xs))
@@ -548,7 +547,7 @@ def test_compiled_graphs_keep_the_mask(name):
 
 
 def test_inductor():
-    xs = inputs("swiglu", torch.float32)
+    xs = inputs("gated_silu", torch.float32)
     dy = torch.randn(6, 37)
     f = lambda gate, up: F.relu(F.rms_norm(F.swiglu(gate * 2, up)))  # noqa: E731
     torch.compiler.reset()
@@ -625,7 +624,7 @@ def test_numbers_of_numpy_and_tensors_of_one_element_are_numbers():
 
 @pytest.mark.parametrize("randomness", ["error", "same", "different"])
 def test_vmap_over_dropout_is_refused(randomness):
-    with pytest.raises(NotImplementedError, match=r"no rule for torch.func.vmap; use .*dropout"):
+    with pytest.raises(NotImplementedError, match=r"torch.func.vmap is not supported; use .*dropout"):
         torch.func.vmap(lambda x: F.dropout(x, 0.5), randomness=randomness)(X)
     assert torch.equal(torch.func.vmap(lambda x: F.dropout(x, 0.0), randomness=randomness)(X), X)
     assert torch.func.grad(lambda x: F.dropout(x, 0.5).sum())(X).unique().tolist() in ([0, 2], [0], [2])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.python.activations import ACTIVATIONS, MASKS
 
 from unswag.torch import functional as F
 from unswag.torch import nn
@@ -36,6 +37,12 @@ def test_unary(module, function, torchs):
     torch.testing.assert_close(torch.autograd.grad(module(x).sum(), x), torch.autograd.grad(torchs(x).sum(), x))
     assert repr(module) == repr(torchs)
     assert not module.state_dict()
+
+
+@pytest.mark.parametrize("name", MASKS | ACTIVATIONS)
+def test_every_activation_has_a_module(name):
+    row, x = (MASKS | ACTIVATIONS)[name], torch.randn(4, 9)
+    assert torch.equal(row.module(nn)(x), row.ours(F, x)) and type(row.module(nn)).__name__ in nn.__all__
 
 
 @pytest.mark.parametrize(("module", "function", "act"), GATES)

@@ -26,9 +26,8 @@ from unswag.torch.ops.tensors import (
     place,
 )
 
-# The activations that the core can dither: those for which docs/format.md section 7 fixes the lowest derivative. It is a
-# constant of the format and no property that the core's list has; test_lists.py holds this to the core.
-DITHERED: dict[str, int] = {name: ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
+# The activations that can be dithered: those for which docs/format.md section 7 gives the lowest derivative.
+DITHERED: dict[str, int] = {name: ACTIVATIONS[name] for name in _core.dithered}
 
 
 def _packed_shape(op: str, x: Tensor, bits: int) -> tuple[int, ...]:
