@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench.docstrings import documented
 from examples import jax_sides
+from examples.docstrings import documented
 from examples.jax_lm.model import LanguageModel, cross_entropy
 from flax import nnx
 

@@ -1,0 +1,90 @@
+"""The demo: its search for the longest context, its tables and its picture; and what the examples may import."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from examples.demo import memory, report
+from examples.demo.ways import Way
+
+ROOT = Path(__file__).parents[3]
+MIB = 2**20
+
+
+@pytest.mark.parametrize("slope,offset", [(1.0, 20.0), (0.25, 0.0), (0.1, 300.0)])
+def test_the_longest_context_is_the_last_that_fits(slope, offset):
+    def peak(tokens):
+        return int((offset + slope * tokens) * MIB)
+
+    measured: list[int] = []
+
+    def measure(tokens):
+        measured.append(tokens)
+        return peak(tokens)
+
+    peaks = {n: peak(n) for n in (256, 512, 1024)}
+    found = memory.longest(peaks, 512 * MIB, measure)
+    truth = int((512 - offset) / slope) // memory.STEP * memory.STEP
+    assert found == truth and found in peaks and set(measured) <= set(peaks) and len(measured) <= memory.TRIES
+
+
+def test_nothing_fits():
+    peaks = {n: 10 * n * MIB for n in (256, 512)}
+    assert memory.longest(peaks, 100 * MIB, lambda tokens: 10 * tokens * MIB) == 0
+
+
+def test_the_curve_keeps_its_peak():
+    curve = memory.Curve()
+    curve.samples = [(0.01 * i, 100 + (900 if i == 617 else i % 7)) for i in range(1000)]
+    points = curve.above(100)
+    assert len(points) <= memory.Curve.POINTS and max(nbytes for _, nbytes in points) == 900
+    shares = [share for share, _ in points]
+    assert shares == sorted(shares) and shares[-1] == 1
+
+
+def of(way: Way, factor: float) -> dict:
+    peaks = {str(n): int(factor * n * MIB) for n in (256, 512)}
+    return {
+        "way": way.__dict__, "idle_bytes": 1000 * MIB, "saved_bytes_per_token": 1000 * factor, "peaks_above_idle_bytes": peaks,
+        "longest": int(512 / factor), "tried_bytes": peaks | {str(int(512 / factor)): 512 * MIB},
+        "curve": [(0.0, 0), (0.5, int(512 * factor * MIB)), (1.0, 0)],
+    }  # fmt: skip
+
+
+def result() -> dict:
+    stock, ours = [3.0, 2.5, 2.0, 1.5, 1.2, 1.0], [3.0, 2.5, 2.0, 1.5, 1.2, 1.25]
+    runs = [
+        {"seconds_per_step": 2.0, "losses": losses, "before": f"{side} before", "after": f"{side} [after]"}
+        for side, losses in (("stock", stock), ("unswag", ours))
+    ]
+    ways = [Way(side, "lora", checkpointing) for checkpointing in (False, True) for side in ("stock", "unswag")]
+    conditions = {"cpu": "a processor", "threads": 2, "torch": "2", "transformers": "5"}
+    return {
+        "conditions": conditions, "model": "A model", "dtype": "float32", "lengths": [256, 512], "curve_tokens": 512,
+        "budget_bytes": 512 * MIB, "row_tokens": 64, "epochs": 3, "question": "why?",
+        "parts": [{"training": "lora", "memory": list(map(of, ways, (4, 2, 1, 0.5))), "runs": runs}],
+    }  # fmt: skip
+
+
+def test_tables_and_picture(tmp_path, capsys):
+    found = json.loads(json.dumps(result()))
+    assert report.largest_difference(found["parts"][0]) == 0.25
+    report.write(found, tmp_path)
+    text = (tmp_path / "table.txt").read_text()
+    assert "a processor" in capsys.readouterr().out
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)] for line in text.splitlines()]
+    assert ["", "512", "2,048", "1,024", "512", "256", ""] in cells  # MiB above the idle model
+    assert ["", "longest context in 512", "128", "256", "512", "1,024", ""] in cells
+    assert ["", "mean loss, first epoch", "2.7500", "2.7500", ""] in cells
+    assert ["", "mean loss, last epoch", "1.1000", "1.2250", ""] in cells
+    assert ["", "largest difference of a loss", "", "2.5e-01", ""] in cells
+    assert "after    unswag [after]" in text and "stock before" not in text
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["picture.png", "table.txt"]
+
+
+def test_examples_import_nothing_of_the_benchmarks():
+    files = sorted((ROOT / "examples").rglob("*.py"))
+    assert len(files) > 8
+    assert not [path for path in files if re.search(r"^\s*(from|import) bench\b", path.read_text(), re.MULTILINE)]
