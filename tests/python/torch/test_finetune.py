@@ -54,7 +54,7 @@ def test_the_script(model, tmp_path, monkeypatch, capsys):
     names = runpy.run_path(str(SCRIPT))
     printed = capsys.readouterr().out
     checked(names, out, printed)
-    assert names["answer"](names["reloaded"], "why?").startswith("be be be")  # it learnt something
+    assert "be be be" in names["answer"](names["reloaded"], "why?")  # it learnt something
     assert "Saved for backward" in printed
 
 
