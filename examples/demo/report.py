@@ -1,6 +1,6 @@
 """The demo's tables and picture, from its table.json.
 
-python -m examples.demo.report table.json FOLDER    # table.txt and picture.png
+python -m examples.demo.report bench/results/demo.json    # docs/demo.png, and the table in docs/results.md
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.demo.ways import Way
+from examples.demo import ways
+from examples.demo.ways import ROOT, Way
 
 MIB = 2**20
 COLORS = {"stock": "#8a8f98", "unswag": "#d9480f"}
@@ -119,6 +120,48 @@ def picture(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
+BEGIN, END = "<!-- demo: begin, written by python -m examples.demo.report -->\n", "<!-- demo: end -->"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What docs/results.md shows between its two marks."""
+    lines = []
+    for part in found["parts"]:
+        memory, (stock, ours) = part["memory"], part["runs"]
+        rows: list[tuple[Any, ...]] = [("context, tokens", *map(title, memory)), ("---:",) * (len(memory) + 1)]
+        for tokens in found["lengths"]:
+            peaks = (one["peaks_above_idle_bytes"][str(tokens)] / MIB for one in memory)
+            rows.append((f"{tokens:,}", *(f"{peak:,.0f} MiB" for peak in peaks)))
+        budget = f"longest in {found['budget_bytes'] // MIB} MiB"
+        rows.append((budget, *(f"**{one['longest']:,} tokens**" for one in memory)))
+        rows.append(("kept, bytes per token", *(f"{one['saved_bytes_per_token']:,.0f}" for one in memory)))
+        rows.append(("idle model", *(f"{one['idle_bytes'] / MIB:,.0f} MiB" for one in memory)))
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        steps, epochs = len(stock["losses"]), found["epochs"]
+        few, tokens = steps // epochs, found["row_tokens"]
+        first, last = (sum(ours["losses"][few_of]) / few for few_of in (slice(0, few), slice(-few, None)))
+        lines += [
+            "",
+            f"Fine-tuning for {steps} steps ({epochs} epochs of {few} rows of {tokens} tokens, with checkpointing): the",
+            f"mean loss of an epoch falls from {first:.3f} to {last:.3f}, and no loss differs from stock's by more than",
+            f"{largest_difference(part):.1e}.",
+            "",
+        ]
+    where = found["conditions"]
+    lines.append(
+        f"{where['cpu']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['torch']}, "
+        f"transformers {where['transformers']}, peft {where['peft']}, {where['date']}, commit {where['commit']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    found = json.loads(Path(sys.argv[1]).read_text())
+    picture(found, ROOT / "docs" / "demo.png")
+    page = ROOT / "docs" / "results.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    ways.write(page, before + BEGIN + markdown(found) + END + rest.partition(END)[2])
+
+
 if __name__ == "__main__":
-    source, folder = map(Path, sys.argv[1:])
-    write(json.loads(source.read_text()), folder)
+    main()

@@ -59,7 +59,7 @@ def result() -> dict:
         for side, losses in (("stock", stock), ("unswag", ours))
     ]
     ways = [Way(side, "lora", checkpointing) for checkpointing in (False, True) for side in ("stock", "unswag")]
-    conditions = {"cpu": "a processor", "threads": 2, "torch": "2", "transformers": "5"}
+    conditions = {"cpu": "a processor", "threads": 2, "torch": "2", "transformers": "5", "peft": "0", "date": "", "commit": ""}
     return {
         "conditions": conditions, "model": "A model", "dtype": "float32", "lengths": [256, 512], "curve_tokens": 512,
         "budget_bytes": 512 * MIB, "row_tokens": 64, "epochs": 3, "question": "why?",
@@ -88,3 +88,11 @@ def test_examples_import_nothing_of_the_benchmarks():
     files = sorted((ROOT / "examples").rglob("*.py"))
     assert len(files) > 8
     assert not [path for path in files if re.search(r"^\s*(from|import) bench\b", path.read_text(), re.MULTILINE)]
+
+
+def test_the_results_page_is_written_from_the_committed_result():
+    page, committed = ROOT / "docs" / "results.md", ROOT / "bench" / "results" / "demo.json"
+    found = json.loads(committed.read_text())
+    shown = page.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    assert shown == report.markdown(found), "run: python -m examples.demo.report bench/results/demo.json"
+    assert "| 512 | 2,048 MiB | 1,024 MiB | 512 MiB | 256 MiB |" in report.markdown(json.loads(json.dumps(result())))
