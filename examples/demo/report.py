@@ -38,10 +38,14 @@ def write(found: dict[str, Any], out: Path) -> None:
 def note(found: dict[str, Any]) -> str:
     where = found["conditions"]
     return (
-        f"{found['model']}, batch 1, {found['dtype']}, {where['cpu']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{found['model']}, batch 1, {found['dtype']}, {where['cpu']}, {threads(where)}, torch {where['torch']}, "
         f"transformers {where['transformers']}. Memory is the peak resident memory of the process during forward and backward, "
         "minus that of the idle model, with MALLOC_MMAP_THRESHOLD_=65536 on every side."
     )
+
+
+def threads(where: dict[str, Any]) -> str:
+    return f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
 
 
 def title(memory: dict[str, Any]) -> str:
@@ -98,20 +102,22 @@ def picture(found: dict[str, Any], path: Path) -> None:
     for (peaks, step), part in zip(axes, found["parts"], strict=True):
         for one in part["memory"]:
             way = Way(**one["way"])
-            style = {"color": COLORS[way.side], "linestyle": "--" if way.checkpointing else "-", "label": way.title}
+            style = {"color": COLORS[way.side], "linestyle": "--" if way.checkpointing else "-"}
             tried = sorted((int(tokens), nbytes / MIB) for tokens, nbytes in one["tried_bytes"].items())
-            peaks.plot(*zip(*tried, strict=True), marker="o", markersize=3.5, **style)
+            label = f"{way.title}: {one['longest']:,} tokens"
+            peaks.plot(*zip(*tried, strict=True), marker="o", markersize=3.5, label=label, **style)
             step.plot(*zip(*((at, nbytes / MIB) for at, nbytes in one["curve"]), strict=True), linewidth=1.2, **style)
         peaks.axhline(budget, color="black", linewidth=0.8, linestyle=":")
-        held = "\n".join(f"{one['longest']:>6,} {title(one)}" for one in part["memory"])
-        peaks.text(
-            0.98, 0.97, f"tokens that {budget:,.0f} MiB hold:\n{held}", transform=peaks.transAxes, ha="right", va="top",
-            fontsize=8, family="monospace",
-        )  # fmt: skip
         top = max(nbytes for one in part["memory"] for nbytes in one["tried_bytes"].values()) / MIB
-        peaks.set(xlabel="context, tokens", ylabel="MiB above the idle model", xlim=(0, None), ylim=(0, 1.1 * top))
+        peaks.set(xlabel="context, tokens", ylabel="MiB above the idle model", xlim=(0, None), ylim=(0, 1.45 * top))
         peaks.set_title(f"{found['model']}, {TRAINING[part['training']]}: peak of one step", loc="left", fontsize=10)
-        peaks.legend(loc="center right", frameon=False, fontsize=8)
+        peaks.legend(
+            loc="upper right",
+            title=f"longest context in {budget:,.0f} MiB (dotted)",
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
         step.set(xlabel="forward and backward, share of the time", ylabel="MiB above the idle model", ylim=(0, None))
         step.set_title(f"memory over one step of {found['curve_tokens']:,} tokens", loc="left", fontsize=10)
         for one in (peaks, step):
@@ -149,7 +155,7 @@ def markdown(found: dict[str, Any]) -> str:
         ]
     where = found["conditions"]
     lines.append(
-        f"{where['cpu']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['torch']}, "
+        f"{where['cpu']}, {threads(where)}, torch {where['torch']}, "
         f"transformers {where['transformers']}, peft {where['peft']}, {where['date']}, commit {where['commit']}."
     )
     return "\n".join(lines) + "\n"
