@@ -15,7 +15,7 @@ from collections.abc import Callable
 from examples.demo.ways import Way, arguments, quiet, write
 
 STEP = 64  # tokens: the longest length is found to this
-TRIES = 3  # runs spent on finding it
+TRIES = 2  # runs spent on finding it
 
 
 def resident(field: str) -> int:
