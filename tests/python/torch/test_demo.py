@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from examples.demo import memory, report
+from examples.demo import __main__ as demo
+from examples.demo import memory, report, train
 from examples.demo.ways import Way
+from tests.python.torch import small_folder
 
 ROOT = Path(__file__).parents[3]
 MIB = 2**20
@@ -82,6 +84,35 @@ def test_tables_and_picture(tmp_path, capsys):
     assert "after    unswag [after]" in text and "stock before" not in text
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["picture.png", "table.txt"]
+
+
+def test_both_measurements_run(tmp_path, monkeypatch):
+    """What the demo's processes do, on a small model and in this process."""
+    from examples import smollm2
+
+    folder = small_folder.save(tmp_path / "model")
+    monkeypatch.setattr(smollm2, "directory", lambda: folder)
+    for process in (memory, train):
+        monkeypatch.setattr(process, "quiet", lambda: None)
+    part = {"training": "lora", "memory": [], "runs": []}
+    rows, asked = demo.prepare(tmp_path, 512)
+    for checkpointing in (False, True):
+        for side in ("stock", "unswag"):
+            way = Way(side, "lora", checkpointing).__dict__
+            monkeypatch.setattr("sys.argv", ["memory", json.dumps([way, [64, 128], 128, MIB]), str(tmp_path / "memory.json")])
+            memory.main()
+            part["memory"].append(json.loads((tmp_path / "memory.json").read_text()))
+    for side in ("stock", "unswag"):
+        way = Way(side, "lora", True).__dict__
+        monkeypatch.setattr("sys.argv", ["train", json.dumps([way, str(rows), 2, asked]), str(tmp_path / "train.json")])
+        train.main()
+        part["runs"].append(json.loads((tmp_path / "train.json").read_text()))
+    stock, ours = (one["saved_bytes_per_token"] for one in part["memory"][:2])
+    assert ours < stock
+    losses = part["runs"][0]["losses"]
+    assert len(losses) % 2 == 0 and losses[-1] < losses[0] and report.largest_difference(part) < 1e-3
+    found = result() | {"lengths": [64, 128], "curve_tokens": 128, "budget_bytes": MIB, "epochs": 2, "parts": [part]}
+    assert "| 128 |" in report.markdown(json.loads(json.dumps(found)))
 
 
 def test_examples_import_nothing_of_the_benchmarks():
