@@ -63,10 +63,10 @@ format: setup ## rewrite the sources in our format
 	ruff check --fix-only -q .
 	ruff format .
 
-demo: module ## fine-tune SmolLM2 with LoRA and checkpointing, stock against UnSwag: table and picture in demo-out/
+demo: module ## memory and losses of SmolLM2 with LoRA, stock against UnSwag: table and picture in demo-out/
 	python -m examples.demo
 
-demo-all: module ## the demo with full training and without checkpointing too
+demo-all: module ## the demo with full training as well
 	python -m examples.demo --all
 
 bench: native ## the benchmarks whose results are committed

@@ -30,7 +30,7 @@ def directory() -> Path:
 
 
 def pairs(n: int) -> list[tuple[str, str]]:
-    from bench.docstrings import documented
+    from examples.docstrings import documented
 
     return [(item.signature, item.text) for item in itertools.islice(documented(), n)]
 

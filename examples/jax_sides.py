@@ -1,4 +1,4 @@
-"""What the JAX examples share: one model trained with jax.nn.relu and with unswag_relu, and the two put side by side."""
+"""What the JAX examples share: one model trained with jax.nn.relu and with unswag_relu, and a comparison of the two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Side:
 
 
 def train(name: str, loss: Loss, parameters: Any, batches: Sequence[tuple[Any, ...]], rate: float, every: int = 10) -> Side:
-    """Adam over the batches; a line of progress now and then."""
+    """Trains with Adam over the batches; prints the loss every `every` steps."""
     optimizer = optax.adam(rate)
 
     @jax.jit
@@ -95,7 +95,7 @@ def _picture(path: Path, sides: list[Side], kept: dict[str, dict[str, Ledger]], 
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     loss, memory = figure.subplots(1, 2)
-    for side, width in zip(sides, (4, 1.2), strict=True):  # ours lies on stock's
+    for side, width in zip(sides, (4, 1.2), strict=True):  # the second line lies on the first
         loss.plot(range(1, len(side.losses) + 1), side.losses, color=COLORS[side.name], linewidth=width, label=side.name)
     loss.set(title="loss", xlabel="step")
     loss.legend()

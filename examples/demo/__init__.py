@@ -1,1 +1,1 @@
-"""The main job from end to end: data, surgery, checkpointing, Hugging Face's Trainer; stock against UnSwag."""
+"""The demonstration that `make demo` runs: memory and training of a real language model, stock and with UnSwag."""

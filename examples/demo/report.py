@@ -1,101 +1,173 @@
-"""The demo's table (terminal, text, JSON) and picture."""
+"""The demo's tables and picture, from its table.json.
+
+python -m examples.demo.report bench/results/demo.json    # docs/demo.png, and the table in docs/results.md
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from examples.demo import ways
+from examples.demo.ways import ROOT, Way
+
 MIB = 2**20
 COLORS = {"stock": "#8a8f98", "unswag": "#d9480f"}
+TRAINING = {"lora": "LoRA", "full": "full training"}
 
 
-def write(out: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """table.json, table.txt and picture.png in `out`; the table is printed too."""
+def write(found: dict[str, Any], out: Path) -> None:
+    """table.txt and picture.png of what table.json holds; the tables are printed too."""
     from rich.console import Console
 
-    lines = [line(stock, ours) for stock, ours in zip(results[::2], results[1::2], strict=True)]
-    summary = json.dumps({**settings, "ways": lines}, indent=1) + "\n"
-    replace(out / "table.json", lambda path: path.write_text(summary))
-    note = "MALLOC_MMAP_THRESHOLD_=65536 on both sides; figures and losses of each step: see the .json files"
-    Console().print(*tables(settings, lines), note, sep="\n")
     with open(out / "table.txt", "w", encoding="utf-8") as f:
-        Console(file=f, width=100).print(*tables(settings, lines), note, sep="\n")
-    replace(out / "picture.png", lambda path: picture(path, results))
+        for console in (Console(), Console(file=f, width=100)):
+            for part in found["parts"]:
+                console.print(*tables(found, part), sep="\n")
+                console.print(answers(found, part), markup=False, highlight=False)
+            console.print(note(found), markup=False, highlight=False)
+    part = out / ".picture.png"
+    picture(found, part)
+    os.replace(part, out / "picture.png")
 
 
-def replace(path: Path, make) -> None:
-    """Makes the file beside `path` and moves it there: whole, or not at all."""
-    part = path.with_name("." + path.name)
-    make(part)
-    os.replace(part, path)
+def note(found: dict[str, Any]) -> str:
+    where = found["conditions"]
+    return (
+        f"{found['model']}, batch 1, {found['dtype']}, {where['cpu']}, {threads(where)}, torch {where['torch']}, "
+        f"transformers {where['transformers']}. Memory is the peak resident memory of the process during forward and backward, "
+        "minus that of the idle model, with MALLOC_MMAP_THRESHOLD_=65536 on every side."
+    )
 
 
-def line(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """One way of training: the figures of both sides."""
-
-    def side(r: dict[str, Any]) -> dict[str, float]:
-        few = len(r["losses"]) // r["epochs"]  # a step's loss depends on its text: means over all of it
-        return {
-            "peak_mib": r["peak_bytes"] / MIB,
-            "peak_above_idle_mib": (r["peak_bytes"] - r["idle_bytes"]) / MIB,
-            "saved_bytes_per_token": r["saved_bytes_per_token"],
-            "seconds_per_step": r["seconds_per_step"],
-            "loss_at_start": sum(r["losses"][:few]) / few,
-            "loss_at_end": sum(r["losses"][-few:]) / few,
-        }
-
-    return {
-        "way": stock["way"],
-        "stock": side(stock),
-        "unswag": side(ours),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)),
-    }
+def threads(where: dict[str, Any]) -> str:
+    return f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
 
 
-def tables(settings: dict[str, Any], lines: list[dict[str, Any]]):
-    """One for each way of training."""
+def title(memory: dict[str, Any]) -> str:
+    return Way(**memory["way"]).title
+
+
+def tables(found: dict[str, Any], part: dict[str, Any]) -> Iterator[Any]:
+    """One for memory, one for training."""
     from rich.table import Table
 
-    for one in lines:
-        title = "{way}: {epochs} epochs of {rows} rows of {tokens} tokens, {dtype}".format(way=one["way"], **settings)
-        grid = Table(title=title, min_width=60)
-        for side in ("", "stock", "unswag"):
-            grid.add_column(side, justify="right" if side else "left")
-        stock, ours = one["stock"], one["unswag"]
-        for words, name, form in (
-            ("peak of the process, MiB", "peak_mib", ",.0f"),
-            ("... above the idle model", "peak_above_idle_mib", ",.0f"),
-            ("saved for backward, bytes per token", "saved_bytes_per_token", ",.0f"),
-            ("seconds per step", "seconds_per_step", ".2f"),
-            ("loss, first epoch", "loss_at_start", ".4f"),
-            ("loss, last epoch", "loss_at_end", ".4f"),
-        ):
-            grid.add_row(words, format(stock[name], form), format(ours[name], form))
-        grid.add_row("largest difference of the losses", "", f"{one['largest_loss_difference']:.1e}")
-        yield grid
+    memory = part["memory"]
+    grid = Table(title=f"{TRAINING[part['training']]}: peak memory of one step above the idle model, MiB")
+    for name in ("context", *map(title, memory)):
+        grid.add_column(name, justify="right")
+    for tokens in found["lengths"]:
+        grid.add_row(f"{tokens:,}", *(f"{one['peaks_above_idle_bytes'][str(tokens)] / MIB:,.0f}" for one in memory))
+    grid.add_section()
+    grid.add_row("saved, bytes per token", *(f"{one['saved_bytes_per_token']:,.0f}" for one in memory))
+    grid.add_row("idle model, MiB", *(f"{one['idle_bytes'] / MIB:,.0f}" for one in memory))
+    grid.add_row(f"longest context in {found['budget_bytes'] // MIB} MiB", *(f"{one['longest']:,}" for one in memory))
+    yield grid
+
+    stock, ours = part["runs"]
+    steps = len(stock["losses"]) // found["epochs"]  # of an epoch
+    amount = f"{found['epochs']} epochs of {steps} rows of {found['row_tokens']} tokens"
+    grid = Table(title=f"{TRAINING[part['training']]} with checkpointing: {amount}", min_width=60)
+    for column in ("", "stock", "UnSwag"):
+        grid.add_column(column, justify="right" if column else "left")
+    for words, losses in (("mean loss, first epoch", slice(0, steps)), ("mean loss, last epoch", slice(-steps, None))):
+        grid.add_row(words, *(f"{sum(run['losses'][losses]) / steps:.4f}" for run in (stock, ours)))
+    grid.add_row("largest difference of a loss", "", f"{largest_difference(part):.1e}")
+    grid.add_row("seconds per step", *(f"{run['seconds_per_step']:.2f}" for run in (stock, ours)))
+    yield grid
 
 
-def picture(path: Path, results: list[dict[str, Any]]) -> None:
-    """A row for each way of training: memory over time, and the loss of each step."""
-    import matplotlib
+def largest_difference(part: dict[str, Any]) -> float:
+    stock, ours = part["runs"]
+    return max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    ways = list(zip(results[::2], results[1::2], strict=True))
-    figure, axes = plt.subplots(len(ways), 2, figsize=(11, 3.6 * len(ways)), squeeze=False, layout="constrained")
-    for (memory, loss), pair in zip(axes, ways, strict=True):
-        for r in pair:
-            seconds, resident = zip(*r["memory"], strict=True)
-            memory.plot(seconds, [b / MIB for b in resident], color=COLORS[r["side"]], label=r["side"], linewidth=1)
-            memory.axhline(r["peak_bytes"] / MIB, color=COLORS[r["side"]], linestyle=":", linewidth=1)
-            width = 3 if r["side"] == "stock" else 1  # ours lies on stock's
-            loss.plot(range(1, len(r["losses"]) + 1), r["losses"], color=COLORS[r["side"]], label=r["side"], linewidth=width)
-        memory.set(title=f"{pair[0]['way']}: memory of the process", xlabel="seconds", ylabel="MiB", ylim=(0, None))
-        loss.set(title=f"{pair[0]['way']}: loss", xlabel="step")
-        memory.legend(loc="lower right")
-        loss.legend()
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
+def answers(found: dict[str, Any], part: dict[str, Any]) -> str:
+    """The question, and what the model trained with UnSwag says before and after."""
+    _, ours = part["runs"]
+    return f"\nasked    {found['question']}\nbefore   {ours['before']}\nafter    {ours['after']}\n"
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """A row for each kind of training: peak memory against context, and memory over one step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4 * len(found["parts"])), layout="constrained")
+    axes = figure.subplots(len(found["parts"]), 2, squeeze=False)
+    budget = found["budget_bytes"] / MIB
+    for (peaks, step), part in zip(axes, found["parts"], strict=True):
+        for one in part["memory"]:
+            way = Way(**one["way"])
+            style = {"color": COLORS[way.side], "linestyle": "--" if way.checkpointing else "-"}
+            tried = sorted((int(tokens), nbytes / MIB) for tokens, nbytes in one["tried_bytes"].items())
+            label = f"{way.title}: {one['longest']:,} tokens"
+            peaks.plot(*zip(*tried, strict=True), marker="o", markersize=3.5, label=label, **style)
+            step.plot(*zip(*((at, nbytes / MIB) for at, nbytes in one["curve"]), strict=True), linewidth=1.2, **style)
+        peaks.axhline(budget, color="black", linewidth=0.8, linestyle=":")
+        top = max(nbytes for one in part["memory"] for nbytes in one["tried_bytes"].values()) / MIB
+        peaks.set(xlabel="context, tokens", ylabel="MiB above the idle model", xlim=(0, None), ylim=(0, 1.45 * top))
+        peaks.set_title(f"{found['model']}, {TRAINING[part['training']]}: peak of one step", loc="left", fontsize=10)
+        peaks.legend(
+            loc="upper right",
+            title=f"longest context in {budget:,.0f} MiB (dotted)",
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
+        step.set(xlabel="forward and backward, share of the time", ylabel="MiB above the idle model", ylim=(0, None))
+        step.set_title(f"memory over one step of {found['curve_tokens']:,} tokens", loc="left", fontsize=10)
+        for one in (peaks, step):
+            one.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(note(found).partition(". Memory")[0], fontsize=7, color="#666666")
+    figure.savefig(path, dpi=110, format="png")
+
+
+BEGIN, END = "<!-- demo: begin, written by python -m examples.demo.report -->\n", "<!-- demo: end -->"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What docs/results.md shows between its two marks."""
+    lines = []
+    for part in found["parts"]:
+        memory, (stock, ours) = part["memory"], part["runs"]
+        rows: list[tuple[Any, ...]] = [("context, tokens", *map(title, memory)), ("---:",) * (len(memory) + 1)]
+        for tokens in found["lengths"]:
+            peaks = (one["peaks_above_idle_bytes"][str(tokens)] / MIB for one in memory)
+            rows.append((f"{tokens:,}", *(f"{peak:,.0f} MiB" for peak in peaks)))
+        budget = f"longest in {found['budget_bytes'] // MIB} MiB"
+        rows.append((budget, *(f"**{one['longest']:,} tokens**" for one in memory)))
+        rows.append(("kept, bytes per token", *(f"{one['saved_bytes_per_token']:,.0f}" for one in memory)))
+        rows.append(("idle model", *(f"{one['idle_bytes'] / MIB:,.0f} MiB" for one in memory)))
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        steps, epochs = len(stock["losses"]), found["epochs"]
+        few, tokens = steps // epochs, found["row_tokens"]
+        first, last = (sum(ours["losses"][few_of]) / few for few_of in (slice(0, few), slice(-few, None)))
+        lines += [
+            "",
+            f"Fine-tuning for {steps} steps ({epochs} epochs of {few} rows of {tokens} tokens, with checkpointing): the",
+            f"mean loss of an epoch falls from {first:.3f} to {last:.3f}, and no loss differs from stock's by more than",
+            f"{largest_difference(part):.1e}.",
+            "",
+        ]
+    where = found["conditions"]
+    lines.append(
+        f"{where['cpu']}, {threads(where)}, torch {where['torch']}, "
+        f"transformers {where['transformers']}, peft {where['peft']}, {where['date']}, commit {where['commit']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    found = json.loads(Path(sys.argv[1]).read_text())
+    picture(found, ROOT / "docs" / "demo.png")
+    page = ROOT / "docs" / "results.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    ways.write(page, before + BEGIN + markdown(found) + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

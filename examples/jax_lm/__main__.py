@@ -1,8 +1,9 @@
 """Trains a small ReLU language model on the docstrings of this Python, with jax.nn.relu and with unswag_relu, and compares.
 
 Flax NNX, float32, bytes as tokens, Adam. Both sides start from the same weights and see the same batches: the losses are
-compared bit by bit. What forward hands to backward is counted for two ways of training: everything, and with the second
-matrices of the MLPs frozen, where the ReLU's output need not be kept. Written to --out: result.json and picture.png.
+compared bit by bit. What the forward pass keeps for the backward pass is counted for two ways of training: all weights, and
+with the second matrices of the MLPs frozen, where the ReLU's output need not be kept. Written to --out: result.json and
+picture.png.
 
     python -m examples.jax_lm
 """
@@ -15,8 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench.docstrings import documented
 from examples import jax_sides
+from examples.docstrings import documented
 from examples.jax_lm.model import LanguageModel, cross_entropy
 from flax import nnx
 

@@ -60,7 +60,7 @@ def test_the_snippets_of_the_docs_run(framework):
         assert np.isfinite(np.asarray(names["value"])) and names["gradients"] is not None
 
 
-def test_the_table_of_the_readme_is_what_the_audit_prints():
+def test_the_table_of_the_results_page_is_what_the_audit_prints():
     def block(act):
         return lambda gate, up, down, x: x + act(x @ gate, x @ up) @ down
 
@@ -76,7 +76,7 @@ def test_the_table_of_the_readme_is_what_the_audit_prints():
     }
     shapes = [(512, 14336), (512, 14336), (14336, 512), (4, 512)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
     for name, functions in pairs.items():
         frozen, trained = (
             [unswag.audit(f, *arrays, argnums=nums, tokens=4) for f in functions] for nums in ((0, 1, 3), (0, 1, 2, 3))

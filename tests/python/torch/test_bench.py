@@ -1,13 +1,9 @@
-"""The benches' own counter of live bytes, their text, and the table and picture of the demo."""
-
-import json
+"""The benches' own counter of live bytes, and their text."""
 
 import pytest
 import torch
-from bench.docstrings import documented
 from bench.live import LiveStorages
-from examples.demo import report
-from examples.demo.train import Run
+from examples.docstrings import documented
 from tests.python.torch.small_models import batch, tiny_llama
 
 from unswag.torch.audit import LiveStorages as Audited
@@ -73,25 +69,3 @@ def test_docstrings_are_many_and_always_the_same():
     assert len(found) > 2000 and found == list(documented())
     dumps = next(item for item in found if item.name == "json.dumps")
     assert dumps.signature.startswith("json.dumps(obj, ") and "Serialize" in dumps.text
-
-
-def result(side, losses):
-    run = Run(side, "lora", True, rows=2, tokens=512, epochs=len(losses) // 2)
-    return {
-        **run.__dict__, "way": run.way, "idle_bytes": 600 << 20, "peak_bytes": (900 if side == "stock" else 700) << 20,
-        "saved_bytes_per_token": 1000.0, "ledger_bytes_per_token": 1000.0, "seconds_per_step": 2.0, "losses": losses,
-        "step_ends": [2.0 * i for i in range(len(losses))], "memory": [(0.0, 600 << 20), (1.0, 700 << 20)],
-    }  # fmt: skip
-
-
-def test_demo_writes_table_and_picture(tmp_path, capsys):
-    stock, ours = [3.0, 2.5, 2.0, 1.5, 1.2, 1.0], [3.0, 2.5, 2.0, 1.5, 1.2, 1.25]
-    settings = {"rows": 2, "tokens": 512, "epochs": 3, "dtype": "float32"}
-    report.write(tmp_path, settings, [result("stock", stock), result("unswag", ours)])
-    (way,) = json.loads((tmp_path / "table.json").read_text())["ways"]
-    assert way["largest_loss_difference"] == 0.25
-    assert (way["stock"]["loss_at_start"], way["unswag"]["loss_at_end"]) == (2.75, 1.225)
-    assert (way["stock"]["peak_mib"], way["unswag"]["peak_above_idle_mib"]) == (900, 100)
-    assert "LoRA, checkpointing" in (tmp_path / "table.txt").read_text() and "unswag" in capsys.readouterr().out
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["picture.png", "table.json", "table.txt"]

@@ -1,13 +1,15 @@
-"""Real text that every Python carries: the docstrings of its standard library, read from its source; nothing is imported."""
+"""Real text that every Python carries: the docstrings of its standard library, read from the sources; no module is imported."""
 
 from __future__ import annotations
 
 import ast
+import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+LONGEST_SIGNATURE = 300  # characters: the longest ones have more parameters than explanation
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
 
 
@@ -31,6 +33,22 @@ def documented(shortest: int = 40) -> Iterator[Documented]:
             except (SyntaxError, ValueError):
                 continue  # some platforms ship template files that are no Python
             yield from _walk(tree, module, shortest)
+
+
+def question(item: Documented) -> str:
+    """What a user would ask about `item`."""
+    return f"What does `{item.signature}` of Python's standard library do?"
+
+
+def write_pairs(path: Path, items: Iterable[Documented]) -> int:
+    """Writes questions and docstrings as instruction data, one JSON object per line; returns how many.
+
+    Items whose signature is longer than `LONGEST_SIGNATURE` are left out.
+    """
+    items = [item for item in items if len(item.signature) <= LONGEST_SIGNATURE]
+    lines = [json.dumps({"instruction": question(item), "output": item.text}, ensure_ascii=False) + "\n" for item in items]
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def _walk(tree: ast.AST, inside: str, shortest: int) -> Iterator[Documented]:
