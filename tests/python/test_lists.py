@@ -91,7 +91,7 @@ def test_patterns_recognise_them_all():
 def test_jax_has_them_all():
     pytest.importorskip("jax")
     from unswag import jax as uj
-    from unswag.jax.activations import FUNCTIONS
+    from unswag.jax.formulas import FUNCTIONS
 
     assert list(FUNCTIONS) == list(_core.activations)
     found = asked("ours_jax", None) | asked("gated_jax", None, None)

@@ -31,10 +31,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
-from unswag.jax.activations import wide, wide_type
+from unswag.jax.formulas import Act, wide, wide_type
 from unswag.jax.gated import Unit
 from unswag.jax.how import How, choose, floating, integer, number, one_of, same_dtype
-from unswag.jax.masks import RELU2, Act, Relu2
+from unswag.jax.masks import RELU2, Relu2
 from unswag.jax.names import INPUT, MASK, STAT
 from unswag.jax.varying import alike
 

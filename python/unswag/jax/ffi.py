@@ -24,7 +24,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import ad, batching, mlir
 
 from unswag import _core
-from unswag.jax import activations, gated, masks, xla
+from unswag.jax import formulas, xla
 from unswag.jax.xla import WORD
 
 try:
@@ -225,8 +225,8 @@ def gated_backward(gate: Array, up: Array, dh: Array, act: str, named: bool = Tr
 # ---- the same in plain JAX -------------------------------------------------------------------------------------------------
 
 
-def _act(act: int, slope: float) -> masks.Act:
-    return masks.Act(_core.masks[act].removeprefix("jax_"), float(slope))
+def _act(act: int, slope: float) -> formulas.Act:
+    return formulas.Act(_core.masks[act].removeprefix("jax_"), float(slope))
 
 
 def _plain_mask_forward(x: Array, *, act: int, slope: float) -> tuple[Array, Array]:
@@ -240,8 +240,8 @@ def _plain_mask_backward(packed: Array, dy: Array, *, act: int, slope: float) ->
 _PLAIN: dict[str, Callable[..., tuple[Array, ...]]] = {
     "unswag_mask_forward_v1": _plain_mask_forward,
     "unswag_mask_backward_v1": _plain_mask_backward,
-    "unswag_activation_forward_v1": lambda x, act: (activations.value(x, _core.activations[act]),),
-    "unswag_activation_backward_v1": lambda x, dy, act: (activations.gradient(x, dy, _core.activations[act]),),
-    "unswag_gated_forward_v1": lambda gate, up, act: (gated.product(gate, up, _core.activations[act]),),
-    "unswag_gated_backward_v1": lambda gate, up, dh, act: gated.gradients(gate, up, dh, _core.activations[act]),
+    "unswag_activation_forward_v1": lambda x, act: (formulas.value(x, _core.activations[act]),),
+    "unswag_activation_backward_v1": lambda x, dy, act: (formulas.gradient(x, dy, _core.activations[act]),),
+    "unswag_gated_forward_v1": lambda gate, up, act: (formulas.product(gate, up, _core.activations[act]),),
+    "unswag_gated_backward_v1": lambda gate, up, dh, act: formulas.gradients(gate, up, dh, _core.activations[act]),
 }

@@ -18,22 +18,13 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from unswag.jax.activations import FUNCTIONS, gelu_name, wide
+from unswag.jax.activations import gelu_name
+from unswag.jax.formulas import gradients, product
 from unswag.jax.how import How, choose, floating, implement, same_dtype
 from unswag.jax.names import INPUT
 from unswag.jax.varying import alike
 
 __all__ = ["geglu", "reglu", "swiglu"]
-
-
-def product(gate: Array, up: Array, act: str) -> Array:
-    return (FUNCTIONS[act][0](wide(gate)) * wide(up)).astype(gate.dtype)
-
-
-def gradients(gate: Array, up: Array, dh: Array, act: str) -> tuple[Array, Array]:
-    g, u, d = map(wide, (gate, up, dh))
-    function, derivative = FUNCTIONS[act]
-    return (d * u * derivative(g)).astype(dh.dtype), (d * function(g)).astype(dh.dtype)
 
 
 class Unit(NamedTuple):

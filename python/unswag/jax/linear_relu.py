@@ -16,9 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from unswag.jax import pallas, xla
-from unswag.jax.activations import wide_type
+from unswag.jax.formulas import Act, wide_type
 from unswag.jax.how import differentiated_as, floating, same_dtype
-from unswag.jax.masks import Act
 from unswag.jax.names import INPUT, MASK
 from unswag.jax.xla import GROUP, SUBLANES, WORD
 

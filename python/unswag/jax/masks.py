@@ -16,47 +16,19 @@ JAX. Under automatic sharding the words of a mask never hold bits of two devices
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from unswag.jax import xla
+from unswag.jax.formulas import Act
 from unswag.jax.how import How, choose, floating, implement, number
 from unswag.jax.names import INPUT, MASK
 
 __all__ = ["leaky_relu", "relu", "relu2", "relu6", "unswag_relu"]
-
-
-_PREDICATES: dict[str, Callable[[Array], Array]] = {  # the gradient passes where
-    "relu": lambda x: x > 0,
-    "relu6": lambda x: (x > 0) & (x < 6),
-    "leaky_relu": lambda x: x >= 0,
-}
-
-
-@dataclass(frozen=True)
-class Act:
-    """value(x) is that of jax.nn; the gradient is dy where the bit is set, else slope dy."""
-
-    name: str
-    slope: float = 0.0
-
-    def value(self, x: Array) -> Array:
-        function = getattr(jax.nn, self.name)
-        return function(x, self.slope) if self.name == "leaky_relu" else function(x)
-
-    def bit(self, x: Array) -> Array:
-        return _PREDICATES[self.name](x).astype(jnp.uint32)
-
-    def gradient(self, bit: Array, dy: Array) -> Array:
-        off = dy * np.asarray(self.slope, dy.dtype) if self.slope else jnp.zeros_like(dy)
-        return jnp.where(bit != 0, dy, off)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

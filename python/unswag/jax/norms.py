@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from unswag.jax.activations import wide
+from unswag.jax.formulas import wide
 from unswag.jax.how import floating, number
 from unswag.jax.names import INPUT, STAT
 from unswag.jax.varying import alike

@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from unswag.jax import xla
-from unswag.jax.activations import wide
+from unswag.jax.formulas import wide
 from unswag.jax.how import differentiated_as
 from unswag.jax.xla import GROUP, SUBLANES, WORD
 

@@ -15,7 +15,7 @@ from values import SIXTEEN, all_sixteen, bits, kept, normal
 from unswag import codebooks, reference
 from unswag import jax as uj
 from unswag.codebooks import Codebook
-from unswag.jax.activations import FUNCTIONS
+from unswag.jax.formulas import FUNCTIONS
 
 ROWS = {name: row for name, row in of_kind("smooth").items() if row.ours_jax}
 OURS = {name: partial(row.ours_jax, uj) for name, row in ROWS.items()}

@@ -23,7 +23,7 @@ from values import SIXTEEN, all_sixteen, bits, normal, special
 
 import unswag.jax as uj
 from unswag import _core
-from unswag.jax import ffi, masks, xla
+from unswag.jax import ffi, formulas, masks, xla
 from unswag.jax.how import How, choose
 
 pytestmark = pytest.mark.native
@@ -119,7 +119,7 @@ def test_a_zero_cotangent_keeps_its_sign_and_a_subnormal_one_its_value():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", MASKS)
 def test_the_bytes_are_those_of_the_layout_rows(name, shape):
-    act = masks.Act(name, MASKS[name][2])
+    act = formulas.Act(name, MASKS[name][2])
     for dtype in (jnp.float32, *SIXTEEN):
         x = special(shape, dtype)
         _, packed = jax.jit(partial(ffi.mask_forward, act=name, slope=act.slope))(x)
@@ -285,8 +285,8 @@ def gradient_of(name: str, **options: Any) -> Callable[[Array], Any]:
 
 def test_where_the_best_is_native_it_is_so_on_the_cpu_alone():
     def run(x: Array) -> tuple[Array, Array]:
-        y, packed = masks.mask_forward(x, masks.Act("relu"), How(None, "rows"))
-        return y, masks.mask_backward(masks.Act("relu"), How(None, "rows"), packed, y)[0]
+        y, packed = masks.mask_forward(x, formulas.Act("relu"), How(None, "rows"))
+        return y, masks.mask_backward(formulas.Act("relu"), How(None, "rows"), packed, y)[0]
 
     assert lowered(run, "cpu").count("@unswag_mask") == 2
     assert "@unswag" not in lowered(run, "tpu") and "@unswag" not in lowered(run, "cuda")
