@@ -712,7 +712,7 @@ def test_a_weight_that_a_hook_makes(when):
     with keep_logits():
         stock, want = step(model, **batch())
     if when == "before":
-        assert len(reasons := patch(model)) == 1 and "made by a hook" in reasons[0]
+        assert len(reasons := patch(model)) == 1 and "computed by a hook" in reasons[0]
     with pytest.MonkeyPatch.context() as several_chunks, no_warnings():
         several_chunks.setattr("unswag.torch.loss.CHUNK_LOGITS", 5 * 99)
         ours, got = step(model, **batch())
