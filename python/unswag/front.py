@@ -17,7 +17,7 @@ def audit(model: Any, /, *args: Any, **kwargs: Any) -> Ledger:
 
     TypeError for what is neither; ModuleNotFoundError for a function if JAX is not installed.
     """
-    torch = sys.modules.get("torch")  # whoever has a module of torch has imported it
+    torch = sys.modules.get("torch")  # a module of torch exists only where torch was imported
     if torch is not None and isinstance(model, torch.nn.Module):
         from unswag.torch.audit import audit as of_module
 

@@ -69,7 +69,7 @@ def measure(model: nn.Module, batch: dict[str, Any], *, backward: bool = False, 
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the storages that ops made while it is active and that somebody still holds, whoever that is.
+    """Counts the storages that ops made while it is active and that are still alive, no matter what holds them.
 
     Each is known by a weak reference and counted once, at its full size. Not counted: the model's parameters and buffers,
     their gradients, the inputs; nor, but reported apart, the loss's gradient buffers and casts of parameters (autocast's).

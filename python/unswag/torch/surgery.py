@@ -146,8 +146,8 @@ def apply_unswag_surgery(
     are given: their values cannot be looked at there.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
-    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if somebody has wrapped one of
-    our forwards since an earlier call. If anything else goes wrong the model is as it was before the call.
+    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if a forward
+    that an earlier call replaced was wrapped since. If anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -206,7 +206,7 @@ def apply_unswag_surgery(
 def remove_unswag_surgery(model: nn.Module) -> None:
     """Undoes `apply_unswag_surgery`: every attribute is restored. Does nothing to a model without surgery.
 
-    Raises RuntimeError, and changes nothing, if somebody has wrapped one of our forwards since.
+    Raises RuntimeError, and changes nothing, if a forward that the surgery replaced was wrapped since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"remove_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module")
