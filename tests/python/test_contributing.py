@@ -32,7 +32,8 @@ def test_there_is_a_checklist_for_each_kind_of_contribution():
         "An activation", "A model pattern", "A block codec", "An op", "An instruction set", "A command", "A codebook",
     }  # fmt: skip
     assert all(checklists().values()) and len(checklists()["A model pattern"]) == 3 and len(checklists()["A command"]) == 2
-    assert len(checklists()["An activation"]) <= 9 and len(checklists()["A block codec"]) <= 5
+    code = [file for file, _ in checklists()["An activation"] if not file.startswith("docs/")]
+    assert len(code) <= 9 and len(checklists()["A block codec"]) <= 5
 
 
 @pytest.mark.parametrize(("kind", "file", "entry"), LINES, ids=[f"{kind}, {file}" for kind, file, _ in LINES])
@@ -194,11 +195,23 @@ TABLES = {
         '    "mish": F.mish,\n',
         "tests/python/torch/patterns/test_mlp.py::test_the_activations_are_those_of_the_core",
     ),
-    "python/unswag/jax/activations.py": (
+    "python/unswag/jax/formulas.py": (
         "FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {",
         '    "quick_gelu": (_quick_gelu, _quick_gelu_derivative),\n',
         '    "mish": (jax.nn.mish, jax.grad(jax.nn.mish)),\n',
-        "tests/python/jax/test_activations.py::test_the_table_has_the_names_of_the_core",
+        "tests/python/test_lists.py::test_jax_has_them_all",
+    ),
+    "python/unswag/reference/math.py": (
+        "ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {",
+        '    "quick_gelu": (_quick_gelu, _quick_gelu_derivative),\n',
+        '    "mish": (lambda x: x * np.tanh(np.logaddexp(0, x)), _quick_gelu_derivative),\n',
+        "tests/python/test_lists.py::test_activations_of_the_core_are_those_of_reference_jax_and_the_tests",
+    ),
+    "tests/python/activations.py": (
+        "ACTIVATIONS = {",
+        "        module=lambda nn: nn.QuickGELU(),\n    ),\n",
+        '    "mish": Row("smooth", torch=lambda torch, x: torch.nn.functional.mish(x), jax=lambda jax, x: jax.nn.mish(x)),\n',
+        "tests/python/test_lists.py::test_activations_of_the_core_are_those_of_reference_jax_and_the_tests",
     ),
 }
 
