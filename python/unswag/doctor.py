@@ -28,7 +28,6 @@ INSTRUCTION_SETS = (
 )  # fmt: skip
 # How kernels were tested so far, where it was not on hardware of their own kind.
 TESTED = {
-    "avx512": "avx512 kernels (tested emulated, with AVX2 instructions)",
     "cuda": "CUDA kernels (tested emulated, on host threads)",
     "tpu": "TPU programs (compiled only)",
 }
@@ -101,7 +100,7 @@ def _verdict(found: dict[str, Any]) -> dict[str, str]:
         for front_end, use in uses.items()
         if front_end != "torch" or kernels
     ]
-    used = {use["accelerator"] for use in uses.values()} | {kernels.get("chosen", "")}
+    used = {use["accelerator"] for use in uses.values()}
     if kernels.get("cuda"):
         used.add("cuda")
     untested = [words for name, words in TESTED.items() if name in used]

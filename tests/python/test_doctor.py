@@ -172,12 +172,9 @@ def test_torch_is_not_imported_where_no_device_is():
     assert run.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("row", ["avx2", "avx512"])
-def test_what_was_only_emulated_is_said_where_it_is_used(monkeypatch, row):
-    monkeypatch.setattr(_core, "current_backend", lambda: row)
+def test_what_was_only_emulated_is_said_where_it_is_used(monkeypatch):
     monkeypatch.setattr(_core, "cuda_architectures", lambda: ())
     without(monkeypatch, "jax")
-    untested = examined()["verdict"]["untested"]
-    assert untested == {"avx2": "nothing that is used here", "avx512": doctor.TESTED["avx512"]}[row]
+    assert examined()["verdict"]["untested"] == "nothing that is used here"
     monkeypatch.setattr(_core, "cuda_architectures", lambda: ("sm_90",))
     assert examined()["verdict"]["untested"].endswith(doctor.TESTED["cuda"])  # the build has them, wherever it runs
