@@ -108,7 +108,7 @@ void encode(const BlockEncode& args, Stream stream) {
       memcpy(packed + row_of.scale_byte(g), bits, std::size_t(blocks) * sizeof *bits);
       if (g == groups - 1) {
         const std::int64_t used = row_of.scale_byte(g) + std::int64_t{2} * blocks;
-        memset(packed + used, 0, std::size_t(block_row_bytes(args.codec, args.x.cols) - used));
+        memset(packed + used, 0, std::size_t(row_of.bytes() - used));
       }
     }
   });

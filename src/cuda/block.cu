@@ -36,7 +36,6 @@ struct Encode {
 
   BlockEncode args;
   bool wide;
-  std::int64_t row_bytes;
 
   template <class Group>
   UNSWAG_HD void operator()(const Group& worker, Shared& s) const {
@@ -99,7 +98,7 @@ struct Encode {
       });
       if (at.rest == groups - 1) {
         const std::int64_t used = row.scale_byte(at.rest) + std::int64_t{2} * blocks;
-        share(worker, row_bytes - used, [&](std::int64_t i) { packed[used + i] = 0; });
+        share(worker, row.bytes() - used, [&](std::int64_t i) { packed[used + i] = 0; });
       }
       worker.sync();
     }
@@ -169,7 +168,7 @@ void block_encode(const BlockEncode& args, Stream stream) {
     using T = typename decltype(tag)::of;
     math::visit_blocks(args.codec, [&](auto codec) {
       using B = decltype(codec);
-      const Encode<B, T> kernel{args, aligned<T>(args.x), block_row_bytes(args.codec, args.x.cols)};
+      const Encode<B, T> kernel{args, aligned<T>(args.x)};
       launch(kernel, args.x.rows * math::BlockRow<B>{args.x.cols}.groups(), stream);
     });
   });

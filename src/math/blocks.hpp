@@ -18,7 +18,7 @@ inline constexpr int block_lanes = 16;
 // A codec of the list (include/unswag/lists.hpp).
 template <Block Codec>
 struct BlockOf {
-  static constexpr int n = listed(Codec).n, bits = listed(Codec).bits;
+  static constexpr int n = listed(Codec).n, bits = listed(Codec).bits, bytes = listed(Codec).bytes();
   static constexpr bool rotated = listed(Codec).rotated;
   static_assert(8 <= n && n <= 512 && (n & (n - 1)) == 0, "a block has a power of two of numbers, from 8 to 512");
   static_assert(rotated ? 2 <= bits && bits <= 8 : bits == 8, "a whole number has 2 to 8 bits, a float 8");
@@ -43,7 +43,7 @@ struct Fp8<BlockOf<Block::e5m2>> {
 // f(BlockOf<codec>{}) for the one that is asked for.
 template <class F, std::size_t... I>
 UNSWAG_HOST inline void visit_blocks(Block codec, const F& f, std::index_sequence<I...>) {
-  ((codec == blocks[I].value ? f(BlockOf<blocks[I].value>{}) : void()), ...);
+  ((codec == Block(I) ? f(BlockOf<Block(I)>{}) : void()), ...);
 }
 template <class F>
 UNSWAG_HOST inline void visit_blocks(Block codec, const F& f) {
@@ -56,6 +56,7 @@ struct BlockRow {
   static constexpr std::int64_t group = std::int64_t{B::n} * block_lanes;
   std::int64_t cols;
   UNSWAG_HD constexpr std::int64_t blocks() const { return (cols + B::n - 1) / B::n; }
+  UNSWAG_HD constexpr std::int64_t bytes() const { return (blocks() * B::bytes + 3) / 4 * 4; }  // block_row_bytes
   UNSWAG_HD constexpr std::int64_t groups() const { return (cols + group - 1) / group; }
   UNSWAG_HD constexpr int lanes(std::int64_t g) const {
     const std::int64_t left = blocks() - g * block_lanes;

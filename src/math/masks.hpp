@@ -141,7 +141,7 @@ struct MaskOf {
 // f(MaskOf<T, act>{}) for the one that is asked for.
 template <class T, class F, std::size_t... I>
 UNSWAG_HOST inline void visit_mask(Mask act, const F& f, std::index_sequence<I...>) {
-  ((act == masks[I].value ? f(MaskOf<T, masks[I].value>{}) : void()), ...);
+  ((act == Mask(I) ? f(MaskOf<T, Mask(I)>{}) : void()), ...);
 }
 template <class T, class F>
 UNSWAG_HOST inline void visit_mask(Mask act, const F& f) {
