@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="full training as well as LoRA")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="context lengths (default 256 512 1024 2048)")
     parser.add_argument("--tokens", type=int, default=256, help="of a row of training data (default 256)")
-    parser.add_argument("--epochs", type=int, default=6, help="of training (default 6)")
+    parser.add_argument("--epochs", type=int, default=6, help="of training (default 6; 0: memory only)")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="folder for everything (default demo-out)")
     args = parser.parse_args()
 
@@ -103,7 +103,7 @@ def main() -> None:
                 say(f"memory of a step, {report.TRAINING[training]}: {way.title}")
                 memory.append(in_process("memory", out / f"{way.name}-memory.json", way, args.lengths, curve, BUDGET))
         runs = []
-        for side in ("stock", "unswag"):
+        for side in ("stock", "unswag") if args.epochs else ():
             way = Way(side, training, True)
             say(f"{args.epochs} epochs of {report.TRAINING[training]}: {way.title}")
             runs.append(in_process("train", out / f"{way.name}-train.json", way, str(rows), args.epochs, asked))

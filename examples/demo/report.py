@@ -28,7 +28,8 @@ def write(found: dict[str, Any], out: Path) -> None:
         for console in (Console(), Console(file=f, width=100)):
             for part in found["parts"]:
                 console.print(*tables(found, part), sep="\n")
-                console.print(answers(found, part), markup=False, highlight=False)
+                if part["runs"]:
+                    console.print(answers(found, part), markup=False, highlight=False)
             console.print(note(found), markup=False, highlight=False)
     part = out / ".picture.png"
     picture(found, part)
@@ -68,6 +69,8 @@ def tables(found: dict[str, Any], part: dict[str, Any]) -> Iterator[Any]:
     grid.add_row(f"longest context in {found['budget_bytes'] // MIB} MiB", *(f"{one['longest']:,}" for one in memory))
     yield grid
 
+    if not part["runs"]:
+        return
     stock, ours = part["runs"]
     steps = len(stock["losses"]) // found["epochs"]  # of an epoch
     amount = f"{found['epochs']} epochs of {steps} rows of {found['row_tokens']} tokens"
@@ -133,7 +136,7 @@ def markdown(found: dict[str, Any]) -> str:
     """What docs/results.md shows between its two marks."""
     lines = []
     for part in found["parts"]:
-        memory, (stock, ours) = part["memory"], part["runs"]
+        memory = part["memory"]
         rows: list[tuple[Any, ...]] = [("context, tokens", *map(title, memory)), ("---:",) * (len(memory) + 1)]
         for tokens in found["lengths"]:
             peaks = (one["peaks_above_idle_bytes"][str(tokens)] / MIB for one in memory)
@@ -143,11 +146,14 @@ def markdown(found: dict[str, Any]) -> str:
         rows.append(("kept, bytes per token", *(f"{one['saved_bytes_per_token']:,.0f}" for one in memory)))
         rows.append(("idle model", *(f"{one['idle_bytes'] / MIB:,.0f} MiB" for one in memory)))
         lines += [f"| {' | '.join(row)} |" for row in rows]
-        steps, epochs = len(stock["losses"]), found["epochs"]
+        lines.append("")
+        if not part["runs"]:
+            continue
+        _, ours = part["runs"]
+        steps, epochs = len(ours["losses"]), found["epochs"]
         few, tokens = steps // epochs, found["row_tokens"]
         first, last = (sum(ours["losses"][few_of]) / few for few_of in (slice(0, few), slice(-few, None)))
         lines += [
-            "",
             f"Fine-tuning for {steps} steps ({epochs} epochs of {few} rows of {tokens} tokens, with checkpointing): the",
             f"mean loss of an epoch falls from {first:.3f} to {last:.3f}, and no loss differs from stock's by more than",
             f"{largest_difference(part):.1e}.",

@@ -126,4 +126,6 @@ def test_the_results_page_is_written_from_the_committed_result():
     found = json.loads(committed.read_text())
     shown = page.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     assert shown == report.markdown(found), "run: python -m examples.demo.report bench/results/demo.json"
+    stock, ours = (one["longest"] for one in found["parts"][0]["memory"][2:])
+    assert f"512 MiB hold {stock:,} tokens of stock and {ours:,} with UnSwag" in (ROOT / "README.md").read_text()
     assert "| 512 | 2,048 MiB | 1,024 MiB | 512 MiB | 256 MiB |" in report.markdown(json.loads(json.dumps(result())))
