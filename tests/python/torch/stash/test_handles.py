@@ -267,7 +267,9 @@ def all_of(handles):
 
 
 @pytest.mark.parametrize("policy", ["exact", "int8"])
-@pytest.mark.parametrize("act", [lambda x: rectified(F.relu, x), squared, functional.silu, dropped], ids=str)
+@pytest.mark.parametrize(
+    "act", [lambda x: rectified(F.relu, x), squared, functional.silu, dropped], ids=["relu", "squared", "silu", "dropped"]
+)
 @pytest.mark.parametrize("trained", [True, False])
 def test_handles_count_every_byte_of_a_forward_once(policy, act, trained):
     handles, x, head = [], leaf(64, 64), weight(64, 64).requires_grad_(trained)
