@@ -1,7 +1,7 @@
-"""What the CUDA compiler made of the kernels: python tools/cuda_code.py FILE (a library, object, cubin or Python module).
+"""Shows the kernels' machine code: python tools/cuda_code.py FILE (a library, object, cubin or Python module).
 
 Reads the machine code with cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm; of the toolkit's major
-version, not older than it) and prints a line for each architecture and kernel.
+version and not older than it) and prints a line for each architecture and kernel.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SWAP = re.compile(r"\.CAST?\b")
 class Kernel:
     """One kernel's machine code for one architecture; the counts are of instructions."""
 
-    source: str  # the object in the library that it is from; "" when FILE is no library
+    source: str  # the object in the library that it is from; "" if FILE is not a library
     architecture: str  # sm_80
     name: str  # as in C++, without parameters
     registers: int = 0
     stack: int = 0  # bytes per thread in local memory
     local_loads: int = 0  # of spilled registers and of arrays that are indexed at run time
     local_stores: int = 0
-    loads: Counter[int] = field(default_factory=Counter)  # of global memory (or it is not known which), by bits
+    loads: Counter[int] = field(default_factory=Counter)  # of global (or unknown) memory, by width in bits
     stores: Counter[int] = field(default_factory=Counter)
     float_atomics: Counter[str] = field(default_factory=Counter)  # compare-and-swap too: a float atomic may be a loop of it
     barriers: int = 0  # of a block
@@ -74,7 +74,7 @@ class Code:
 def read(path: str | Path) -> Code:
     """The kernels in a library, an object, a cubin or a shared object.
 
-    Raises ``FileNotFoundError`` when a tool is missing, ``RuntimeError`` with the tool's words when it fails.
+    Raises ``FileNotFoundError`` when a tool is missing, ``RuntimeError`` with the tool's output when it fails.
     """
     code = Code()
     found: dict[tuple[str, str, str], Kernel] = {}
@@ -90,7 +90,7 @@ def read(path: str | Path) -> Code:
             code.ptx.setdefault(source, set()).add(architecture.replace("sm_", "compute_"))
         elif name and line.startswith("        /*") and (match := _INSTRUCTION.match(line)):
             kernel(source, architecture, name).count(match[1])
-    only = next((architecture for _, architecture, _ in found), "")  # of a bare cubin, whose resources come without it
+    only = next((architecture for _, architecture, _ in found), "")  # for a bare cubin, whose resources are listed without it
     for source, _, architecture, name, line in _walk(path, "-res-usage"):
         if name and (match := _RESOURCES.match(line)):
             one = kernel(source, architecture or only, name)
@@ -123,7 +123,7 @@ def _walk(path: str | Path, what: str) -> Iterator[tuple[str, str, str, str, str
 
 def _listing(path: str | Path, what: str) -> Iterator[str]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there; build it first (make native)")
+        raise FileNotFoundError(f"{path} does not exist; build it first (make native)")
     tools = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"  # where the two packages put them
     search = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
     for tool in ("cuobjdump", "nvdisasm"):

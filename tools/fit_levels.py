@@ -1,10 +1,10 @@
-"""Fits codebooks of the derivative, and computes their error tables anew (docs/math.md, "Approximation").
+"""Fits codebooks of the derivative, and recomputes their error tables (docs/math.md, "Approximation").
 
     python tools/fit_levels.py --function silu --bits 2 --scale 1 --method mm2         bounds, levels and errors, 8 digits
     python tools/fit_levels.py --function silu --bits 2 --method mm2 --json            a line for python/unswag/codebooks.json
     python tools/fit_levels.py --tables                                                all error tables, as Markdown
 
-A scale is the root mean square of the inputs, which are taken as normally distributed.
+A scale is the root mean square of the inputs, which are assumed to be normally distributed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def half_way(function: str) -> float:
 
 
 def robust(function: str) -> Codebook:
-    """2 bits, least max over the scales of E e² / least E e². It is the best of a mixture in which the two worst scales,
-    0.5 and 2, are equal."""
+    """2 bits: the smallest maximum, over the scales, of E e² / least E e². It is the best codebook for the mixture at which the
+    two worst scales, 0.5 and 2, have equal ratios."""
     least = {s: fidelity(fit(function, 2, s), function, s).mse for s in SCALES}
     low, high = 0.0, 1.0
     for _ in range(50):
@@ -59,10 +59,10 @@ def uniform(low: float, high: float, ends: Iterable[float]) -> tuple[Array, Arra
 
 
 def function_space(function: str, bits: int) -> Codebook:
-    """The levels and bounds of least integral of (f - f~)² over R, mirrored, f~ the integral of the levels (Approx-BP).
+    """The symmetric codebook with the least integral of (f - f~)² over R; f~ is the integral of the levels (Approx-BP).
 
-    On the left f~ is a sum of n hinges a_i max(x - b_i, 0): the a_i of least squares, and Newton on the integrals of the
-    error from each b_i to 0, from each way to lay the b_i on both sides of the dip's steepest point.
+    On the left f~ is a sum of n hinges a_i max(x - b_i, 0). The a_i are those of least squares; the b_i are found by Newton on
+    the integrals of the error from each b_i to 0, from each way to place them on the two sides of the dip's steepest point.
     """
     n = 2 ** (bits - 1) - 1
 
@@ -93,7 +93,7 @@ def function_space(function: str, bits: int) -> Codebook:
 
 @functools.cache
 def books(function: str) -> dict[str, Codebook]:
-    """All codebooks of the tables: ours fitted anew, those of others as they published them."""
+    """All codebooks of the tables: ours newly fitted, those of others as published."""
     tau = half_way(function)
     found = {"relu_mask": Codebook(1, (0.0,), (0.0, 1.0))}
     found |= {f"fewbit_{bits}": codebook(function, bits, "fewbit") for bits in (1, 2, 3, 4)}
@@ -140,13 +140,13 @@ def value_errors(function: str) -> dict[str, list[float]]:
 
 
 def function_error(function: str, book: Codebook, x: Array) -> Array:
-    """f - f~ at x, but for a constant; f~ is the integral of the levels."""
+    """f - f~ at x, up to a constant; f~ is the integral of the levels."""
     hinges = zip(np.diff(book.levels), book.bounds, strict=True)
     return reference.activation(x, function) - book.levels[0] * x - sum(a * np.maximum(x - b, 0) for a, b in hinges)
 
 
 def over_the_line(function: str, book: Codebook) -> float:
-    """The integral of (f - f~)² over [-side, side]: that over R, where f~ has the two asymptotes of f."""
+    """The integral of (f - f~)² over [-side, side]; it is that over R if f~ has both asymptotes of f."""
     x, weight = uniform(-SIDES[function], SIDES[function], book.bounds)
     return float(weight @ function_error(function, book, x) ** 2)
 
@@ -202,7 +202,7 @@ def unbiased_errors(function: str) -> dict[str, list[float]]:
 
 
 def tables() -> Iterator[str]:
-    """Numbered as they were published."""
+    """The tables, with their published numbers."""
     figures: list[tuple[str, Callable[[str], dict[str, list[float]]], str]] = [
         ("3.1 Error of the derivative", derivative_errors, "MSE s=.5 | s=1 | s=2 | mean s=.5 | s=1 | s=2 | cosine s=1"),
         ("3.3 Cells of f' and of x", value_errors, "MSE, cells of f' | MSE, cells of x"),
@@ -231,7 +231,7 @@ def shown(values: Iterable[float]) -> str:
 
 
 def line(book: Codebook, function: str) -> str:
-    """For python/unswag/codebooks.json."""
+    """The line for python/unswag/codebooks.json."""
     eight = {"bounds": [float(f"{b:.8g}") for b in book.bounds], "levels": [float(f"{level:.8g}") for level in book.levels]}
     head = {"name": book.name, "function": function, "bits": book.bits, "of": book.of, "source": "computed"}
     return json.dumps(head | eight)
@@ -239,13 +239,13 @@ def line(book: Codebook, function: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--function", choices=list(codebooks._LIKE), default="silu", help="whose derivative (silu)")
-    parser.add_argument("--bits", type=int, choices=(1, 2, 3, 4), default=2, help="of a code (2)")
+    parser.add_argument("--function", choices=list(codebooks._LIKE), default="silu", help="the activation (silu)")
+    parser.add_argument("--bits", type=int, choices=(1, 2, 3, 4), default=2, help="bits of a code (2)")
     parser.add_argument("--scale", type=float, default=1.0, help="root mean square of the inputs (1)")
     parser.add_argument("--method", choices=codebooks.METHODS, default="optimal", help=(
-        "optimal: least squared error; mm1: and no E x e; mm2: and no E x³ e; value: cells of f' (optimal)"))  # fmt: skip
+        "optimal: least squared error; mm1: also E x e = 0; mm2: also E x³ e = 0; value: cells of f' (optimal)"))  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a line for codebooks.json instead")
-    parser.add_argument("--tables", action="store_true", help="print the error tables of all codebooks, computed anew (10 s)")
+    parser.add_argument("--tables", action="store_true", help="recompute and print the error tables of all codebooks (10 s)")
     options = parser.parse_args()
     if options.tables:
         for row in tables():

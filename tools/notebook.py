@@ -3,7 +3,7 @@
     python tools/notebook.py
 
 A line `# %% [markdown]` begins a cell of text, `# %%` a cell of code. A notebook has no command line, so there the parser reads
-an empty list, to which a reader adds arguments.
+an empty list, to which the reader can add arguments.
 """
 
 from __future__ import annotations

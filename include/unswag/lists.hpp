@@ -1,4 +1,4 @@
-// What there is to choose from: dtypes, masks, activations and block codecs, each list once.  The position of an entry is the
+// The dtypes, masks, activations and block codecs, each listed once.  The position of an entry is the
 // value of its enum, and its code in the Python module.  Checks, kernels, bindings and tests loop over these lists; an entry
 // whose formula is missing does not compile.
 #pragma once
@@ -33,7 +33,7 @@ inline constexpr std::array dtypes{
 //   relu        y = x > 0 ? x : 0 (NaN stays NaN, relu(-0) = -0 as torch)       bit = not (x <= 0)      NaN: gradient passes
 //   leaky_relu  y = x > 0 ? x : slope x                                         bit = x > 0             NaN: slope dy
 //   relu6       y = min(max(x, 0), 6)                                           bit = not (x <= 0 or x >= 6)
-// and as JAX has them:
+// and as JAX defines them:
 //   jax_relu        y = max(x, 0) (NaN stays NaN, relu(-0) = +0)                bit = x > 0             NaN: no gradient
 //   jax_leaky_relu  y = x >= 0 ? x : slope x                                    bit = x >= 0            NaN: slope dy
 //   jax_relu6       y = min(max(x, 0), 6)                                       bit = x > 0 and x < 6   NaN: no gradient
@@ -64,8 +64,8 @@ inline constexpr std::array activations{
 };
 // clang-format on
 
-// Block codecs: n numbers as n codes of `bits` bits and one scale of 16 bits (docs/format.md section 9).  Rotated: whole
-// numbers, coded after a Walsh-Hadamard rotation, which spreads outliers over the block.  e4m3 and e5m2 are 8-bit floats, for
+// Block codecs: n numbers as n codes of `bits` bits and one scale of 16 bits (docs/format.md section 9).  Rotated: integers,
+// coded after a Walsh-Hadamard rotation, which spreads outliers over the block.  e4m3 and e5m2 are 8-bit floats, for
 // comparison.
 enum class Block : std::uint8_t { int8, int4, int2, e4m3, e5m2 };
 struct BlockForm {

@@ -1,6 +1,6 @@
 // Page-locked host memory, for copies between device and host.  Page-locking is a call into the driver for every block, so
-// blocks that come back are kept for the next request of their size.  What the arena holds, in use and kept, never exceeds a
-// limit, and is counted as it is page-locked: with the rounding.
+// released blocks are cached for the next request of their size.  Blocks in use and cached blocks together never exceed a
+// limit, counted in the bytes that are page-locked, after rounding.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@
 
 namespace unswag {
 
-// Where an arena has its memory from.  Called by one thread at a time; may not throw and may not call the arena.
+// Where an arena gets its memory.  Called by one thread at a time; may not throw and may not call the arena.
 struct PinnedSource {
   std::function<void*(std::int64_t bytes)> allocate;            // null: refused
-  std::function<void(void* data, std::int64_t bytes)> release;  // the bytes that were asked for
+  std::function<void(void* data, std::int64_t bytes)> release;  // the bytes that were requested
 };
 
 // In bytes; in_use + cached <= limit at all times, and peak is the most that in_use + cached has been.
@@ -31,24 +31,25 @@ class PinnedArena {
   // The memory is CUDA's (cudaHostAlloc, usable by every device); without unswag::cuda every request is not_supported.
   explicit PinnedArena(std::int64_t limit);
   PinnedArena(std::int64_t limit, PinnedSource source);
-  // Gives back what is cached.  Blocks that a PinnedBlock holds stay valid, and go to the source when it lets go of them; those
-  // that allocate() handed out and release() did not get back stay page-locked until the process ends, because a copy may
-  // still be running into them.
+  // Returns cached blocks to the source.  A block that a PinnedBlock holds stays valid, and is returned when it is released.
+  // Blocks from allocate() that were not passed to release() stay page-locked until the process ends, because a copy into them
+  // may still be running.
   ~PinnedArena();
   PinnedArena(const PinnedArena&) = delete;
   PinnedArena& operator=(const PinnedArena&) = delete;
 
-  // `bytes` bytes at `*data`, their content undefined; null for 0 bytes.  When a new block would exceed the limit, cached ones
-  // are given back, those first that have lain longest; when the source refuses, all of them, and it is asked once more.
+  // `bytes` bytes at `*data`, their content undefined; null for 0 bytes.  If a new block would exceed the limit, cached ones
+  // are returned to the source, the oldest first; if the source refuses, all of them are, and it is asked once more.
   // invalid_argument: bytes or the limit is negative; device_error: it does not fit, or the source refused.
   Status allocate(std::int64_t bytes, void** data);
-  // invalid_argument: `data` is not a block of this arena, or was released already; nothing is changed then.  Calls no source.
+  // invalid_argument: `data` is not a block of this arena, or was released already; nothing changes then.  The source is not
+  // called.
   Status release(void* data);
 
   PinnedStats stats() const;
 
-  // What a request of 0 <= bytes <= 2^62 takes: whole pages, as the driver locks no less, and for each doubling 8 sizes,
-  // so that less than a page or an eighth of the request is lost, whichever is more, and requests of nearly one size share.
+  // The bytes that a request of 0 <= bytes <= 2^62 takes: whole pages, as the driver locks no less, in 8 sizes per doubling.
+  // So less than a page or an eighth of the request is lost, whichever is more, and requests of similar sizes share blocks.
   static std::int64_t rounded(std::int64_t bytes);
 
  private:
@@ -57,7 +58,7 @@ class PinnedArena {
   std::shared_ptr<State> state_;
 };
 
-// A block that returns to its arena by itself.  It may outlive the arena.
+// A block that its destructor releases to the arena.  It may outlive the arena.
 class PinnedBlock {
  public:
   PinnedBlock() = default;
@@ -65,7 +66,7 @@ class PinnedBlock {
   PinnedBlock& operator=(PinnedBlock&& other) noexcept;
   ~PinnedBlock();
 
-  // As PinnedArena::allocate; what `*block` held before is let go of first.
+  // As PinnedArena::allocate; what `*block` held before is released first.
   static Status allocate(PinnedArena& arena, std::int64_t bytes, PinnedBlock* block);
 
   void* data() const { return data_; }

@@ -1,4 +1,4 @@
-// Views of memory that somebody else owns.  Sizes, strides and offsets are 64-bit everywhere.
+// Non-owning views of memory.  Sizes, strides and offsets are 64-bit everywhere.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace unswag {
 
 // rows x cols elements; elements of a row are adjacent, rows are `stride` ELEMENTS apart (any sign, any distance).
-// No alignment is asked for beyond that of the element.
+// No alignment is required beyond that of the element.
 template <class Void>
 struct RowsOf {
   Void* data = nullptr;
@@ -45,7 +45,7 @@ constexpr std::int64_t packed_row_bytes(std::int64_t cols, std::int64_t bits) {
 }
 
 // Where the work runs.  On the CPU: on up to `threads` threads (0: the library's default).  On a CUDA device: in its stream
-// `handle` (null: its default stream); the call returns when the work is queued, and every address is memory of that device.
+// `handle` (null: its default stream); the call returns when the work is queued, and every address is in that device's memory.
 struct Stream {
   static constexpr int cpu = -1;
   static constexpr int current = -2;  // the calling thread's current CUDA device

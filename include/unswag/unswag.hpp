@@ -1,4 +1,4 @@
-// The public C++ surface: what the backward pass needs, kept in the smallest exact form.
+// The public C++ interface: what the backward pass needs, kept in the smallest exact form.
 //
 // Every entry point checks its arguments, picks the kernels and returns a Status.  Inputs are never written to; an output
 // may not overlap an input unless its comment says so.  Computation is in float (double for f64); the result is rounded
@@ -22,7 +22,7 @@ namespace unswag {
 struct MaskForward {
   Mask act = Mask::relu;
   double slope = 0;    // leaky_relu, jax_leaky_relu only
-  bool flush = false;  // jax_... only: subnormals of float, bfloat16 and double are zeros, as XLA has them on the CPU
+  bool flush = false;  // jax_... only: subnormals of float, bfloat16 and double count as 0, as in XLA on the CPU
   ConstRows x{};
   Rows y{};         // same shape and dtype; data == nullptr: only the mask
   Packed packed{};  // packed_row_bytes(cols, 1) bytes per row; bits past cols are zero
@@ -86,7 +86,7 @@ struct RmsNormForward {
   double eps = 1e-6;
   double weight_offset = 0;
   bool cast_before_weight = true;
-  bool rstd_given = false;  // true: rstd is read, not written: y again from x
+  bool rstd_given = false;  // true: rstd is read, not written, to recompute y
   Rows y{};                 // any floating dtype
   Vector rstd{};            // rows values, f32 (f64 when x is f64)
 };
@@ -103,7 +103,7 @@ struct RmsNormBackward {
   bool cast_before_weight = true;
   Rows dx{};                // optional
   Vector dw{};              // optional; cols values, f32 (f64 when x is f64)
-  void* scratch = nullptr;  // on a device, with dw: rms_norm_backward_scratch(rows, cols) bytes; its content is lost
+  void* scratch = nullptr;  // on a device, with dw: rms_norm_backward_scratch(rows, cols) bytes, overwritten
 };
 Status rms_norm_backward(const RmsNormBackward& args, Stream stream = {});
 std::int64_t rms_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
@@ -115,7 +115,7 @@ struct LayerNormForward {
   ConstVector weight{};  // optional; any dtype
   ConstVector bias{};    // optional; any dtype
   double eps = 1e-5;
-  bool statistics_given = false;  // true: mean and rstd are read, not written: y again from x
+  bool statistics_given = false;  // true: mean and rstd are read, not written, to recompute y
   Rows y{};                       // any floating dtype
   Vector mean{};                  // rows values, f32 (f64 when x is f64)
   Vector rstd{};                  // likewise
@@ -133,7 +133,7 @@ struct LayerNormBackward {
   Rows dx{};                // optional
   Vector dw{};              // optional; cols values, f32 (f64 when x is f64)
   Vector db{};              // likewise
-  void* scratch = nullptr;  // on a device, with dw or db: layer_norm_backward_scratch(rows, cols) bytes; its content is lost
+  void* scratch = nullptr;  // on a device, with dw or db: layer_norm_backward_scratch(rows, cols) bytes, overwritten
 };
 Status layer_norm_backward(const LayerNormBackward& args, Stream stream = {});
 std::int64_t layer_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
@@ -145,7 +145,7 @@ std::int64_t layer_norm_backward_scratch(std::int64_t rows, std::int64_t cols);
 // With write_gradient, logits is overwritten with row_scale[row] * gradient_scale * d loss / d logits.
 // Ignored rows are not read (they may hold NaN): loss, lse and gradient are 0.
 // A label outside [0, classes) that is not ignore_index is an error and nothing is written; on a device, where labels cannot be
-// looked at without waiting for it, loss, lse and gradient of such a row are NaN.
+// checked without waiting for it, loss, lse and gradient of such a row are NaN.
 struct CrossEntropy {
   Rows logits{};
   const std::int64_t* labels = nullptr;  // rows values
@@ -162,8 +162,8 @@ struct CrossEntropy {
 };
 Status cross_entropy(const CrossEntropy& args, Stream stream = {});
 
-// ---- block codecs: blocks of 16 to 64 numbers as codes of 2 to 8 bits and one scale (docs/format.md section 9)
-// --------------- The same bytes in every backend.  A block with a NaN or an infinity is read as NaN, all of it.
+// ---- block codecs: blocks of 16 to 64 numbers as codes of 2 to 8 bits and one scale (docs/format.md section 9) ------------
+// The bytes are the same in every backend.  A block that contains a NaN or an infinity is decoded as all NaN.
 
 // Bytes of one packed row of `cols` numbers: 8.5, 5, 2.25, 8.5 and 8.5 bits for each where cols is a multiple of the block.
 constexpr std::int64_t block_row_bytes(Block codec, std::int64_t cols) {
@@ -175,7 +175,7 @@ struct BlockEncode {
   Block codec = Block::int8;
   ConstRows x{};
   Packed packed{};          // block_row_bytes(codec, cols) bytes per row
-  bool stochastic = false;  // round up or down at random, x in the mean; int8, int4 and int2 only
+  bool stochastic = false;  // round up or down at random, unbiased; int8, int4 and int2 only
   std::uint64_t seed = 0;   // of its draws
   std::uint64_t offset = 0;
 };
@@ -234,7 +234,7 @@ Status code_backward(const CodeBackward& args, Stream stream = {});
 // ---- subtractive dither: the derivative as 1 to 4 bits whose mean over draws is exact (docs/format.md section 7) ----------
 //   y = act(x),  code = floor((act'(x) - lowest) / step + v),  dx = dy (lowest + step (code + 1/2 - v)),  0 < v < 1
 // act' has values in [lowest, 1 - lowest], step = (1 - 2 lowest) / (2^bits - 1), and v is drawn from (seed, offset) for element
-// row cols + col, in the backward again.  The mean of dx is dy act'(x), the variance of its factor step^2 / 12, whatever x is.
+// row cols + col, and again in the backward.  The mean of dx is dy act'(x), the variance of its factor step^2 / 12, for any x.
 // Only for an activation that has_dither: silu, gelu and gelu_tanh.  The bytes depend on how a backend rounds act'(x).
 bool has_dither(Activation act);
 struct DitherForward {
@@ -267,8 +267,8 @@ struct NonzeroCount {
 };
 Status nonzero_count(const NonzeroCount& args, Stream stream = {});
 
-// Row r has its values, in order, at values[offsets[r]] to values[offsets[r + 1] - 1].  offsets are the sums of the counts:
-// ascending from 0 to values.size, or more where there is room; on a device they are not looked at.
+// Row r has its values, in order, at values[offsets[r]] to values[offsets[r + 1] - 1].  offsets are the running sums of the
+// counts: ascending from 0, at most values.size.  On a device they are not checked.
 struct NonzeroEncode {
   ConstRows x{};
   const std::int64_t* offsets = nullptr;  // rows + 1 values
@@ -286,7 +286,7 @@ struct NonzeroDecode {
 Status nonzero_decode(const NonzeroDecode& args, Stream stream = {});
 
 // ---- backends -----------------------------------------------------------------------------------------------------------
-// Names of the kernel rows built in, slowest first ("portable", "x86-64", "avx2", "avx512"); runs_here says which can run.
+// Names of the kernel rows built in, slowest first ("portable", "x86-64", "avx2", "avx512"), whether or not they run here.
 std::vector<std::string_view> backend_names();
 bool backend_runs_here(std::string_view name);
 std::string_view current_backend();
@@ -294,7 +294,7 @@ Status use_backend(std::string_view name);  // "" = what UNSWAG_BACKEND names, e
 
 // "": CUDA kernels are linked in and run on this device (Stream::current, 0, 1, ...); else why not, and what to do.
 std::string cuda_problem(int device);
-// The architectures that CUDA kernels were compiled for, such as "sm_80"; the last, if it is "compute_90", for newer ones too.
+// The architectures that CUDA kernels were compiled for, such as "sm_80"; the last, if it is "compute_90", runs on newer ones.
 std::vector<std::string_view> cuda_architectures();
 
 int default_threads();  // UNSWAG_NUM_THREADS, else the number of processors

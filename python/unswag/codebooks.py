@@ -1,8 +1,8 @@
 """Codebooks: the derivative of an activation as 2^bits levels. Framework-neutral.
 
 The code of x is the number of bounds strictly below x (or below f'(x), where the codebook says `of = "derivative"`), 0 for NaN;
-the backward uses levels[code] for f'(x). The constants and where they come from are in codebooks.json; `fit` makes a codebook
-for inputs of a normal distribution, `calibrated` for the inputs that a layer really has.
+the backward uses levels[code] as f'(x). The constants and their sources are in codebooks.json; `fit` makes a codebook for
+normally distributed inputs, `calibrated` for the actual inputs of a layer.
 
     >>> codebook("silu", 2, "optimal").levels
     (0.03359467, 0.34452635, 0.65547365, 0.96640533)
@@ -40,8 +40,8 @@ FUNCTIONS = ("silu", "gelu")
 _LIKE = {"silu": ("silu", 1.0), "gelu": ("gelu", 1.0), "gelu_tanh": ("gelu", 1.0), "quick_gelu": ("silu", 1.702)}
 SMOOTH = tuple(_LIKE)  # the activations that have codebooks
 
-# Least error on inputs of the normal distribution among those of the same width; with 2, those whose error has no low moments,
-# which is what is left after many tokens.
+# For each number of bits the least error on normally distributed inputs; for 2 bits, among codebooks whose error has zero low
+# moments, because these do not average out over many tokens.
 _DEFAULT = {
     "silu": {1: "opt_x_silu_1bit_s1", 2: "mm2_silu_2bit_s1", 3: "opt_x_silu_3bit_s1", 4: "opt_x_silu_4bit_s1"},
     "gelu": {1: "opt_x_gelu_1bit_s1", 2: "mm1_gelu_2bit_s1", 3: "opt_x_gelu_3bit_s1", 4: "opt_x_gelu_4bit_s1"},
@@ -60,7 +60,7 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class Codebook:
-    """bounds ascending, one fewer than levels; at most 2^bits levels. ValueError says what does not fit.
+    """Bounds in ascending order, one fewer than levels; at most 2^bits levels. ValueError otherwise.
 
     of  "x" or "derivative": what is compared with the bounds
     """
@@ -86,7 +86,7 @@ class Codebook:
                 f"codebook {self.name!r}: {len(self.bounds)} bounds for {len(self.levels)} levels; give {len(self.levels) - 1}"
             )
         if not all(math.isfinite(v) for v in (*self.bounds, *self.levels)):
-            raise ValueError(f"codebook {self.name!r}: a bound or level is not finite; give numbers")
+            raise ValueError(f"codebook {self.name!r}: a bound or level is not finite; give finite numbers")
         if any(a >= b for a, b in itertools.pairwise(self.bounds)):
             raise ValueError(f"codebook {self.name!r}: bounds {list(self.bounds)} are not sorted; give them in ascending order")
 
@@ -120,13 +120,13 @@ def names(function: str, bits: int | None = None) -> list[str]:
 def codebook(function: str, bits: int, name: str | None = None) -> Codebook:
     """The codebook of silu, gelu, gelu_tanh or quick_gelu with this name, or the default with this number of bits.
 
-    Short names, for the widths that have them: "optimal" (least squared error on N(0, 1)), "mm1", "mm2" (and no moments of the
-    error), "value" (cells of f'), "fewbit", "resilu2", "regelu2", "seed". ValueError lists the choices.
+    Short names, for the widths that have them: "optimal" (least squared error on N(0, 1)), "mm1", "mm2" (zero moments of the
+    error, see `fit`), "value" (cells of f'), "fewbit", "resilu2", "regelu2", "seed". ValueError lists the choices.
     """
     table, stretch = _like(function)
     _check_bits(function, bits)
     if name == "dither2":
-        raise ValueError(f"{function}: 'dither2' has no levels, its values are drawn; see unswag.codebooks.dither")
+        raise ValueError(f"{function}: 'dither2' has no levels, because its values are random; see unswag.codebooks.dither")
     full = _DEFAULT[table][bits] if name is None else _SHORT.get(name, name).format(table, bits)
     book = _all().get((table, full))
     if book is None or book.bits != bits:
@@ -143,15 +143,16 @@ def _stretched(book: Codebook, stretch: float) -> Codebook:
     return replace(book, bounds=tuple(bound / stretch for bound in book.bounds))
 
 
-# Where f'' is 0 beside 0: x tanh(x / 2) = 2 for silu. f' falls from 0, rises between -turn and turn, and falls to 1.
+# The positive x where f'' is 0: x tanh(x / 2) = 2 for silu. f' falls from 0, rises between -turn and turn, and falls to 1.
 _TURN = {"silu": 2.3993572805154675, "gelu": math.sqrt(2)}
 
 
 @dataclass(frozen=True)
 class Dither:
-    """Unbiased codes: k = round((f'(x) - least + u) / step), and least + k step - u for f'(x), u uniform in ±step / 2.
+    """Unbiased codes k = round((f'(x) - least + u) / step), read as least + k step - u; u is uniform in ±step / 2.
 
-    u is drawn, the same for both. 0 <= k < 2^bits, as f' lies in [least, least + (2^bits - 1) step]. Variance step² / 12.
+    u is drawn at random, and drawn again to read k. 0 <= k < 2^bits, as f' lies in [least, least + (2^bits - 1) step]. The
+    variance is step² / 12.
     """
 
     bits: int
@@ -160,7 +161,7 @@ class Dither:
 
 
 def dither(function: str, bits: int) -> Dither:
-    """Of silu, gelu, gelu_tanh or quick_gelu, 1 to 4 bits. "dither2" is the one of 2 bits."""
+    """The dither of silu, gelu, gelu_tanh or quick_gelu, with 1 to 4 bits. "dither2" is the one with 2 bits."""
     table, _ = _like(function)
     _check_bits(function, bits)
     least = float(_derivative(np.array(-_TURN[table]), table))
@@ -169,7 +170,7 @@ def dither(function: str, bits: int) -> Dither:
 
 # ---- fitting: docs/math.md, "Approximation" ------------------------------------------------------------------------------
 # q is the level of the cell of x, e = q - f'(x). Least E e² makes each level the mean of f' in its cell, and each bound the
-# place where f' is half way between two levels. Least E e² such that E x^k e = 0 for some k asks the same of the target
+# place where f' is half way between two levels. Least E e² such that E x^k e = 0 for some k means the same for the target
 # f' + sum of nu_k x^k, nu being Lagrange's multipliers. So one search serves: dynamic programming over the cuts of a grid,
 # then, where the distribution is smooth, Newton on the bounds.
 
@@ -177,13 +178,13 @@ METHODS = ("optimal", "mm1", "mm2", "value")
 _POWERS: dict[str, tuple[int, ...]] = {"optimal": (), "mm1": (1,), "mm2": (1, 3), "value": ()}  # k of E x^k e = 0
 _REACH = 12.0  # in scales: a normal distribution has 4e-33 beyond
 _GAUSS = np.polynomial.legendre.leggauss(16)
-_DRAWN = 1 << 16  # values of a sample that are looked at
+_DRAWN = 1 << 16  # values of a sample that are used
 
 
 def quadrature(scale: float | Mapping[float, float], ends: Array, least: float = -math.inf) -> tuple[Array, Array]:
-    """Gauss-Legendre nodes x, ascending, and weights for N(0, scale²) above `least`, in panels that end at `ends` too.
+    """Gauss-Legendre nodes x, ascending, and weights for N(0, scale²) above `least`. Panels also end at `ends`.
 
-    Several scales with their parts are a mixture of normal distributions.
+    A mapping of several scales to their parts is a mixture of normal distributions.
     """
     scales = scale if isinstance(scale, Mapping) else {scale: 1.0}
     reach = _REACH * max(scales)
@@ -198,7 +199,7 @@ def quadrature(scale: float | Mapping[float, float], ends: Array, least: float =
 
 
 def _derivative(x: Array, function: str) -> Array:
-    """f' in float64: the formulas of the reference, the one place where they stand in numpy."""
+    """f' in float64, by the formulas of `unswag.reference`, which are not repeated here."""
     return np.asarray(activation_derivative(x, function), np.float64)
 
 
@@ -211,7 +212,7 @@ class Fidelity(NamedTuple):
 
 
 def fidelity(book: Codebook, function: str, scale: float = 1.0) -> Fidelity:
-    """How near a codebook is to f' on inputs of N(0, scale²); gelu_tanh is taken for gelu."""
+    """How close a codebook is to f' on inputs from N(0, scale²); gelu_tanh is treated as gelu."""
     table, stretch = _like(function)
     bounds = np.array(book.bounds) * (stretch if book.of == "x" else 1.0)
     points = _normal(table, {scale * stretch: 1.0}, bounds, book.of)
@@ -222,10 +223,10 @@ def fidelity(book: Codebook, function: str, scale: float = 1.0) -> Fidelity:
 
 
 def fit(function: str, bits: int, scale: float | Mapping[float, float] = 1.0, method: str = "optimal") -> Codebook:
-    """The codebook of this number of bits for inputs of N(0, scale²), or of a mixture {scale: part, ...} of them.
+    """The codebook with this number of bits for inputs from N(0, scale²), or from a mixture {scale: part, ...} of them.
 
     method  "optimal"  least E e², e = level - f'(x)
-            "mm1"      least E e² such that E x e = 0, mirrored as f' is: the level at -x is 1 - that at x. So E x^k e = 0 for
+            "mm1"      least E e² such that E x e = 0, symmetric as f' is: the level at -x is 1 - that at x. So E x^k e = 0 for
                        even k too
             "mm2"      such that E x³ e = 0 too. Where this at least doubles E e² (2 bits: above a scale of 1.2 for gelu, 2.2
                        for silu; always with 1 bit), mm1 is returned, and named so
@@ -264,34 +265,32 @@ def fit(function: str, bits: int, scale: float | Mapping[float, float] = 1.0, me
         bounds, levels = np.concatenate((-bounds[::-1], [0.0], bounds)), np.concatenate((1 - levels[::-1], levels))
     else:
         mirrored = (1 if of == "derivative" else 0) - bounds[::-1]
-        if np.allclose(bounds, mirrored, rtol=0, atol=1e-10):  # then exactly
+        if np.allclose(bounds, mirrored, rtol=0, atol=1e-10):  # make it exact
             bounds, levels = (bounds + mirrored) / 2, (levels + 1 - levels[::-1]) / 2
-        elif bounds.sum() < mirrored.sum():  # of two mirror images always the same
+        elif bounds.sum() < mirrored.sum():  # always the same of two mirror images
             bounds, levels = mirrored, 1 - levels[::-1]
     shown = "_".join(f"s{s / stretch:g}" for s in scales)
     return _made(function, bits, of, bounds, levels, powers, shown, stretch)
 
 
 def calibrated(function: str, bits: int, method: str, sample: Array, weight: Array | None = None) -> Codebook:
-    """The codebook for inputs distributed as a sample, an array of any shape and floating dtype: the gates of a first batch.
+    """The codebook for inputs distributed like a sample, an array of any shape and floating dtype (gates of a first batch).
 
-    weight, of the same shape, is what an error there counts: E w e² is least. For act(gate) up, whose gradient's error is
-    dh up e, give up². Methods are those of `fit`, with E w e = 0 beside the moments; nothing is mirrored. Of large samples
-    65,536 values are looked at, always the same ones. ValueError for a sample that is not finite or has fewer different
+    weight, of the same shape, weights the errors: E w e² is minimised. For act(gate) up, whose gradient has the error
+    dh up e, give up². Methods are those of `fit`, with E w e = 0 besides the moments and without symmetry. Of a large sample
+    65,536 values are used, always the same ones. ValueError for a sample that is not finite or has fewer different
     values than levels.
     """
     table, stretch = _checked(function, bits, method)
     x, w = np.ravel(sample), None if weight is None else np.ravel(weight)
     if w is not None and w.shape != x.shape:
-        raise ValueError(f"{function}: weight has {w.size} values for {x.size} of the sample; give one each")
+        raise ValueError(f"{function}: weight has {w.size} values, but the sample has {x.size}; give one for each")
     if x.size > _DRAWN:
         drawn = np.random.default_rng(0).integers(0, x.size, _DRAWN)
         x, w = x[drawn], None if w is None else w[drawn]
     x, w = x.astype(np.float64) * stretch, np.ones(x.size) if w is None else w.astype(np.float64)
     if not (np.isfinite(x).all() and np.isfinite(w).all() and (w >= 0).all()):
-        raise ValueError(
-            f"{function}: the sample has values or weights that are not finite, or weights below 0; leave them out"
-        )
+        raise ValueError(f"{function}: the sample has values or weights that are not finite, or weights below 0; remove them")
     x, inverse = np.unique(x[w > 0], return_inverse=True)
     powers = (0, *_POWERS[method]) if _POWERS[method] else ()
     weights: Array = np.bincount(inverse, w[w > 0]).astype(np.float64)
@@ -299,13 +298,13 @@ def calibrated(function: str, bits: int, method: str, sample: Array, weight: Arr
     if method == "value":
         points = points.by_slope()
     cuts = np.arange(1, len(x))
-    if len(x) > 256 * bits:  # as many of equal weight
+    if len(x) > 256 * bits:  # this many cells of equal weight
         sums = np.cumsum(points.weight)
         cuts = np.unique(np.searchsorted(sums, np.linspace(0, sums[-1], 256 * bits + 1)[1:-1], side="right"))
         cuts = cuts[(cuts > 0) & (cuts < len(x))]
     cuts = cuts[points.key[cuts - 1] < points.key[cuts]]
     if len(cuts) < 2**bits - 1:
-        raise ValueError(f"{function}: the sample has too few different values for {2**bits} levels, {len(x)}; give more")
+        raise ValueError(f"{function}: the sample has {len(x)} different values, too few for {2**bits} levels; give more")
     bounds, powers = points.cells(2**bits, cuts)
     levels = replace(points, powers=powers, raised=_raised(x, powers)).levels(bounds)[0]
     return _made(function, bits, "derivative" if method == "value" else "x", bounds, levels, powers, "sample", stretch)
@@ -357,7 +356,7 @@ class _Points:
         def sums(values: Array) -> Array:
             return np.asarray(np.bincount(code, values, len(bounds) + 1), np.float64)
 
-        mass: Array = np.maximum(sums(self.weight), 1e-300)  # on the way a cell can be empty
+        mass: Array = np.maximum(sums(self.weight), 1e-300)  # during the search a cell can be empty
         level: Array = sums(self.weight * self.slope) / mass
         nu: Array = np.zeros(len(self.powers))
         if self.powers:
@@ -369,7 +368,7 @@ class _Points:
         return level, nu, self.mean((level[code] - self.slope) ** 2)
 
     def cells(self, count: int, cuts: Indices) -> tuple[Array, tuple[int, ...]]:
-        """Bounds of the best among so many cells that begin at one of `cuts`, and the powers: no 3 where it costs too much."""
+        """The bounds of the best `count` cells that begin at `cuts`, and the powers, without 3 where it costs too much."""
         best, found, least, nu = math.inf, np.zeros(0), 0.0, np.zeros(len(self.powers))
         for turn in range(12 if self.powers else 1):
             at = _segments(self.weight, self.slope + nu @ self.raised, count, cuts)
@@ -388,7 +387,7 @@ class _Points:
 def _normal(
     function: str, scales: Mapping[float, float], bounds: Array, of: str = "x", powers: tuple[int, ...] = ()
 ) -> _Points:
-    """A mixture of normal distributions, its right half where there are powers, exact for cells with these bounds."""
+    """A mixture of normal distributions, only its right half if there are powers, exact for cells with these bounds."""
     ends = preimages(function, bounds) if of == "derivative" else bounds
     x, weight = quadrature(scales, ends, 0.0 if powers else -math.inf)
     slope = _derivative(x, function)
@@ -397,7 +396,7 @@ def _normal(
 
 
 def preimages(function: str, values: Array) -> Array:
-    """All x where f'(x) is one of the values; an end where a branch has none."""
+    """All x where f'(x) is one of the values; an end of a branch that has none."""
     turn = _TURN[function]
     ends = np.array([-60.0, -turn, turn, 60.0])[:, None]
     sign = np.array([[-1], [1], [-1]])  # f' falls, rises, falls
@@ -410,7 +409,7 @@ def preimages(function: str, values: Array) -> Array:
 
 
 def _segments(weight: Array, target: Array, count: int, cuts: Indices) -> Indices:
-    """Where the second and later of so many segments begin that have the least sum of squares about their means."""
+    """Where the second and later segments begin, of the `count` segments with the least sum of squares about their means."""
     ends = np.array([0, *cuts, len(weight)])
     mass, first, second = (np.concatenate(([0.0], np.cumsum(v)))[ends] for v in (weight, weight * target, weight * target**2))
     size = mass[:, None] - mass
@@ -429,7 +428,7 @@ def _segments(weight: Array, target: Array, count: int, cuts: Indices) -> Indice
 
 
 def newton(residual: Callable[[Array], Array], bounds: Array, least: float) -> Array:
-    """Where the residual is 0, from near there; bounds stay ascending and above `least`."""
+    """The zero of the residual near `bounds`, which stay ascending and above `least`."""
     if not len(bounds):
         return bounds
     found = residual(bounds)

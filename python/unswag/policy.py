@@ -6,8 +6,8 @@
 `exact` keeps every saved tensor that cannot be recomputed in its own dtype, or in fewer bits without loss. Lossy policies are
 used only when asked for by name, and their error is measured (docs/policies.md).
 
-A protocol says the same of one activation: how much of its input is kept for the backward. The founding names are protocols,
-and aliases of policies: `alpha`, one bit per element, is part of `exact`; `delhi`, two bits, is `2bit`.
+A protocol says the same for one activation: how much of its input is kept for the backward. The project's first names are
+protocols, and also aliases of policies: `alpha`, one bit per element, is part of `exact`; `delhi`, two bits, is `2bit`.
 
     >>> protocol("relu", "tpu").name
     'alpha'
@@ -27,7 +27,7 @@ ROLES = {
 }
 EXACT = "exact"
 BLOCKS = {"int8": 8.5, "int4": 5.0, "int2": 2.25, "e4m3": 8.5, "e5m2": 8.5}  # codec: bits per element (docs/format.md)
-TWO_BITS = "2bit"  # of the role mlp: the derivative as a code of two bits; what else the backward needs is kept in int2
+TWO_BITS = "2bit"  # of the role mlp: the derivative as a code of two bits; values that the backward needs are kept in int2
 ROUNDINGS = ("nearest", "stochastic")
 CODEBOOKS = ("mm1", "mm2", "optimal", "fewbit", "resilu2", "regelu2", "dither2", "seed")
 
@@ -73,7 +73,7 @@ class Policy:
         return any(getattr(self, role) != EXACT for role in ROLES)
 
     def codec(self, role: str) -> str | None:
-        """The block codec of what plays this role, or None: kept exactly. Under "2bit" that of the values."""
+        """The block codec for tensors of this role; None if they are kept exactly. For "2bit", that of the values."""
         codec: str = getattr(self, role) if role in ROLES else EXACT
         return {EXACT: None, TWO_BITS: "int2"}.get(codec, codec)
 
@@ -135,7 +135,7 @@ class Protocol:
     """How much of an activation's input is kept for the backward.
 
     name    alpha   one bit per element: the ReLU family, whose gradient is the incoming one or a fixed multiple of it
-            exact   the input in its own dtype, and nothing beside it
+            exact   the input in its own dtype, and nothing else
             delhi   the derivative as a code of two bits, by a table of `unswag.codebooks`. Lossy, so never the default
     bits    kept per element of the activation, None for the bits of the dtype
     exact   whether the gradient is that of the plain activation
@@ -173,7 +173,7 @@ def protocols() -> dict[str, tuple[Protocol, ...]]:
     from unswag import _core
     from unswag.codebooks import SMOOTH
 
-    masks = [name for name in _core.masks if not name.startswith("jax_")]  # jax's differ in zeros and NaN alone
+    masks = [name for name in _core.masks if not name.startswith("jax_")]  # jax's differ only in zeros and NaN
     found: dict[str, tuple[Protocol, ...]] = {name: (_ALPHA,) for name in masks}
     for name in _core.activations:
         found.setdefault(name, (_INPUT, _DELHI) if name in SMOOTH else (_INPUT,))
@@ -181,7 +181,7 @@ def protocols() -> dict[str, tuple[Protocol, ...]]:
 
 
 def protocol(activation: str, accelerator: str, name: str | None = None) -> Protocol:
-    """The protocol of an activation on an accelerator: the default, which is exact, or the one that is asked for by name.
+    """The protocol of an activation on an accelerator: the default, which is exact, or the one with this name.
 
     ValueError lists the choices.
     """

@@ -79,8 +79,8 @@ def test_levels_approximate_the_derivative_as_well_as_is_stated(function, bits, 
         ((2, (0.0,), (0.0, 0.5, 1.0)), "1 bounds for 3 levels; give 2"),
         ((2, (1.0, 0.0), (0.0, 0.5, 1.0)), "bounds [1.0, 0.0] are not sorted; give them in ascending order"),
         ((2, (1.0, 1.0), (0.0, 0.5, 1.0)), "are not sorted"),
-        ((1, (math.nan,), (0.0, 1.0)), "a bound or level is not finite; give numbers"),
-        ((1, (0.0,), (0.0, math.inf)), "a bound or level is not finite; give numbers"),
+        ((1, (math.nan,), (0.0, 1.0)), "a bound or level is not finite; give finite numbers"),
+        ((1, (0.0,), (0.0, math.inf)), "a bound or level is not finite; give finite numbers"),
         ((1, (0.0,), (0.0, 1.0), "y"), "of is 'y'; choose 'x' or 'derivative'"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_wrong_codebook_is_an_error(arguments, words):
         (("silu", 2, "ReGELU2"), "silu: no codebook 'ReGELU2' of 2 bits"),
         (("silu", 2, "regelu2"), "choose among optimal, mm1, mm2, value, fewbit, resilu2, seed, "),
         (("gelu", 3, "seed"), "choose among optimal, mm1, mm2, value, fewbit, fewbit_gelu_3bit"),
-        (("gelu", 2, "dither2"), "gelu: 'dither2' has no levels, its values are drawn; see unswag.codebooks.dither"),
+        (("gelu", 2, "dither2"), "gelu: 'dither2' has no levels, because its values are random; see unswag.codebooks.dither"),
     ],
 )
 def test_an_unknown_codebook_is_an_error_that_lists_the_choices(arguments, words):
@@ -256,10 +256,10 @@ def test_a_sample_with_few_different_values():
     assert np.allclose(book.bounds, [-0.5, 0.5, 1.5]) and np.allclose(book.levels, DERIVATIVES["silu"](np.array([-1, 0, 1, 2])))
     ends = np.array([-100.0, -50.0, 60.0, 70.0, 80.0, 0.0, 1.0, 2.0])  # f' is 0 or 1 at many of them
     assert len(calibrated("silu", 2, "value", ends).levels) == 4
-    with pytest.raises(ValueError, match="too few different values for 4 levels"):
+    with pytest.raises(ValueError, match="different values, too few for 4 levels"):
         calibrated("silu", 2, "value", np.array([60.0, 70.0, 80.0, 90.0, 0.0, 1.0]))
     weight = np.array([1.0, 0.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match="too few different values for 4 levels, 3; give more"):
+    with pytest.raises(ValueError, match="3 different values, too few for 4 levels; give more"):
         calibrated("silu", 2, "optimal", np.array([0.0, 1.0, 2.0, 3.0]), weight)
 
 
@@ -272,10 +272,10 @@ def test_a_sample_with_few_different_values():
         (lambda: fit("silu", 2, 0.0), "silu: scale is 0.0; give the root mean square of the inputs, above 0"),
         (lambda: fit("silu", 2, math.nan), "silu: scale is nan"),
         (lambda: fit("silu", 2, {}), "silu: scale is {}"),
-        (lambda: calibrated("silu", 2, "optimal", np.array([])), "too few different values for 4 levels, 0"),
+        (lambda: calibrated("silu", 2, "optimal", np.array([])), "0 different values, too few for 4 levels"),
         (lambda: calibrated("silu", 2, "optimal", np.array([1.0, math.nan])), "values or weights that are not finite"),
-        (lambda: calibrated("silu", 2, "optimal", np.ones(4), -np.ones(4)), "weights below 0; leave them out"),
-        (lambda: calibrated("silu", 2, "optimal", np.ones(4), np.ones(3)), "weight has 3 values for 4 of the sample"),
+        (lambda: calibrated("silu", 2, "optimal", np.ones(4), -np.ones(4)), "weights below 0; remove them"),
+        (lambda: calibrated("silu", 2, "optimal", np.ones(4), np.ones(3)), "weight has 3 values, but the sample has 4"),
         (lambda: dither("relu", 2), "no codebooks for 'relu'"),
         (lambda: dither("silu", 0), "silu: bits is 0"),
     ],

@@ -215,7 +215,7 @@ def test_float_atomics_among_opcodes(opcode):
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.a is not there; build it"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.a does not exist; build it"):
         cuda_code.read("nowhere.a")
 
 

@@ -4,8 +4,8 @@
     Trainer(model, args, train_dataset=data, data_collator=data.collator)
 
 A line has one of these forms. The form is recognised line by line, so a file may mix them:
-    {"instruction": …, "input": …, "output": …}     Alpaca; input may be missing, `system` and `history` may be there
-    {"messages": [{"role": …, "content": …}, …]}    the last one from the assistant; `tools` and `system` may stand beside it
+    {"instruction": …, "input": …, "output": …}     Alpaca; `input`, `system` and `history` are optional
+    {"messages": [{"role": …, "content": …}, …]}    the last one is the assistant's; `tools` and `system` are optional
     {"conversations": [{"from": …, "value": …}, …]} ShareGPT, likewise
     {"prompt": …, "completion": …}                  texts, or lists of messages
     {"text": …}                                     the model is trained on all of it

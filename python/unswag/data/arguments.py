@@ -1,4 +1,4 @@
-"""The arguments of `prepare_data` and of what takes a path: checked before any work is done."""
+"""Checks the arguments of `prepare_data`, and paths, before any work is done."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def paths_of(given: Any) -> list[Path]:
         raise TypeError(f"prepare_data: path_or_paths={shown(given)}; pass the path of a .jsonl file, or a list of paths")
     paths = [path_of("prepare_data", "path_or_paths", path) for path in ([given] if one else given)]
     if not paths:
-        raise ValueError(f"prepare_data: no files given: path_or_paths={shown(given)}; if it is from a glob, nothing matched")
+        raise ValueError(f"prepare_data: no files given: path_or_paths={shown(given)}; if it came from a glob, nothing matched")
     return paths
 
 
 def path_of(where: str, name: str, given: Any) -> Path:
     if not isinstance(given, (str, bytes, os.PathLike)):
-        what = "a record, not a path; write records to a .jsonl file, one a line" if isinstance(given, Mapping) else "no path"
+        what = "a record, not a path; write records to a .jsonl file" if isinstance(given, Mapping) else "not a path"
         raise TypeError(f"{where}: {name}: {shown(given)} is {what}")
     path = os.fsdecode(given)
     if not path or "\0" in path:
-        raise ValueError(f"{where}: {name}: {path!r} is no path; pass the name of a file or folder")
+        raise ValueError(f"{where}: {name}: {path!r} is not a path; pass the name of a file or folder")
     return Path(path)
 
 
@@ -50,7 +50,7 @@ def check_arguments(
     on_error: Any,
     verbose: Any,
 ) -> int:
-    """`max_length` as an int, everything else as it is, or an error that names it."""
+    """Checks all arguments and returns `max_length` as an int. Errors name the argument."""
     if isinstance(tokenizer, (str, os.PathLike)):
         raise TypeError(
             f"prepare_data: tokenizer={tokenizer!r} is a name; pass AutoTokenizer.from_pretrained({str(tokenizer)!r})"
@@ -71,11 +71,11 @@ def check_arguments(
             f"prepare_data: max_length={max_length!r} is a {type(max_length).__name__}; pass an int, such as 2048"
         ) from None
     if length < 2:
-        raise ValueError(f"prepare_data: max_length={length}; a row needs 2 tokens at least, one to predict another")
+        raise ValueError(f"prepare_data: max_length={length}; a row needs at least 2 tokens, one to predict the other")
     if length >= 1 << 31:
         raise ValueError(
-            f"prepare_data: max_length={length}; a row has fewer than 2**31 tokens.  Tokenizers without a limit say 1e30: pass "
-            "the model's own, such as model.config.max_position_embeddings"
+            f"prepare_data: max_length={length}; a row has fewer than 2**31 tokens. A tokenizer without a limit says 1e30; "
+            "pass the model's limit, such as model.config.max_position_embeddings"
         )
     for name, value, allowed in (
         ("template", template, ("auto", "chat", "alpaca")),
@@ -89,13 +89,13 @@ def check_arguments(
             raise TypeError(f"prepare_data: {name}={value!r}; pass True or False")
     if columns is not None and not isinstance(columns, Mapping):
         raise TypeError(
-            f'prepare_data: columns={columns!r}; pass a dict of our field → your column, such as {{"output": "answer"}}'
+            f'prepare_data: columns={columns!r}; pass a dict from field to your column, such as {{"output": "answer"}}'
         )
     known = {*(name for names in records.FORMS.values() for name in names), *records.OPTIONAL}
     unknown = [name for name in columns or {} if name not in known]
     if unknown:
-        raise ValueError(f"prepare_data: columns names {unknown}, which is no field of ours; those are {sorted(known)}")
+        raise ValueError(f"prepare_data: columns has unknown fields {unknown}; the fields are {sorted(known)}")
     for name, column in (columns or {}).items():
         if not isinstance(column, str):
-            raise TypeError(f"prepare_data: columns[{name!r}]={column!r}; pass the name of a column, text")
+            raise TypeError(f"prepare_data: columns[{name!r}]={column!r}; pass the name of a column as a str")
     return length

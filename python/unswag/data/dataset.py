@@ -34,8 +34,8 @@ IGNORE = -100
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Best fit decreasing: the longest sequence first, each into the fullest row that has room (Johnson, 1973).
 
-    Returns (order, packs): row i holds the sequences order[packs[i] : packs[i + 1]].  Within a row, and by the first of each
-    row, sequences are in the order of the files.  Capacity 0: one sequence per row.
+    Returns (order, packs): row i holds the sequences order[packs[i] : packs[i + 1]]. The sequences of a row are in the order of
+    the files, and so are the rows, by their first sequences. Capacity 0: one sequence per row.
     """
     if not capacity:
         return np.arange(len(lengths)), np.arange(len(lengths) + 1)
@@ -67,12 +67,12 @@ class PackedDataset:
 
     data[i] is a dict of int64 arrays: input_ids, labels (-100 for tokens that are not trained, and for the first token of each
     sequence), position_ids (from 0 in each sequence) and seq_lengths. data[a:b] is a list of rows. `collator` makes batches of
-    rows, and says what a model must do with them; `to_hf` makes a data set of Hugging Face.
+    rows, and its documentation says what the model must do with them; `to_hf` makes a Hugging Face data set.
 
     The files of `prepare_data` are in the temporary folder, and are removed with the last copy of the data set or when the
-    interpreter ends; those of `load` stay where they are. Copies share the files. A pickle contains them (4 bytes per token;
-    once it is opened they have no name), except for the worker processes of a DataLoader, which read the same files. A pickle
-    of a loaded data set contains only the name of its folder.
+    interpreter ends; those of `load` stay where they are. Copies share the files. A pickle contains the data (4 bytes per
+    token) and is loaded into temporary files without a name; the worker processes of a DataLoader read the original files
+    instead. A pickle of a loaded data set contains only the name of its folder.
     """
 
     def __init__(self, folder: Path, counts: Counts, max_length: int, pad: int, *, owned: bool = False):
@@ -82,7 +82,7 @@ class PackedDataset:
 
     @property
     def folder(self) -> Path | None:
-        """Where the files are; None for what came in a pickle."""
+        """Where the files are; None if the data came out of a pickle."""
         return self._files.folder
 
     def __copy__(self) -> PackedDataset:
@@ -99,7 +99,7 @@ class PackedDataset:
     def __getstate__(self) -> dict[str, Any]:
         state, files = {name: value for name, value in vars(self).items() if name != "_files"}, self._files
         starting = multiprocessing.context.get_spawning_popen()
-        if starting is not None and files.folder is not None:  # the process reads the same files, which are kept as long
+        if starting is not None and files.folder is not None:  # the child reads the same files; keep them while it runs
             weakref.finalize(starting, id, files).atexit = False
             return state | {"_files": (files.folder, files.saved)}
         if files.saved:
@@ -127,8 +127,8 @@ class PackedDataset:
             i = operator.index(index)
         except TypeError:
             raise TypeError(
-                f"data[{index!r}]: an index is an int or a slice.  A field is data[i]['input_ids'], a choice of rows "
-                "torch.utils.data.Subset(data, rows), a table of columns data.to_hf()"
+                f"data[{index!r}]: use an int or a slice. For a field use data[i]['input_ids'], for selected rows "
+                "torch.utils.data.Subset(data, rows), for columns data.to_hf()"
             ) from None
         n = len(self)
         if not -n <= i < n:
@@ -152,9 +152,10 @@ class PackedDataset:
         }
 
     def to_hf(self, *, packed: bool = False) -> datasets.Dataset:
-        """A `datasets.Dataset` with the columns input_ids, labels, position_ids and seq_lengths, in the cache of `datasets`.
+        """A `datasets.Dataset` with the columns input_ids, labels, position_ids and seq_lengths, written to the cache of
+        `datasets`.
 
-        packed=False: one sequence per row, in the order of the files. Right with every trainer and collator: TRL pads the rows,
+        packed=False: one sequence per row, in the order of the files. Works with every trainer and collator: TRL pads the rows,
         or packs them itself (`packing=True`).
         packed=True: the packed rows. They need a collator that uses seq_lengths or position_ids: `data.collator`, or TRL's
         with `padding_free=True`. The default collator of TRL does not, so the sequences of a row would see each other.
@@ -190,10 +191,10 @@ class PackedDataset:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the data set into a new folder, completely or not at all. Raises FileExistsError if `folder` exists."""
         target = path_of("save", "folder", folder)
-        there = f"{target} is there already; save into a new folder, or remove it first"
+        there = f"{target} already exists; save into a new folder, or remove it first"
         if target.exists():
             raise FileExistsError(there)
-        with writing(target.parent, "make room there, or save into another folder"):
+        with writing(target.parent, "free some space there, or save into another folder"):
             target.parent.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
             try:
@@ -210,7 +211,7 @@ class PackedDataset:
                 raise
 
     def _write(self, part: Path) -> None:
-        """All files, the manifest last, on the disk by the end."""
+        """Writes all files, the manifest last, and flushes them to disk."""
         files = {}
         for name in ARRAYS:
             digest, raw = hashlib.sha256(), self._array(name).view(np.uint8).data
@@ -256,9 +257,9 @@ class PackedDataset:
                 raise refused(f"{name}.bin is missing")
             size = path.stat().st_size
             if size != about["bytes"]:
-                raise ValueError(f"{path} has {size} bytes, where the manifest has {about['bytes']}; prepare the data again")
+                raise ValueError(f"{path} has {size} bytes, but the manifest says {about['bytes']}; prepare the data again")
             if not size or size % dtype.itemsize:
-                raise refused(f"{name}.bin has {size} bytes, of {dtype.itemsize} for each value")
+                raise refused(f"{name}.bin has {size} bytes, not a multiple of {dtype.itemsize} above 0")
             with open(path, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != about["sha256"]:
                     raise ValueError(f"{path} has changed since it was saved (SHA-256); prepare the data again")
@@ -269,7 +270,7 @@ class PackedDataset:
         return data
 
     def _rules(self) -> Iterator[tuple[str, bool]]:
-        """What must hold of the arrays; a rule may rely on those before it."""
+        """The invariants of the arrays, as (error, whether it holds). A rule may rely on those before it."""
         tokens, sequences, order, packs = map(self._array, ARRAYS)
         n = len(sequences) - 1
         yield (
@@ -288,7 +289,7 @@ class PackedDataset:
         yield f"a row has more than max_length={self.max_length} tokens", bool(used.max() <= self.max_length)
         c, blocks = self.counts, range(0, len(tokens), 1 << 20)
         trained = sum(int(np.count_nonzero(tokens[at : at + (1 << 20)] >= TRAINED)) for at in blocks)
-        yield "its counts are not those of its arrays", (c.kept, c.tokens, c.trained) == (n, len(tokens), trained)
+        yield "its counts do not match its arrays", (c.kept, c.tokens, c.trained) == (n, len(tokens), trained)
         yield "its counts do not add up", c.read == c.kept + c.blank + sum(c.dropped.values())
 
 
@@ -316,16 +317,16 @@ def _checked(manifest: dict[str, Any], refused: Callable[[str], ValueError]) -> 
     for name in ARRAYS:
         about = files.get(f"{name}.bin") if isinstance(files, dict) else None
         if not isinstance(about, dict) or not number(about.get("bytes")) or not isinstance(about.get("sha256"), str):
-            raise refused(f"its manifest does not say of {name}.bin how many bytes it has, and with which SHA-256")
+            raise refused(f"its manifest lacks the size or the SHA-256 of {name}.bin")
     for name in ("max_length", "pad"):
         if not number(manifest.get(name)):
-            raise refused(f"its manifest says {name} {manifest.get(name)!r}, where a number was expected")
+            raise refused(f"its manifest has {name}={manifest.get(name)!r}, where a number was expected")
     known = vars(Counts())
     if not isinstance(counts, dict) or not counts.keys() <= known.keys():
-        raise refused("its manifest has no counts, or counts that are not known")
+        raise refused("its manifest has no counts, or unknown ones")
     for name, value in counts.items():
         if not kinds.get(name, number)(value):
-            raise refused(f"its manifest says {name} {shown(value)}")
+            raise refused(f"its manifest has an invalid count, {name}={shown(value)}")
     counters: dict[str, Counter[str]] = {name: Counter(counts.get(name, {})) for name in ("dropped", "noted")}
     return Counts(**{**counts, **counters}), manifest["max_length"], manifest["pad"]
 
@@ -335,7 +336,8 @@ class Collator:
     """Rows → a batch of torch tensors [rows, longest]: input_ids, labels, position_ids, all int64.
 
     There is no attention mask: a position id of 0 marks the beginning of a sequence, and padding at the end of a row is a
-    sequence of its own without labels. Position ids are those of the rows, or else computed from their seq_lengths.
+    sequence of its own without labels. Position ids are taken from the rows, or computed from seq_lengths if they have
+    none.
 
     A stock model of transformers separates the sequences only without a cache and without an attention mask. In your own loop,
     call model(**batch, use_cache=False), in training and evaluation alike, or set model.config.use_cache = False (the Trainer
@@ -374,13 +376,13 @@ def _positions(i: int, row: Mapping[str, Any]) -> np.ndarray:
     missing = [name for name in ("input_ids", "labels") if name not in row]
     if missing or not ("position_ids" in row or "seq_lengths" in row):
         raise ValueError(
-            f"collator: row {i} has {sorted(row)}, and needs input_ids, labels and position_ids or seq_lengths, without which "
+            f"collator: row {i} has {sorted(row)}, but needs input_ids, labels, and position_ids or seq_lengths, without which "
             "its sequences would see each other; keep these columns (remove_unused_columns=False)"
         )
     places = row["position_ids"] if "position_ids" in row else np.concatenate([np.arange(n) for n in row["seq_lengths"]])
     if not len(places) == len(row["input_ids"]) == len(row["labels"]):
         raise ValueError(
             f"collator: row {i} has {len(row['input_ids'])} tokens, {len(row['labels'])} labels and {len(places)} positions; "
-            "was it cut?  TRL cuts rows at SFTConfig(max_length=1024): pass max_length=None"
+            "was it cut? TRL cuts rows at SFTConfig(max_length=1024): pass max_length=None"
         )
     return np.asarray(places)

@@ -21,13 +21,13 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "order": np.dtype("<i8"),
     "packs": np.dtype("<i8"),
 }
-ROOM = "make room there, or set TMPDIR to a folder that has it"
+ROOM = "free some space there, or set TMPDIR to a folder with more space"
 
 
 class Files:
-    """The arrays of a data set, mapped.  All copies of a data set share this; a spool is removed with the last of them.
+    """The memory-mapped arrays of a data set. Copies of the data set share this object; temporary files are removed with it.
 
-    folder  None for what came in a pickle: its files have no name, so that nothing can be left of them
+    folder  None for data from a pickle: its files have no name, so that none can be left behind
     """
 
     def __init__(self, folder: Path | None, arrays: dict[str, np.ndarray], *, saved: bool):
@@ -42,7 +42,7 @@ class Files:
                 arrays[name] = np.memmap(folder / f"{name}.bin", dtype, "r")
             except FileNotFoundError as e:
                 raise FileNotFoundError(
-                    f"{e.filename} is gone, and with it the data set; prepare the data again, and keep it with save(folder)"
+                    f"{e.filename} no longer exists; prepare the data again, and keep it with save(folder)"
                 ) from None
         files = cls(folder, arrays, saved=saved)
         if owned:
@@ -67,12 +67,12 @@ def _remove_in(process: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path, remedy: str) -> Iterator[None]:
-    """An OSError of what writes in `folder` says where, and what to do about it."""
+    """Adds the folder and a remedy to an OSError that is raised while writing there."""
     try:
         yield
     except OSError as e:
         elsewhere = e.filename is not None and not Path(os.fsdecode(e.filename)).is_relative_to(folder)
-        if e.errno is None or elsewhere or isinstance(e.__cause__, OSError):  # or it was said already
+        if e.errno is None or elsewhere or isinstance(e.__cause__, OSError):  # the last: it has them already
             raise
         raise OSError(e.errno, f"{os.strerror(e.errno)}, while writing in {folder}; {remedy}") from e
 

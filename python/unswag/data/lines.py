@@ -24,7 +24,7 @@ from unswag.data.report import Meter
 
 MAX_LINE_BYTES = 64 << 20
 QUARANTINE = ".quarantine"
-# Files that are taken for .jsonl by mistake, by their first bytes.
+# Files that are passed by mistake, recognised by their first bytes.
 _OTHER_FILES = {
     b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
@@ -41,26 +41,26 @@ class DataError(ValueError):
 
     def __init__(self, path: Path, line: int, column: int, kind: str, reason: str):
         super().__init__(
-            f'{path}:{line}:{column}: {reason}; correct the line, or pass on_error="skip" or "quarantine" to go on without it'
+            f'{path}:{line}:{column}: {reason}; correct the line, or pass on_error="skip" or "quarantine" to leave it out'
         )
         self.path, self.line, self.column, self.kind, self.reason = path, line, column, kind, reason
 
-    def __reduce__(self) -> tuple[Any, ...]:  # to another process, as it is
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle: `args` is only the message
         return type(self), (self.path, self.line, self.column, self.kind, self.reason)
 
 
 def check_file(path: Path) -> int:
-    """Size in bytes of a file that can be read, or ValueError."""
+    """The size in bytes of a file that can be read. ValueError for any other."""
     try:
         about = path.stat()
     except OSError as e:
-        hint = "; a pattern? Pass sorted(glob.glob(…))" if any(c in str(path) for c in "*?[") else ""
-        hint = "; ~ is a name like others here: pass os.path.expanduser(…)" if str(path).startswith("~") else hint
+        hint = "; for a pattern, pass sorted(glob.glob(…))" if any(c in str(path) for c in "*?[") else ""
+        hint = "; ~ is not expanded: pass os.path.expanduser(…)" if str(path).startswith("~") else hint
         raise ValueError(f"prepare_data: {path} cannot be read: {e.strerror}{hint}") from None
     if path.name.endswith((QUARANTINE, f"{QUARANTINE}.jsonl")):
         raise ValueError(
-            f'prepare_data: {path} is what on_error="quarantine" wrote; leave it out, or correct the lines in it and write '
-            "their texts to a file of another name"
+            f'prepare_data: {path} was written by on_error="quarantine"; leave it out, or correct its lines and write '
+            "their texts to a file with another name"
         )
     if stat.S_ISDIR(about.st_mode):
         raise ValueError(
@@ -83,15 +83,15 @@ def check_file(path: Path) -> int:
 
 
 def check_quarantine(there: Path) -> None:
-    """What stands where the bad lines go must be what an earlier run wrote, line by line, or ValueError."""
+    """Raises ValueError if the file to which bad lines go exists and any of its lines was not written by an earlier run."""
     if not os.path.lexists(there):
         return
 
     def foreign(what: str) -> ValueError:
-        return ValueError(f'prepare_data: {there} {what}, and on_error="quarantine" writes there; move it away, or pass "skip"')
+        return ValueError(f'prepare_data: {there} {what}, but on_error="quarantine" writes there; move it away, or pass "skip"')
 
     if not there.is_file():
-        raise foreign("is no regular file")
+        raise foreign("is not a regular file")
     try:
         with open(there, "rb") as f:
             lines = 0
@@ -101,11 +101,11 @@ def check_quarantine(there: Path) -> None:
     except OSError as e:
         raise foreign(f"cannot be read ({e.strerror})") from None
     if not lines:
-        raise foreign("is empty, which no earlier run left")
+        raise foreign("is empty, so no earlier run wrote it")
 
 
 def _check_first_line(path: Path) -> None:
-    """One array, or objects over several lines, are no lines: said at once, not once for each line."""
+    """Raises ValueError, once for the file, if it is one array or if its objects span several lines."""
 
     def is_json(line: bytes) -> bool:
         try:
@@ -118,15 +118,15 @@ def _check_first_line(path: Path) -> None:
     with (
         contextlib.suppress(EOFError, OSError, zlib.error),
         _opened(path) as (f, _),
-    ):  # what cannot be read is said by read_lines
+    ):  # read_lines reports what cannot be read
         while len(first) < 2 and (line := f.readline(MAX_LINE_BYTES)):
             if line := line.removeprefix(b"\xef\xbb\xbf").strip():
                 first.append(line)
     if not first or not (first[0] == b"{" or first[0].startswith(b"[")) or any(map(is_json, first)):
-        return  # a bad first line at most
+        return  # at most the first line is bad
     if first[0] == b"{":
-        raise ValueError(f"prepare_data: {path} has objects over several lines; make one line of each: jq -c . {path}")
-    raise ValueError(f"prepare_data: {path} is an array; each line must be an object of its own: jq -c '.[]' {path}")
+        raise ValueError(f"prepare_data: {path} has objects that span several lines; write one per line: jq -c . {path}")
+    raise ValueError(f"prepare_data: {path} is an array; write one object per line: jq -c '.[]' {path}")
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def read_record(line: bytes) -> dict[str, Any]:
 
 
 class Rejected:
-    """Bad lines of one file: raised, left out, or written beside it (complete or not at all)."""
+    """The bad lines of one file: raised, skipped, or written to a file beside it, completely or not at all."""
 
     def __init__(self, path: Path, on_error: str):
         self.path, self.on_error, self.keep = path, on_error, False
@@ -191,11 +191,11 @@ class Rejected:
                 self.file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing(self.path.parent, 'make room there, or pass on_error="skip"')
+        return writing(self.path.parent, 'free some space there, or pass on_error="skip"')
 
     def __exit__(self, *exception: object) -> None:
         if self.file is None:
-            if self.keep and self.on_error == "quarantine":  # what an earlier run wrote there is bad no more
+            if self.keep and self.on_error == "quarantine":  # no line is bad: remove the file of an earlier run
                 quarantine_path(self.path).unlink(missing_ok=True)
             return
         try:
@@ -205,7 +205,7 @@ class Rejected:
                     os.replace(self.name, quarantine_path(self.path))
                 self.written.append(str(quarantine_path(self.path)))
         finally:
-            with contextlib.suppress(OSError):  # what is lost by now was said, or is not kept
+            with contextlib.suppress(OSError):  # an error was raised already, or the file is not kept
                 self.file.close()
             Path(self.name).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""`prepare_data`: reads the lines, makes sequences of them and packs these into rows."""
+"""`prepare_data`: reads lines, turns them into sequences and packs these into rows."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def prepare_data(
     """Reads .jsonl (or gzipped .jsonl) files, tokenizes them, masks the prompts and packs the sequences into rows.
 
     Args:
-        path_or_paths: file or files, read in this order; UTF-8, with or without a byte order mark, LF or CRLF.
-        tokenizer: a tokenizer of Hugging Face with an EOS token, which ends every sequence and keeps its label (even if it is
+        path_or_paths: one file or several, read in this order; UTF-8, with or without a byte order mark, LF or CRLF.
+        tokenizer: a Hugging Face tokenizer with an EOS token, which ends every sequence and keeps its label (even if it is
             the padding token as well).
         max_length: tokens per row.
         template: "chat" renders instructions and messages with the tokenizer's chat template; "alpaca" writes instructions in
             the form of Stanford Alpaca; "auto" uses the chat template if there is one. Prompt / completion and text are used
             unchanged.
-        columns: our field → its name in the files, such as {"output": "answer"}.
+        columns: maps a field to its name in the files, such as {"output": "answer"}.
         packing: False gives each sequence a row of its own.
         too_long: "drop" leaves out sequences of more than `max_length` tokens, "truncate" cuts them at the end.
         on_error: "raise" stops at the first bad line; "skip" leaves it out and counts it; "quarantine" also writes it, with the
@@ -59,10 +59,11 @@ def prepare_data(
     A line is also bad if its chat template raises, or leaves out a message or a tool call. Lines without anything to train on
     ("weight": 0) and lines that are too long are counted and left out whatever `on_error` says.
 
-    Time is quadratic in the answers of a conversation: the chat template renders the text up to each trained answer twice.
+    The time is quadratic in the number of answers of a conversation: the chat template renders the text up to each trained
+    answer twice.
 
     Raises DataError (a ValueError) for a bad line; ValueError for a path that is missing, empty, blank or a directory, for an
-    array instead of lines, for arguments that do not fit, and if no line is usable; TypeError for an argument of another type;
+    array instead of lines, for an invalid argument, and if no line is usable; TypeError for an argument of the wrong type;
     OSError, which names the folder, if a file cannot be written.
     """
     paths = paths_of(path_or_paths)

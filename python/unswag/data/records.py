@@ -1,6 +1,6 @@
-"""What a line of an instruction file says: which form it has, its messages or texts, and what of it nobody reads.
+"""Reads a line of an instruction file: its form, its messages or texts, and the names of the fields that are ignored.
 
-Nothing here knows a tokenizer.  What cannot be used is a Bad with the reason; what is not read is a note for the report.
+No tokenizer is needed here. A line that cannot be used raises Bad with the reason; ignored fields become notes in the report.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-# Form → the fields that it must have; of two forms that fit, the first.
+# Form → its required fields. If two forms fit, the first is taken.
 FORMS = {
     "messages": ("messages",),
     "completion": ("prompt", "completion"),
@@ -21,9 +21,9 @@ FORMS = {
     "text": ("text",),
 }
 OPTIONAL = ("input", "system", "history", "tools", "weight")
-FLAGS = ("weight", "train", "loss")  # of a message: 0 or false, and it is not learnt
+FLAGS = ("weight", "train", "loss")  # of a message: with 0 or false it is not learnt
 
-# Who speaks in ShareGPT's "from", as the roles of chat templates.
+# Speakers in ShareGPT's "from" → roles of chat templates.
 _SPEAKERS = (
     {role: role for role in ("system", "developer", "user", "assistant", "tool")}
     | dict.fromkeys(("human",), "user")
@@ -35,14 +35,14 @@ _QUARANTINED = {"line", "column", "reason", "text"}
 
 
 class Bad(Exception):
-    """A line that cannot be used, before it is known which one it is."""
+    """A line that cannot be used; the caller knows its file and number."""
 
     def __init__(self, kind: str, reason: str, column: int = 1):
         self.kind, self.reason, self.column = kind, reason, column
 
 
 class NotLearnt(Exception):
-    """A good line whose author says that nothing of it is to be learnt."""
+    """A valid line whose flags say that nothing in it is to be learnt."""
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Chat:
     messages: list[dict[str, Any]]
     learnt: list[bool]
     tools: list[Any] | None = None
-    parts: dict[int, list[str]] = field(default_factory=dict)  # of the messages whose content came in parts
+    parts: dict[int, list[str]] = field(default_factory=dict)  # message → its content, if that came in parts
 
     def in_parts(self) -> Chat:
-        """With these contents in parts, where `messages` has them joined."""
+        """The same with such contents in parts again; `messages` has them joined."""
         given = {i: [{"type": "text", "text": text} for text in texts] for i, texts in self.parts.items()}
         messages = [{**m, "content": given[i]} if i in given else m for i, m in enumerate(self.messages)]
         return Chat(messages, self.learnt, self.tools)
@@ -63,7 +63,7 @@ class Chat:
 
 @dataclass
 class Instruction:
-    """A record of Stanford Alpaca; `history` are the earlier turns, each (user, assistant)."""
+    """A record of Stanford Alpaca; `history` has the earlier turns, each (user, assistant)."""
 
     instruction: str
     input: str
@@ -91,12 +91,12 @@ class Plain:
 
 # ---- the object of a line --------------------------------------------------------------------------------------------
 
-# In valid JSON: a string (then a colon, if it is a key), or the begin or end of an object.  Possessive: no way back is kept.
+# In valid JSON: a string (then a colon, if it is a key), or the beginning or end of an object. Possessive: never backtracks.
 _TOKEN = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"[ \t\r\n]*+(:?)|[{}]')
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The object in `line`.  Raises Bad for anything else, and for an object with equal keys."""
+    """The object in `line`.  Raises Bad for anything else, and for an object with duplicate keys."""
     try:
         text = line.decode()
     except UnicodeDecodeError as e:
@@ -106,10 +106,10 @@ def parse(line: bytes) -> dict[str, Any]:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as e:
         over = line.strip().startswith(b"[") or line.rstrip().endswith((b",", b"{", b"["))
-        hint = "; an object over several lines, or an array? Make one line of each: jq -c '.[]' or jq -c ." if over else ""
+        hint = "; an object over several lines, or an array? Write one object per line: jq -c . or jq -c '.[]'" if over else ""
         raise Bad("invalid JSON", f"not JSON: {e.msg}{hint}", min(max(e.pos, 0), len(text)) + 1) from None
     if isinstance(record, list):
-        raise Bad("not an object", "an array; each line must be an object of its own, such as jq -c '.[]' makes of an array")
+        raise Bad("not an object", "an array, where an object was expected; write one object per line: jq -c '.[]'")
     if not isinstance(record, dict):
         raise Bad("not an object", f"{json_type(record)}, where an object was expected")
     _refuse_equal_keys(line)
@@ -117,9 +117,9 @@ def parse(line: bytes) -> dict[str, Any]:
 
 
 def _refuse_equal_keys(line: bytes) -> None:
-    """JSON parsers keep the last of equal keys in silence.  One pass over the tokens, at any depth."""
-    objects: list[dict[bytes, int]] = []  # of the open objects: how often each key was seen
-    again: list[tuple[bytes, int] | None] = []  # and the key that was seen again, and where
+    """Raises Bad for duplicate keys at any depth, of which JSON parsers silently keep the last. One pass over the tokens."""
+    objects: list[dict[bytes, int]] = []  # for each open object: how often each key was seen
+    again: list[tuple[bytes, int] | None] = []  # and the first duplicate key, with its position
     for token in _TOKEN.finditer(line):
         if token[0] == b"{":
             objects.append({})
@@ -130,7 +130,7 @@ def _refuse_equal_keys(line: bytes) -> None:
                 key, at = found
                 raise Bad(
                     "duplicate key",
-                    f"the key {key.decode()!r} is there {seen[key]} times",
+                    f"the key {key.decode()!r} appears {seen[key]} times",
                     len(line[:at].decode()) + 1,
                 )
         elif token[2]:
@@ -160,12 +160,12 @@ def json_type(value: Any) -> str:
 
 
 def empty(text: str) -> str:
-    """What a text that says nothing is."""
+    """The word for a text without content."""
     return "blank" if text else "empty"
 
 
 def some(names: Iterable[str], most: int = 20) -> str:
-    """Names in order for a message, not more than `most`."""
+    """The names for a message: sorted, and at most `most` of them."""
     found = sorted(names)
     return str(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
@@ -174,9 +174,9 @@ def some(names: Iterable[str], most: int = 20) -> str:
 
 
 def read(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[Chat | Instruction | Plain, list[str]]:
-    """What the record says, in the form that it has, and notes of what is in it and is not read."""
+    """The content of the record, in its form, and notes on the fields that are ignored."""
     if record.keys() == _QUARANTINED:
-        raise Bad("quarantined", 'a line that on_error="quarantine" wrote; correct its text and give that a line')
+        raise Bad("quarantined", 'this line was written by on_error="quarantine"; replace it by its corrected text')
     fields = _Fields(record, columns)
     form = fields.form()
     notes: list[str] = []
@@ -200,7 +200,7 @@ def read(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[Chat | Ins
 
 
 class _Fields:
-    """The fields of a record by our names; remembers which were read."""
+    """The fields of a record, looked up through `columns`; remembers which were read."""
 
     def __init__(self, record: dict[str, Any], columns: Mapping[str, str]):
         self.record, self.columns = record, columns
@@ -213,7 +213,7 @@ class _Fields:
         return self.record.get(self.column(name))
 
     def form(self) -> str:
-        """The first form whose fields say something; else, for the message, the one of which most is there."""
+        """The first form whose fields are all present; if there is none, the closest one, for the error message."""
         for form, names in FORMS.items():
             if all(self.peek(name) not in (None, []) for name in names):
                 return form
@@ -221,13 +221,13 @@ class _Fields:
         nearest = max(there, key=lambda form: there[form])
         if not there[nearest]:
             wanted = ", ".join(" and ".join(map(self.column, names)) for names in FORMS.values())
-            raise Bad("missing field", f"none of the forms ({wanted}), but {some(self.record)}; `columns` tells other names")
+            raise Bad("missing field", f"none of the forms ({wanted}), but {some(self.record)}; map other names with `columns`")
         return nearest
 
     def get(self, name: str, *types: type) -> Any:
         column = self.column(name)
         if column not in self.record:
-            raise Bad("missing field", f"the field {column!r} is missing; there are {some(self.record)}")
+            raise Bad("missing field", f"the field {column!r} is missing; the line has {some(self.record)}")
         self.read.add(column)
         value = self.record[column]
         if not isinstance(value, types):
@@ -236,7 +236,7 @@ class _Fields:
         return value
 
     def maybe(self, name: str, *types: type) -> Any:
-        """None if the field is missing or says nothing."""
+        """None if the field is missing, null or empty."""
         self.read.add(self.column(name))
         return None if says_nothing(self.peek(name)) else self.get(name, *types)
 
@@ -255,7 +255,7 @@ class _Fields:
             except orjson.JSONDecodeError as e:
                 raise Bad("wrong type", f"the field {column!r} is text, but not JSON: {e.msg}") from None
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise Bad("wrong type", f"the field {column!r} must be a list of objects, each a tool")
+            raise Bad("wrong type", f"the field {column!r} must be a list of objects, one per tool")
         return tools
 
     def unread(self) -> list[str]:
@@ -285,7 +285,7 @@ def _instruction(fields: _Fields) -> Instruction:
     for i, turn in enumerate(history):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) for said in turn)):
             what = f"{i} of {fields.column('history')!r}"
-            raise Bad("wrong type", f"turn {what} must be a list of two texts, what was asked and what was answered")
+            raise Bad("wrong type", f"turn {what} must be a list of two texts, the question and the answer")
     pairs = [(asked, answered) for asked, answered in history]
     return Instruction(instruction, extra, output, fields.maybe("system", str) or "", pairs, fields.tools())
 
@@ -316,7 +316,7 @@ def _chat(fields: _Fields, given: list[Any], prompt: int, notes: list[str]) -> C
 def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool, list[str]]:
     """(the message as a template takes it, whether it is learnt, the parts of its content).
 
-    What is null is left out, as if it were not there.
+    Null values are treated as missing.
     """
     if not isinstance(given, dict):
         raise Bad("wrong type", f"message {i} is {json_type(given)}, where an object was expected")
@@ -335,7 +335,7 @@ def _message(i: int, given: Any, notes: list[str]) -> tuple[dict[str, Any], bool
     called = who == "from" and role == "function_call"
     if who == "from":
         if role not in _SPEAKERS:
-            raise Bad("wrong type", f"'from' of message {i} is {role!r}; known are {', '.join(_SPEAKERS)}")
+            raise Bad("wrong type", f"'from' of message {i} is {role!r}; choose from {', '.join(_SPEAKERS)}")
         role = _SPEAKERS[role]
 
     calls = rest.pop("tool_calls", None) or None
@@ -370,7 +370,7 @@ def _parts(i: int, content: list[Any], notes: list[str]) -> list[str]:
         if not isinstance(text, str):
             kind = repr(part["type"]) if isinstance(part, dict) and "type" in part else json_type(part)
             raise Bad(
-                "not text", f"part {k} of the content of message {i} is {kind}, where text was expected: a tokenizer takes text"
+                "not text", f"part {k} of the content of message {i} is {kind}, where text was expected: tokenizers take text"
             )
         for key, value in part.items() if isinstance(part, dict) else ():
             if key in ("type", "text") or says_nothing(value):
@@ -380,15 +380,15 @@ def _parts(i: int, content: list[Any], notes: list[str]) -> list[str]:
             elif not isinstance(value, (int, float)) or value != 1:
                 raise Bad(
                     "wrong type",
-                    f"{key!r} of part {k} of the content of message {i} is {value!r}, and a part is learnt as its message is; "
-                    "give the message the flag, or split it",
+                    f"{key!r} of part {k} of the content of message {i} is {value!r}, but a part is learnt if its message is; "
+                    "put the flag on the message, or split it",
                 )
         texts.append(text)
     return texts
 
 
 def _calls(content: str) -> list[dict[str, Any]] | None:
-    """The tool calls that ShareGPT's "function_call" writes as JSON; None for anything else, which stays the text it is."""
+    """The tool calls that ShareGPT's "function_call" writes as JSON; None for anything else, which is kept as text."""
     try:
         found = orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -400,7 +400,7 @@ def _calls(content: str) -> list[dict[str, Any]] | None:
 
 
 def _learnt(i: int, role: str, message: dict[str, Any], notes: list[str]) -> bool:
-    """Takes the flags out of the message: is it to be learnt?"""
+    """Removes the flags from the message; returns whether it is to be learnt."""
     flags = {key: message.pop(key) for key in FLAGS if key in message}
     for key, value in flags.items():
         if not isinstance(value, (int, float)) or value not in (0, 1):
@@ -409,5 +409,5 @@ def _learnt(i: int, role: str, message: dict[str, Any], notes: list[str]) -> boo
         raise Bad("wrong type", f"{' and '.join(map(repr, flags))} of message {i} contradict each other")
     if role != "assistant":
         asked = [key for key, value in flags.items() if value]
-        notes += [f"{key!r} of a {role} message is not heeded: only answers are learnt" for key in asked]
+        notes += [f"{key!r} of a {role} message is ignored: only answers are learnt" for key in asked]
     return all(flags.values())

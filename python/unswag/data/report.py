@@ -1,4 +1,4 @@
-"""What became of the lines: the counts, the report that shows them, and the progress on the way."""
+"""Counts of what happened to each line, the report that shows them, and the progress display."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Counts:
 
     def note(self, what: str, place: str) -> None:
         if what not in self.noted and len(self.noted) >= NAMES:
-            what = "more that is not read"
+            what = "other notes"
         self.noted[what] += 1
         self._at(what, place)
 
@@ -140,7 +140,7 @@ class Report:
 
 
 class Meter:
-    """A bar on a terminal, a line every ten seconds elsewhere; nothing for what is done within two seconds."""
+    """Shows progress: a bar on a terminal, elsewhere a line every ten seconds; nothing for work of less than two seconds."""
 
     def __init__(self, what: str, total: int, shown: bool):
         self.what, self.total, self.shown = what, total, shown

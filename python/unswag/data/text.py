@@ -1,4 +1,4 @@
-"""From what a line says to token ids: rendered by the chat template or the form of Alpaca, with what is learnt marked."""
+"""Turns a record into token ids: renders it by the chat template or as an Alpaca prompt, and marks what is learnt."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from unswag.data.report import NAMES
 
 _SPACES = "Ġ \t\n\r\f\v"  # as tokens write them
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MANY = 64  # messages, from which on a rendering for each of them is dear
-# The two prompts of Stanford Alpaca (Taori et al., 2023); a system prompt stands in the place of their first paragraph.
+_MANY = 64  # messages: with more, one rendering for each of them is expensive
+# The two prompts of Stanford Alpaca (Taori et al., 2023); a system prompt replaces their first paragraph.
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -34,8 +34,8 @@ class Text:
     """Pieces of text, every other one trained: prompt, answer, prompt, answer … and perhaps a prompt at the end."""
 
     pieces: list[str]
-    bos: bool  # as plain texts start; a chat template writes its own
-    notes: list[str]  # what of the line was not used as it stands
+    bos: bool  # whether BOS is put first, as for plain texts; a chat template writes its own
+    notes: list[str]  # which parts of the line were ignored or changed
     place: str = ""  # path:line
 
 
@@ -44,7 +44,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, template: str, max_length: int, too_long: str):
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
-        self.offsets = bool(getattr(tokenizer, "is_fast", False))  # it says which characters a token stands for
+        self.offsets = bool(getattr(tokenizer, "is_fast", False))  # whether it gives the characters of each token
         eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
         if eos is None:
             raise ValueError(
@@ -73,7 +73,7 @@ class Encoder:
         if said.history:
             raise Bad(
                 "wrong type",
-                'the Alpaca form has one turn, and here is a history; it takes a chat template and template="chat"',
+                'the Alpaca form has one turn, but the line has a history; use a chat template and template="chat"',
             )
         if said.tools:
             notes = [*notes, "tools are not written by the Alpaca form"]
@@ -84,27 +84,27 @@ class Encoder:
 
     def _chat(self, chat: Chat, notes: list[str]) -> Text:
         if not self.has_template:
-            raise Bad("chat template", "messages need a chat template, and the tokenizer has none; set tokenizer.chat_template")
+            raise Bad("chat template", "messages need a chat template, but the tokenizer has none; set tokenizer.chat_template")
         try:
             return self._turns(chat, notes)
         except Bad:
-            if chat.parts:  # for a template that goes through the parts of a content
+            if chat.parts:  # for a template that iterates over the parts of a content
                 with contextlib.suppress(Bad):
                     return self._turns(chat.in_parts(), notes)
             raise
 
     def _turns(self, chat: Chat, notes: list[str]) -> Text:
-        """The rendered conversation, cut at the borders of what is learnt.
+        """The rendered conversation, cut where learnt answers begin and end.
 
-        Quadratic in the messages: two renderings of all that stands before an answer, for each answer that is learnt and that
-        is not behind what max_length keeps.  All else takes a fixed number of renderings (`_unwritten` says when it does not).
+        Quadratic in the messages: each learnt answer within max_length takes two renderings of the text before it. Everything
+        else takes a fixed number of renderings, with the exceptions that `_unwritten` names.
         """
         whole = self.render(chat.messages, chat.tools)
         kept = len(whole)  # characters that are looked at
         if len(chat.messages) > _MANY and self.too_long == "drop":
             ids = self._ids([whole])[0]
             if (self._end(ids, True) or len(ids) + 1) > self.max_length:
-                return Text([whole], False, notes)  # not worth the renderings
+                return Text([whole], False, notes)  # it will be dropped: no need to render more
         elif len(chat.messages) > _MANY and self.offsets:
             ((_, _, ends),) = map(self._spans, *self._tokens([whole]))
             kept = int(ends[: self.max_length + 1].max(initial=0))
@@ -135,9 +135,9 @@ class Encoder:
             if len(asked) < done or not (told.startswith(asked) and whole.startswith(told)):
                 raise Bad(
                     "chat template",
-                    f"the chat template writes message {i} otherwise when others follow, or begins it otherwise than its "
-                    "generation prompt, so what the model is to write cannot be told from the prompt; give each answer a "
-                    "line of its own, or take a template with {% generation %} blocks "
+                    f"the chat template writes message {i} differently when others follow, or does not begin it with its "
+                    "generation prompt, so the answer cannot be told from the prompt; put each answer on a line of its "
+                    "own, or use a template with {% generation %} blocks "
                     "(trl.chat_template_utils.get_training_chat_template)",
                 )
             done = len(told)
@@ -145,12 +145,12 @@ class Encoder:
         return found
 
     def _opening(self, message: dict[str, Any], told: str, tools: list[Any] | None) -> str:
-        """What the template writes before the first message says anything: all that another content does not change."""
+        """What the template writes before the content of the first message: the prefix that no other content changes."""
         other = "\ue000" if isinstance(message["content"], str) else [{"type": "text", "text": "\ue000"}]
         return told[: _common(told, self.render([{**message, "content": other}], tools))]
 
     def _generated(self, chat: Chat, whole: str) -> list[tuple[int, int]] | None:
-        """The same from the {% generation %} blocks of the template; None if it has none."""
+        """The same positions, from the {% generation %} blocks of the template; None if it has none."""
         try:
             from transformers.utils.chat_template_utils import render_jinja_template
         except ModuleNotFoundError:
@@ -173,24 +173,24 @@ class Encoder:
         said = [[place.text for place in _places(chat.messages[i], i) if place.text in whole] for i in answers]
         parts = [whole[begin:end] for begin, end in blocks[0]]
         paired = len(parts) == len(answers)
-        if not paired and all(chat.learnt[i] for i in answers):  # then it is all the same which block is whose
+        if not paired and all(chat.learnt[i] for i in answers):  # then it does not matter which block is whose
             parts = ["".join(parts)] * len(answers)
         fits = texts == [whole] and len(parts) == len(answers) <= len(blocks[0])
         if not fits or not all(text in part for part, texts in zip(parts, said, strict=True) for text in texts):
             raise Bad(
                 "chat template",
-                "the chat template's {% generation %} blocks are not one for each answer, and its generation prompt does not "
-                "tell either where they begin; give each answer a line of its own",
+                "the chat template does not have one {% generation %} block for each answer, and its generation prompt does "
+                "not show where answers begin; put each answer on a line of its own",
             )
         learnt = [chat.learnt[i] for i in answers] if paired else [True] * len(blocks[0])
         return [block for block, wanted in zip(blocks[0], learnt, strict=True) if wanted]
 
     def _unwritten(self, chat: Chat, whole: str) -> list[str]:
-        """Notes of what the template does not write.  Raises Bad for a message or a part of a tool call that it leaves out.
+        """Notes on what the template does not write. Raises Bad for a message or a part of a tool call that it leaves out.
 
-        Contents that follow each other in the text are there, unless they are so short that the template itself may write them.
-        Else everything gets a mark of its own (what is equal the same), and the marks that one rendering shows were written.
-        What has no mark there costs a rendering: with another value, is the text the same?
+        Contents that the text shows in their order were written, unless they are so short that the template itself may contain
+        them. Otherwise each value gets a mark (equal values share one), and the values whose marks one rendering shows were
+        written. Each of the others costs a rendering: if another value gives the same text, the template leaves it out.
         """
         messages, tools = chat.messages, chat.tools
         notes = list[str]()
@@ -220,7 +220,7 @@ class Encoder:
         marks = _Marks(whole, [*places, *filter(None, names)])
         asked = at < 0 or tools or len(contents) < len(places) or any(len(place.text) < 16 for place in contents)
         if asked:
-            with contextlib.suppress(Bad):  # then each is asked for alone
+            with contextlib.suppress(Bad):  # then each is tested alone
                 marks.find(self.render(marks.on(messages, places), marks.on(given, filter(None, names))))
         for place in places if asked else []:
             i, message = place.at, messages[place.at]
@@ -229,18 +229,16 @@ class Encoder:
                     bare = {k: v for k, v in message.items() if k != "tool_calls"}
                     whole_call = not place.content and not changes(put(i, bare))
                     raise left_out(f"the tool calls of message {i}" if whole_call else place.what)
-                if place.content and marks.times[place.key] and not changes(put(i, None)):  # written for another that is equal
+                if place.content and marks.times[place.key] and not changes(put(i, None)):  # an equal one was written
                     raise left_out(place.what)
             if place.content and (place.text not in whole or 0 < marks.times[place.key] < marks.wanted[place.key]):
-                notes.append(f"what the {message['role']} says is written otherwise by the chat template")
+                notes.append(f"what the {message['role']} says is written differently by the chat template")
         if asked and not marks.in_order(places):
             notes.append("messages are written in another order by the chat template")
         others = {key: None for message in messages for key in message if key not in ("role", "content", "tool_calls")}
-        if others and changes(without(others)):  # then which of them?  Of the first few: the line is to take linear time
+        if others and changes(without(others)):  # then find which, of the first few only: a line should take linear time
             if len(others) > NAMES:
-                notes.append(
-                    f"of the keys of a message only the first {NAMES} were looked for in what the chat template writes"
-                )
+                notes.append(f"only the first {NAMES} keys of messages were looked for in the output of the chat template")
             others = {key: None for key in list(others)[:NAMES] if not changes(without([key]))}
         notes += [f"{key!r} of a message is not written by the chat template" for key in others]
         lost = list[str]()
@@ -255,13 +253,13 @@ class Encoder:
             options["tools"] = tools
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as e:  # templates are programs: they raise whatever Python raises
+        except Exception as e:  # templates are programs and may raise anything
             refused = type(e).__module__.startswith("jinja2")
             why = f"refuses it: {e}" if refused else f"fails: {type(e).__name__}: {e}"
             raise Bad("chat template", f"the chat template {why}") from None
         if not isinstance(text, str):
             raise ValueError(
-                f"prepare_data: apply_chat_template(…, tokenize=False) of {type(self.tokenizer).__name__} gives "
+                f"prepare_data: apply_chat_template(…, tokenize=False) of {type(self.tokenizer).__name__} returns "
                 f"{type(text).__name__}, where text was expected"
             )
         return text
@@ -296,7 +294,7 @@ class Encoder:
 
     @functools.cached_property
     def _spaces(self) -> np.ndarray:
-        """[ids, 2]: how many spaces each token begins and ends with, which `trim_offsets` takes off its offsets."""
+        """[ids, 2]: how many spaces each token begins and ends with, which `trim_offsets` removes from its offsets."""
         vocabulary = self.tokenizer.get_vocab()
         spaces = np.zeros((max(vocabulary.values()) + 1, 2), np.int64)
         for token, i in vocabulary.items():
@@ -312,12 +310,12 @@ class Encoder:
             follows = np.concatenate([begin[1:] - before[1:], end[-1:] + after[-1:]])
             begin = np.maximum(np.minimum(begin, reached), begin - before)
             end = np.maximum(end, np.minimum(follows, end + after))
-        return ids, begin, np.maximum(end, begin + 1)  # empty: a byte of the character there
+        return ids, begin, np.maximum(end, begin + 1)  # an empty one is a byte of the character there
 
     def _end(self, ids: list[int], chat: bool) -> int | None:
-        """How many ids there are up to the EOS that ends them; None if none does.
+        """The number of ids up to and including the final EOS; None if they do not end with one.
 
-        A chat template ends the answer with EOS and perhaps a line break, which nobody generates.
+        A chat template may write a line break after the EOS. No model generates it, so it is not counted.
         """
         if self.eos not in ids:
             return None
@@ -349,7 +347,7 @@ def _covered(pieces: list[str], begin: np.ndarray, end: np.ndarray) -> tuple[np.
 def _after(ids: list[int], prefixes: list[list[int]]) -> tuple[np.ndarray, bool]:
     """The same for a tokenizer without offsets, from the ids of the text up to each border."""
     borders = [_common(prefix, ids) for prefix in prefixes]
-    # Where it is not all of the prefix, the tokenizer joined characters of both sides of the border.
+    # If it is shorter than the prefix, the tokenizer joined characters from both sides of the border.
     merged = any(same != len(prefix) for same, prefix in zip(borders, prefixes, strict=True))
     trained = np.zeros(len(ids), bool)
     for begin, end in zip(borders[::2], [*borders[1::2], len(ids)], strict=False):
@@ -359,10 +357,10 @@ def _after(ids: list[int], prefixes: list[list[int]]) -> tuple[np.ndarray, bool]
 
 @dataclass(frozen=True)
 class _Place:
-    """Something that a message or a tool says, and that the template is to write."""
+    """A value in a message or a tool that the template should write."""
 
-    at: int  # of the message, or of the tool
-    path: tuple[Any, ...]  # where in it
+    at: int  # index of the message or the tool
+    path: tuple[Any, ...]  # the keys and indices that lead to the value
     value: Any
     what: str
 
@@ -376,7 +374,7 @@ class _Place:
 
     @property
     def key(self) -> tuple[str, str]:
-        """The same for what is equal."""
+        """The same for equal values."""
         return self.path[0], self.text
 
     def another(self) -> Any:
@@ -384,7 +382,7 @@ class _Place:
 
 
 def _places(message: dict[str, Any], i: int) -> Iterator[_Place]:
-    """Contents, and names and arguments of tool calls, that say something."""
+    """The contents, and the names and arguments of tool calls, that are not empty."""
     content, who = message["content"], f"message {i}, which is from the {message['role']}"
     texts = (
         [(("content",), content)]
@@ -432,10 +430,10 @@ def _with(value: Any, others: Mapping[tuple[Any, ...], Any]) -> Any:
 
 
 class _Marks:
-    """A mark for each place, the same for those that are equal, and how often a rendering shows it."""
+    """A mark for each place, shared by places with equal values, and how often a rendering shows it."""
 
     def __init__(self, whole: str, places: Sequence[_Place]):
-        self.letter = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in whole)  # of the private ones
+        self.letter = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in whole)  # from Unicode's private use area
         self.wanted = Counter(place.key for place in places)
         self.numbers = {key: n for n, key in enumerate(self.wanted)}
         self.keys = list(self.wanted)
@@ -450,7 +448,7 @@ class _Marks:
         return [_with(value, others[i]) if i in others else value for i, value in enumerate(values)]
 
     def _marked(self, place: _Place) -> Any:
-        """The value with its mark, which is at the end of a text: templates look at how it begins, and take off spaces."""
+        """The value with its mark. A text gets it at its end: templates test how a text begins, and strip spaces."""
         mark, value = f"{self.letter}{self.numbers[place.key]}{self.letter}", place.value
         if isinstance(value, str):
             said = value.rstrip()
@@ -465,7 +463,7 @@ class _Marks:
         return self.times[place.key] >= self.wanted[place.key]
 
     def in_order(self, places: Iterable[_Place]) -> bool:
-        """Whether the messages follow each other as they do in the line; each by the first thing that it says."""
+        """Whether the messages appear in the order of the line, judged by the first value of each."""
         firsts: dict[int, _Place] = {}
         for place in places:
             firsts.setdefault(place.at, place)
@@ -474,10 +472,10 @@ class _Marks:
 
 
 def _another(text: str) -> str:
-    """As long as `text`, with the same spaces, and other letters."""
+    """A text of the same length, with the same spaces and different letters."""
     return re.sub(r"\S", lambda letter: "y" if letter[0] == "x" else "x", text)
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many elements are the same from the start."""
+    """The length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

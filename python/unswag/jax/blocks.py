@@ -1,19 +1,20 @@
 """Blocks that process the tokens in chunks, forward and backward: no array of tokens x ff or tokens x classes is built, and
-none is kept unless `keep` says so. It is this, more than the mask, that makes long contexts fit.
+none is kept unless `keep` says so. This, more than the mask, is what makes long contexts fit.
 
-x and hidden are [..., tokens, H], with any leading dimensions; a chunk is `chunk` tokens of every sequence, the last one may be
-shorter. Weights and biases have the dtype of x: float32, bfloat16, float16 or float64. Products are those of the plain
-spelling in that dtype; weight gradients are summed over the chunks in float32 (float64) and rounded once. A gradient may be
-differentiated again, in either mode; `jax.jvp` through a function itself is a TypeError of JAX. ValueError for shapes, values
-and names, TypeError for dtypes that do not fit. Formulas: docs/math.md.
+x and hidden are [..., tokens, H], with any leading dimensions; a chunk is `chunk` tokens of every sequence; the last one may be
+shorter. Weights and biases have the dtype of x: float32, bfloat16, float16 or float64. Products are those of plain JAX
+in that dtype; weight gradients are summed over the chunks in float32 (float64) and rounded once. A gradient may be
+differentiated again, in either mode; `jax.jvp` of the functions themselves raises JAX's TypeError. Invalid shapes, values
+and names raise ValueError, dtypes that do not match raise TypeError. Formulas: docs/math.md.
 
-"Saved" is what is kept from forward to backward for tokens of b bytes per element, beside the weights. Under jit a gradient
-that is not used (of a frozen weight) costs nothing: neither its product nor what would be kept for it.
+"Saved" is what is kept from forward to backward, besides the weights, for tokens of b bytes per element. Under jit a gradient
+that is not used (of a frozen weight) costs nothing: it is not computed, and nothing is kept for it.
 
-Leading dimensions need no vmap, which would sum each example's weight gradients apart. They may be sharded: under automatic
-sharding the gradients of trained weights are summed over the devices, in the loop or after it, as the compiler decides, and
-inside shard_map once. Sharded tokens would be gathered chunk by chunk: shard those with shard_map, where each device goes
-through its own. A symbolic number of tokens (`jax.export`) is cut into chunks where it is known to be at least one.
+Leading dimensions need no vmap, which would sum the weight gradients of each example separately. Leading dimensions may be
+sharded. Under automatic sharding the compiler decides whether the gradients of trained weights are summed over the devices in
+the loop or after it; inside shard_map they are summed once. Tokens that are sharded automatically would be gathered chunk by
+chunk: shard them with shard_map, where each device processes its own tokens. A symbolic number of tokens (`jax.export`) is cut
+into chunks if it is known to be at least one chunk.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ Step = Callable[[Any, Any, int, Any], tuple[Any, Any]]  # (carry, first token, t
 
 
 def _sweep(step: Step, carry: Any, tokens: int, chunk: int, kept: tuple[Any, Any] = ((), ())) -> tuple[Any, tuple[Any, Any]]:
-    """Chunk after chunk; what is kept of the whole chunks is stacked, that of the shorter one at the end stands by itself."""
-    # of an export's symbolic tokens these are no numbers, and both parts may be empty
+    """Runs `step` chunk by chunk. What it keeps of the whole chunks is stacked; that of a shorter last chunk is separate."""
+    # for a symbolic number of tokens these are not ints, and both parts may be empty
     whole, rest = (1, 0) if tokens == chunk else divmod(tokens, chunk)
     stacked, last = kept
     if not _none(whole):
@@ -70,7 +71,7 @@ def _put(buffer: Array, piece: Array, start: Any, axis: int = -2) -> Array:
 
 
 def _zeros(like: Array) -> Array:
-    """Where the gradient of a weight is summed."""
+    """Zeros, to which the gradient of a weight is added."""
     return jnp.zeros_like(like, dtype=wide_type(like))
 
 
@@ -86,7 +87,7 @@ def _back(d: Array, weight: Array) -> Array:
 
 
 def _chunk(op: str, chunk: Any, tokens: Any) -> Any:
-    """Tokens at a time; of a symbolic number that may be smaller, all, for no slice of it may be `chunk` long."""
+    """The tokens of a chunk; all, if their number is symbolic and may be smaller, as no slice of it may then be so long."""
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"{op}: chunk is {chunk!r}; pass a positive number of tokens, e.g. 4096")
     if isinstance(tokens, int):
@@ -98,8 +99,8 @@ def _chunk(op: str, chunk: Any, tokens: Any) -> Any:
     if long:
         return chunk
     warnings.warn(
-        f"{op}: the {tokens} tokens to export may be fewer than chunk, {chunk}: they are not cut into chunks; "
-        f"say constraints=['{tokens} >= {chunk}'] to jax.export.symbolic_shape",
+        f"{op}: the {tokens} tokens to export may be fewer than chunk, {chunk}, so they are not cut into chunks; "
+        f"pass constraints=['{tokens} >= {chunk}'] to jax.export.symbolic_shape",
         stacklevel=3,
     )
     return tokens
@@ -124,7 +125,7 @@ class _Mlp(NamedTuple):
         return self.unit.gradients(dh, *z)
 
 
-# Not all of the table: those that have a function of their own in `unswag.jax`.
+# Only those that `unswag.jax` has functions for.
 _GATED = ("silu", "gelu", "gelu_tanh", "relu")
 _PLAIN = ("relu", "relu2", "leaky_relu", "relu6")
 _KEEP = ("mask", "pre_activation", "recompute")
@@ -172,7 +173,7 @@ def _mlp_backward(how: _Mlp, residuals: tuple[Any, ...], dy: Array) -> tuple[Any
     def step(carry: tuple[Any, ...], start: Any, size: int, kept: Weights) -> tuple[tuple[Any, ...], tuple[()]]:
         dx, dinto, dinto_bias, ddown, ddown_bias = carry
         x_, dy_ = _take(x, start, size), _take(dy, start, size)
-        # with a mask, z and h are for the gradient of down alone
+        # with a mask, only the gradient of down needs z and h
         z = kept if how.keep == "pre_activation" else tuple(_affine(x_, weight, into_bias) for weight in into)
         dh = _back(dy_, down).astype(x.dtype)
         if how.keep == "mask":
@@ -238,16 +239,16 @@ def mlp(
     chunk: int = 4096,
     layout: str | None = None,
 ) -> Array:
-    """act(x up + up_bias) down + down_bias, with the values of the plain spelling.
+    """act(x up + up_bias) down + down_bias, with the values of plain JAX.
 
     x     [..., tokens, H]; up [H, ff], down [ff, out], up_bias [ff], down_bias [out]; the output is [..., tokens, out]
     act   "relu", "relu2", "leaky_relu" (its `negative_slope` is a Python number) or "relu6"
-    keep  beside x, b H bytes per token, which the gradient of `up` needs:
+    keep  what is kept besides x (b H bytes per token, which the gradient of `up` needs):
           "recompute"       nothing; the backward recomputes x up
           "mask"            one bit per element, ff / 8 bytes per token, and x is not kept if `up` and `down` are frozen; not
                             for relu2, whose gradient is 2 max(z, 0) dh. A trained `down` needs h, hence x up again: then the
                             mask saves nothing over "recompute"
-          "pre_activation"  z = x up + up_bias, b ff bytes per token; nothing is multiplied again
+          "pre_activation"  z = x up + up_bias, b ff bytes per token; no product is recomputed
     chunk tokens of each sequence at a time. Transient: a few arrays [..., chunk, ff]; with the layout rows256, choose a
           multiple of 256, to which the mask of each chunk is padded
     layout where the bits of "mask" lie (docs/format.md); None is the best for the platform and the shape
@@ -280,7 +281,7 @@ def gated_mlp(
 
     x     [..., tokens, H]; gate and up [H, ff], down [ff, out]; the output is [..., tokens, out]
     act   "silu", "gelu" (the erf form), "gelu_tanh" or "relu"
-    keep  beside x, b H bytes per token:
+    keep  what is kept besides x (b H bytes per token):
           "recompute"       nothing; the backward recomputes x gate and x up
           "pre_activation"  both, 2 b ff bytes per token
     chunk tokens of each sequence at a time. Transient: a few arrays [..., chunk, ff]
@@ -312,7 +313,7 @@ class _Loss(NamedTuple):
         return t * self.softcap, (1 - t) * (1 + t) * self.logit_scale
 
     def rows(self, hidden: Array, labels: Array, classes: int) -> tuple[Array, Array, Array, Array]:
-        """hidden, 0 where a row does not count; whether it counts; whether its label is one; where the label stands."""
+        """(hidden, 0 in ignored rows; whether a row counts; whether its label is in range; whether a class is the label)."""
         counts = labels != self.ignore_index
         right = (labels >= 0) & (labels < classes)
         own = lax.broadcasted_iota(labels.dtype, (*labels.shape, classes), labels.ndim) == labels[..., None]
@@ -346,7 +347,7 @@ def _losses_forward(hidden: Array, weight: Array, labels: Array, how: _Loss) -> 
 
 def _losses_backward(how: _Loss, residuals: tuple[Any, ...], dlosses: Array) -> tuple[Any, ...]:
     hidden, weight, labels, *stats = residuals
-    # the softmax over so many rows is below the smallest float16
+    # the softmax divided by the number of rows underflows in float16
     product = wide_type(hidden) if hidden.dtype == jnp.float16 else hidden.dtype
 
     def step(carry: tuple[Array, Array], start: Any, size: int, _: Any) -> tuple[tuple[Array, Array], tuple[()]]:
@@ -371,7 +372,7 @@ def _losses_backward(how: _Loss, residuals: tuple[Any, ...], dlosses: Array) -> 
 
 _losses.defvjp(_losses_forward, _losses_backward)
 
-# Of a chunk, 512 MiB in float32: below, dweight, read and written once per chunk, costs more than the products.
+# Per chunk, 512 MiB in float32. With fewer, reading and writing dweight once per chunk costs more than the products.
 _LOGITS = 1 << 27
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -410,18 +411,18 @@ def linear_cross_entropy(
 ) -> Array:
     """Softmax cross-entropy of z = softcap tanh(logit_scale hidden weight^T / softcap), or z = logit_scale hidden weight^T.
 
-    hidden   [..., tokens, H]; weight [classes, H], as an embedding has it (of a Dense layer: kernel.T)
+    hidden   [..., tokens, H]; weight [classes, H], as in an embedding (for a Dense layer: kernel.T)
     labels   [..., tokens], integers in [0, classes) or ignore_index. Row i of hidden predicts label i
     softcap  0, or the cap of Gemma 2
     reduction "mean" (over the labels that count), "sum" or "none"; the result is a scalar or [..., tokens], float32 (float64)
     chunk    tokens of each sequence at a time; None: as many as make 2^27 logits
 
     Logits are not rounded to 16 bits. Rows with ignore_index are not read: their loss and gradient are 0. When no label counts,
-    "mean" is NaN and every gradient 0. A label out of range is a ValueError where labels are concrete; under jit they are not,
+    "mean" is NaN and every gradient 0. A label out of range raises ValueError if labels are concrete; under jit they are not,
     and its loss and gradients are NaN.
 
     Saved: hidden, b H bytes per token, and the largest logit and the sum of exponentials, 8 bytes per token (16 for float64).
-    The backward makes the logits again, chunk by chunk.
+    The backward recomputes the logits, chunk by chunk.
     """
     op = "linear_cross_entropy"
     hidden, weight = floating(op, "hidden", hidden), floating(op, "weight", weight)
@@ -453,5 +454,5 @@ def linear_cross_entropy(
     total = jnp.sum(losses)
     if reduction == "sum":
         return total
-    per_sequence = jnp.sum(labels != ignore_index, -1, dtype=jnp.int32)  # no axis has 2^31 tokens; all together may
+    per_sequence = jnp.sum(labels != ignore_index, -1, dtype=jnp.int32)  # no single axis has 2^31 tokens, but all together may
     return total / jnp.sum(per_sequence.astype(total.dtype))

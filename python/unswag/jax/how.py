@@ -1,4 +1,4 @@
-"""Which implementation and which layout a call uses; and what is wrong with an argument, in words."""
+"""Chooses the implementation and the layout of a call, and checks arguments."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ FAST = ("float32", "float16", "bfloat16")  # what the C++ core has vector code f
 
 
 class How(NamedTuple):
-    """Settled before differentiation; hashable. implementation None: ffi on the CPU, xla elsewhere, once that is known.
-    parts: into how many `xla.cut` cuts what is packed."""
+    """The choices for one call, made before differentiation; hashable.
+
+    implementation  None: ffi on the CPU and xla elsewhere, resolved when the platform is known
+    parts           the number of parts into which `xla.cut` cuts the array to pack
+    """
 
     implementation: str | None
     layout: str
     parts: int = 1
 
     def elementwise(self, function: Callable[[Array], Array], x: Array) -> Array:
-        """function(x), called with x cut into parts. Where x has a weak type, as a Python number has, y and the gradient have
-        it too, as from jax.nn: they promote no 16-bit array."""
+        """function(x), called with x cut into parts. If x has a weak type, as a Python number has, y and the gradient
+        have it too, as with jax.nn: they do not promote 16-bit arrays."""
 
         def whole(x: Array) -> Array:
             return function(xla.cut(x, self.parts, self.layout)).reshape(x.shape)
@@ -38,7 +41,7 @@ class How(NamedTuple):
 
 
 def _through_strong(function: Callable[[Array], Array], x: Array) -> Array:
-    """function(x) of a weakly typed x, which function does not see: the transpose of the cast gives the weak type back."""
+    """function(x) for a weakly typed x. function gets a strongly typed x; the transpose of the cast restores the weak type."""
     strong, back = jax.vjp(lambda x: lax.convert_element_type(x, x.dtype), x)
     y: Array = back(function(strong))[0]
     return y
@@ -65,7 +68,7 @@ def same_dtype(op: str, first: tuple[str, Array], others: dict[str, Array]) -> N
 def number(
     op: str, name: str, value: Any, remedy: str = "pass a Python number", fits: Callable[[Any], bool] = lambda value: True
 ) -> float:  # fmt: skip
-    """value as a float: a constant of the program, of Python or numpy."""
+    """value, a Python or NumPy number, as a float. It is a constant of the traced program."""
     if isinstance(value, Array):
         raise TypeError(f"{op}: {name} is an array; pass a Python number")
     if not hasattr(value, "__float__") or np.ndim(value):
@@ -97,13 +100,13 @@ def choose(
     pallas: bool = False,
     cuts: tuple[int, int] | None = None,
 ) -> How:
-    """`None` is the best for the platform that is the default when the call is traced, and for dtype and shape: on the CPU
-    ffi (bench/results/jax-cpu.json), unless XLA cannot be told how to cut its calls up or the dtype is not a fast one;
-    elsewhere xla. ffi by name is for CUDA too, where the build has kernels for it.
+    """Resolves `None` to the best choice for the dtype, the shape and the platform that is the default when the call is traced.
 
-    layout: rows256 for pallas and, on a TPU, for at least 256 rows, also on each device, else rows. It changes where bits lie,
-    never a result.
-    bits: how many are packed per element.  pallas: whether there are such kernels.  cuts: see `xla.cuts`; None: those of x.
+    implementation: on the CPU ffi (bench/results/jax-cpu.json), unless this JAX cannot partition its calls or the dtype is not
+    in FAST; elsewhere xla. "ffi" by name also runs on CUDA, if the build has the kernels.
+    layout: rows256 for pallas, and on a TPU for at least 256 rows that no sharding cuts within a group; otherwise rows. It
+    changes where bits lie, never a result.
+    bits: bits packed per element. pallas: whether the function has Pallas kernels. cuts: see `xla.cuts`; None: those of x.
     """
     one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS, *(["pallas"] if pallas else [])))
     one_of(op, "layout", layout, (None, *xla.LAYOUTS))
@@ -116,7 +119,7 @@ def choose(
     platform = jax.default_backend()
     cuts = cuts or (xla.cuts(x) if bits else (1, 1))
     if layout is None:
-        rows = x.shape[-2] if x.ndim >= 2 else 1  # of an export's symbolic shape this is no int
+        rows = x.shape[-2] if x.ndim >= 2 else 1  # not an int in a symbolic shape (jax.export)
         tall = isinstance(rows, int) and rows >= xla.GROUP and implementation != "ffi"
         whole = xla.parts(x.shape, cuts, bits, "rows256") == 1
         layout = "rows256" if tall and whole and platform == "tpu" else "rows"
@@ -128,13 +131,13 @@ def choose(
 
 
 def _partitions() -> bool:
-    from unswag.jax import ffi  # not before it is used: it loads the C++ core
+    from unswag.jax import ffi  # imported late: it loads the C++ core
 
     return ffi.PARTITIONS
 
 
 def differentiated_as(plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """native, whose derivative is that of plain: a kernel has none, and a gradient may be differentiated again."""
+    """native with the derivative of plain: kernels have no derivative, and a gradient may be differentiated again."""
     function = jax.custom_jvp(lambda *arguments: native(*arguments))
     function.defjvp(lambda primals, tangents: (function(*primals), jax.jvp(plain, primals, tangents)[1]))
     return function

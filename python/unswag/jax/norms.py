@@ -2,8 +2,8 @@
 
 x is [..., cols], float32, bfloat16, float16 or float64, weight and bias are [cols] of any floating dtype; y has the shape and
 dtype of x. 16-bit values are computed in float32 and rounded once. Saved: x, which is the residual stream and usually kept
-anyway, and rstd, 4 bytes per row (8 for float64). The gradient may be differentiated again, in either mode; `jax.jvp` through a
-function itself is a TypeError of JAX. Formulas: docs/math.md.
+anyway, and rstd, 4 bytes per row (8 for float64). The gradient may be differentiated again, in either mode; `jax.jvp` of the
+functions themselves raises JAX's TypeError. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _norm_backward(eps: float, offset: float, centre: bool, kept: tuple[Any, ...
     g = d if weight is None else d * (offset + weight.astype(d.dtype))
     dx = g - xhat * _mean(g * xhat)
     if centre:
-        dx = dx - _mean(dx)  # and not mean(g): the mean of xhat is not quite 0
+        dx = dx - _mean(dx)  # not mean(g): the mean of xhat is only nearly 0
     return (rstd * dx).astype(x.dtype), _over_rows(d * xhat, weight), _over_rows(d, bias)
 
 

@@ -1,4 +1,4 @@
-"""Inside shard_map: the arguments of one function brought to vary over the same mesh axes."""
+"""Inside shard_map: makes the arguments of a function vary over the same mesh axes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _cast(x: Array, axes: tuple[Any, ...]) -> Array:
 def alike(*arrays: Array | None) -> tuple[Any, ...]:
     """The arrays, each cast to vary over every mesh axis that one of them varies over.
 
-    A custom_vjp may not hand back a cotangent that varies where its argument (a weight that every device has) does not. The
-    transpose of the cast is the sum over devices that this cotangent needs.
+    A custom_vjp may not return a cotangent that varies over an axis where its argument (a replicated weight) does not. The
+    transpose of the cast is the sum over devices that such a cotangent needs.
     """
     axes = frozenset[Any]().union(*(_axes(x) for x in arrays if x is not None))
     return tuple(x if x is None or not (more := axes - _axes(x)) else _cast(x, tuple(sorted(more))) for x in arrays)

@@ -1,9 +1,9 @@
-"""The two packed layouts in plain XLA (docs/format.md sections 1, 5 and 6): they run on every platform and partition
-by themselves.
+"""The two packed layouts in plain XLA (docs/format.md sections 1, 5 and 6): they run on every platform, and XLA can
+partition them.
 
 Leading dimensions are kept and nothing is flattened or indexed by one integer, so no size overflows (docs/tpu.md). Sharded
-arrays need no communication where a device's part is whole words: 256 rows for rows256, 32 fields for rows. `cut` makes it so
-wherever else a dimension may be cut up.
+arrays need no communication where a device's part is whole words: 256 rows for rows256, 32 fields for rows. Elsewhere
+`cut` reshapes the array so that this holds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def apply(packed: Array, dy: Array, use: Use, bits: int, layout: str) -> Array:
 
 
 def as_rows(x: Array) -> Array:
-    """x [..., rows, cols]; of fewer dimensions, one row."""
+    """x as [..., rows, cols]; an x of fewer than two dimensions becomes one row."""
     return x if x.ndim >= 2 else x.reshape(1, x.size)
 
 
@@ -49,7 +49,7 @@ def _position(shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _or(words: Array, axis: int) -> Array:
-    """No two words have the same bit, so their sum will do; across devices XLA can sum everywhere, and "or" not on CPUs."""
+    """Bitwise or over an axis. No two words share a bit, so a sum does it. On CPUs XLA cannot reduce by "or" across devices."""
     return jnp.sum(words, axis, dtype=jnp.uint32)
 
 
@@ -64,8 +64,8 @@ def _padded(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
 
 
 def cuts(x: Array) -> tuple[int, int]:
-    """Into how many parts devices may have cut the last two dimensions of x: on explicit mesh axes its type says so, and of
-    automatic ones, where it does not, each may cut each. Axes that JAX does not show (given by in_shardings alone) are none."""
+    """The numbers of parts into which devices may have cut the last two dimensions of x. For explicit mesh axes the type of x
+    says so; each automatic axis may cut both. Axes that JAX does not show (given by in_shardings alone) are not counted."""
     sharding: Any = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty:
@@ -81,11 +81,11 @@ def cuts(x: Array) -> tuple[int, int]:
 
 
 def parts(shape: tuple[int, ...], cuts: tuple[int, int], bits: int, layout: str) -> int:
-    """Into how many parts `cut` has to cut an array so that no word has bits of two devices; 1 where none has."""
+    """The number of parts into which `cut` must cut an array so that no word has bits of two devices; 1 if none has anyway."""
     axis, multiple = (-2, GROUP) if layout == "rows256" else (-1, WORD)
     if len(shape) < -axis or not isinstance(size := shape[axis], int):
         return 1
-    most = math.gcd(size, cuts[axis])  # more parts would not be equal, as those of a sharding are
+    most = math.gcd(size, cuts[axis])  # the parts of a sharding are equal, so there cannot be more
     whole = size // most * (bits if layout == "rows" else 1) % multiple == 0
     return 1 if whole else most
 
@@ -103,7 +103,7 @@ def cut(x: Array, parts: int, layout: str) -> Array:
 
 def pack_rows(x: Array, code: Code, bits: int) -> Array:
     field = code(x)
-    if bits > 1:  # bit k of field i stands at bits i + k
+    if bits > 1:  # bit k of field i goes to bits i + k
         field = field[..., None]
         field = field >> _position((*x.shape, bits), -1) & 1
         field = field.reshape(*x.shape[:-1], x.shape[-1] * bits)
@@ -126,7 +126,7 @@ def apply_rows(packed: Array, dy: Array, use: Use, bits: int) -> Array:
 
 # ---- rows256: 256 rows of a column share 8 words per bit, row 8 j + s in bit j of word s ---------------------------------
 # On a TPU bit j of the eight words is exactly tile j of the floats: packing moves nothing across sublanes or lanes. Without
-# the barriers XLA moves the view past the comparison, fusion breaks there, and a whole array of bools or words goes to memory.
+# the barriers XLA moves the view past the comparison, which breaks the fusion: a whole array of bools or words goes to memory.
 
 
 def pack_rows256(x: Array, code: Code, bits: int) -> Array:

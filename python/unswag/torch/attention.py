@@ -1,9 +1,9 @@
-"""Attention as transformers asks for it, in memory linear in the sequence, for padded and packed batches too.
+"""Attention for transformers, with memory linear in the sequence length, for padded and packed batches too.
 
 Transformers' SDPA path gives every layer of a padded or packed batch a mask of tokens x tokens, and each keeps a copy in its
-own dtype. Here such a batch is a list of spans, each a plain SDPA call without a mask; what spans cannot say (windows, custom
-masks) uses one boolean mask for the whole batch, and its attention is recomputed in the backward. So is attention with dropout
-on the CPU, where SDPA would keep tokens x tokens several times, with the draws of the forward.
+own dtype. Here such a batch is a list of spans, each a plain SDPA call without a mask. What spans cannot express (windows,
+custom masks) uses one boolean mask for the whole batch, and its attention is recomputed in the backward. Attention with dropout
+on the CPU is recomputed too, with the draws of the forward, because SDPA would keep tokens x tokens several times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "unswag"  # in transformers' registries of attention functions and masks
 
 
 def register() -> None:
-    """Makes "unswag" known to transformers as an attention function and its masks. Changes no model."""
+    """Registers "unswag" with transformers, as an attention function and its mask function. Changes no model."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)
@@ -37,7 +37,7 @@ def register() -> None:
 # ---- masks ------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Piece:
-    """Queries [q0, q1) of a row attend to its keys [k0, k1): to all of them, or (causal) to those up to their own place."""
+    """Queries [q0, q1) of a row attend to its keys [k0, k1): to all of them, or (causal) to those up to their own position."""
 
     row: int
     q0: int
@@ -48,8 +48,8 @@ class Piece:
 
 
 class Spans:
-    """A mask of tokens x tokens said in pieces, for all layers. A query in no piece attends to nothing: its output is zero.
-    Code that wants a tensor (a slice, a method, an operator of torch) gets the boolean one, made when first asked for."""
+    """A mask of tokens x tokens in pieces, for all layers. A query in no piece attends to nothing: its output is zero. Code
+    that needs a tensor (a slice, a method, a torch operator) gets the boolean mask, which is built on first use."""
 
     def __init__(self, pieces: Sequence[Piece], batch: int, length: int, make: Callable[[], Tensor]) -> None:
         self.pieces, self.batch, self.length = pieces, batch, length
@@ -85,7 +85,7 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | Spans | None:
-    """Transformers' mask for "unswag": None where SDPA's causal flag says it all, `Spans` for padded and packed batches
+    """Transformers' mask for "unswag": None where SDPA's causal flag is enough, `Spans` for padded and packed batches
     while training, else the boolean mask of "sdpa" ([batch, 1, q_length, kv_length])."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -99,7 +99,7 @@ def attention_mask(
     terms = _terms(function) if training and square else None
     if terms is None or (terms.packed is None and (attention_mask is None or bool(attention_mask.all()))):
         return stock()
-    if is_fake(terms.packed):  # surgery's dry run of one sequence, whose positions have no values to say so
+    if is_fake(terms.packed):  # surgery's dry run: one sequence, though its fake positions cannot show it
         return None if terms.causal and terms.window is None else stock()
     pieces = pieces_of(terms, attention_mask, batch_size, q_length)
     return stock() if pieces is None else Spans(pieces, batch_size, q_length, stock)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def attention_mask(
 
 @dataclass
 class Terms:
-    """What a mask function of transformers is the intersection of, apart from padding."""
+    """The conditions that a mask function of transformers combines by "and", apart from padding."""
 
     causal: bool = False
     window: int | None = None
@@ -115,7 +115,7 @@ class Terms:
 
 
 def _terms(function: Any) -> Terms | None:
-    """Reads a mask function of transformers.masking_utils. None if any part of it is not known here."""
+    """Reads a mask function of transformers.masking_utils. None if any part of it is unknown."""
     terms = Terms()
     todo = [function]
     while todo:
@@ -134,7 +134,7 @@ def _terms(function: Any) -> Terms | None:
                 terms.window = min(inside["sliding_window"], terms.window or inside["sliding_window"])
             case "packed_sequence_mask_function":
                 terms.packed = inside["packed_sequence_mask"]
-            case "remap_positions_for_packed_sequence":  # within a sequence, positions differ as places do
+            case "remap_positions_for_packed_sequence":  # within a sequence, positions differ as indices do
                 todo.append(inside["mask_function"])
             case _:
                 return None
@@ -142,7 +142,7 @@ def _terms(function: Any) -> Terms | None:
 
 
 def pieces_of(terms: Terms, real: Tensor | None, batch: int, length: int) -> list[Piece] | None:
-    """The mask in pieces; None where it cannot be: a window shorter than a sequence, or padding between its tokens."""
+    """The mask as pieces; None if that is impossible: a window shorter than a sequence, or padding between its tokens."""
     ids = torch.zeros(batch, length, dtype=torch.long, device="cpu") if terms.packed is None else terms.packed.cpu()
     kept = torch.ones(batch, length, dtype=torch.bool, device="cpu") if real is None else real.bool().cpu()
     pieces = []
@@ -161,7 +161,7 @@ def pieces_of(terms: Terms, real: Tensor | None, batch: int, length: int) -> lis
                 pieces.append(Piece(row, start, stop, first, last, causal=False))
                 continue
             pieces.append(Piece(row, first, last, first, last, causal=True))
-            if last < stop:  # the padding behind a sequence sees all of it, as in stock
+            if last < stop:  # padding after a sequence attends to all of it, as in transformers
                 pieces.append(Piece(row, last, stop, first, last, causal=False))
     return pieces
 
@@ -181,7 +181,7 @@ def attention_forward(
     Returns [batch, length, heads, dim] and no weights.
 
     Saved: without a mask and with `Spans` what SDPA saves (q, k, v, output, lse); with a boolean mask q, k, v and the one mask
-    (the attention is computed again in the backward, because SDPA would keep its own copy of the mask in q's dtype). With
+    (the attention is recomputed in the backward, because SDPA would keep its own copy of the mask in q's dtype). With
     dropout on the CPU q, k, v, the mask if there is one, and the state of the generator: 5 KB per layer."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -214,8 +214,8 @@ def attention_forward(
 
 
 def takes_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool) -> bool:
-    """Whether SDPA has a kernel of linear memory for keys and values of fewer heads. On CUDA its memory-efficient one takes no
-    groups, so where flash attention does not run (sm_75, float32) it would build tokens x tokens."""
+    """Whether SDPA has a kernel with linear memory for keys and values with fewer heads. On CUDA its memory-efficient kernel
+    does not support groups, so where flash attention does not run (sm_75, float32) SDPA would build tokens x tokens."""
     if query.shape[1] == key.shape[1] or not query.is_cuda or torch.compiler.is_compiling():
         return True
     from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
@@ -225,14 +225,14 @@ def takes_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float, caus
 
 
 def for_all_heads(t: Tensor, heads: int) -> Tensor:
-    """t [batch, groups, length, dim], each group repeated for its heads; made again for the backward, and not kept."""
+    """t [batch, groups, length, dim], each group repeated for its heads; recomputed under the stash, not kept."""
     repeated = repeat(t, times=heads // t.shape[1])
     stash.remember(repeated, repeat, t, times=heads // t.shape[1])
     return repeated
 
 
 def repeat(t: Tensor, times: int) -> Tensor:
-    return t.transpose(1, 2).repeat_interleave(times, dim=2).transpose(1, 2)  # tokens outermost, as `_split` cuts them
+    return t.transpose(1, 2).repeat_interleave(times, dim=2).transpose(1, 2)  # tokens outermost, for `_split`
 
 
 def _attend(
@@ -273,8 +273,8 @@ def _split(t: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int],
 
 
 class AttentionAgain(torch.autograd.Function):
-    """y = attend(q, k, v, mask), computed again in the backward. Saved: q, k, v, the mask, which all layers share, and, if
-    attend draws, the state of the CPU's generator before: it is put in place for as long as the backward draws again."""
+    """y = attend(q, k, v, mask), recomputed in the backward. Saved: q, k, v, the mask, which all layers share, and, if attend
+    draws random numbers, the state of the CPU's generator before them, which the backward sets while it recomputes."""
 
     @staticmethod
     def forward(
@@ -290,7 +290,7 @@ class AttentionAgain(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, mask, random)
         y: Tensor = attend(query, key, value, mask)
-        return y.detach()  # it may be a view, which nobody could edit in place
+        return y.detach()  # y may be a view, which callers could not modify in place
 
     @staticmethod
     @once_differentiable

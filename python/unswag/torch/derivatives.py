@@ -25,7 +25,7 @@ _OF_ONE_ACTIVATION = {"resilu2": ("silu", "quick_gelu"), "regelu2": ("gelu", "ge
 
 
 class Code(Protocol):
-    """How a derivative is written and read."""
+    """How a derivative is encoded and decoded."""
 
     def forward(self, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
         """(act(x), the codes of act'(x), packed)."""
@@ -66,7 +66,7 @@ class Dithered:
 
 
 def code(act: str, bits: int | None, codebook: str | Codebook | None) -> Code:
-    """What `silu(x, bits=…, codebook=…)` asks for. ValueError lists the choices."""
+    """The code for the arguments of `silu(x, bits=…, codebook=…)`. ValueError lists the choices."""
     if isinstance(codebook, Codebook):
         if bits not in (None, codebook.bits):
             raise ValueError(f"{act}: bits is {bits} but the codebook has {codebook.bits}; leave bits out")
@@ -81,7 +81,7 @@ def code(act: str, bits: int | None, codebook: str | Codebook | None) -> Code:
 
 
 class Codes:
-    """The codebook of one activation of a model under the policy "2bit". `made` in its first forward, then unchanged."""
+    """The codebook of one activation of a model under the policy "2bit". Made in the first forward, then unchanged."""
 
     def __init__(self) -> None:
         self.made: tuple[Policy, str, Levels] | None = None
@@ -99,7 +99,7 @@ class Codes:
 def current(codes: Codes | None, act: str, x: Tensor, up: Tensor | None = None) -> Code | None:
     """The code by which the policy in use keeps act'(x), None where it keeps x.
 
-    codes  the codebook of this place in the model; None for one that is used once
+    codes  the codebook of this place in the model; None for a codebook that is used only once
     up     in a gated unit, what act(x) is multiplied with
     """
     if torch.compiler.is_compiling():
@@ -119,12 +119,12 @@ def _book(policy: Policy, act: str, x: Tensor, up: Tensor | None) -> Codebook:
         return codebooks.codebook(act, 2, name)
     if policy.scale is not None:
         return codebooks.fit(act, 2, policy.scale, name)
-    # An error e of the derivative is one of dh up e in the gradient of the gate: its square counts up^2 times.
+    # An error e of the derivative becomes dh up e in the gradient of the gate, so its square is weighted by up^2.
     weight = None if up is None else _sample(up) ** 2
     return codebooks.calibrated(act, 2, name, _sample(x), weight)
 
 
 def _sample(x: Tensor) -> Any:
-    """At most _SAMPLE elements, always the same places."""
+    """At most _SAMPLE elements, always at the same positions."""
     flat = x.detach().reshape(-1)
     return flat[:: max(1, math.ceil(flat.numel() / _SAMPLE))].float().cpu().numpy()

@@ -44,7 +44,7 @@ class Mask(NamedTuple):
 
 
 class DropoutInput(NamedTuple):
-    """All that F.dropout(x, p) looks at when it draws, besides p and the random state.
+    """All that the draws of F.dropout(x, p) depend on, besides p and the random state.
 
     The CPU's draws follow the elements in one order for every dtype but float64. CUDA's kernel draws for as many elements at
     once as the dtype, the strides and the alignment (address modulo ALIGNMENT) let it load at once.
@@ -66,8 +66,8 @@ class DropoutInput(NamedTuple):
 
     def draw(self, ps: Sequence[float]) -> tuple[list[Mask | None], Tensor]:
         """The masks of F.dropout(x, p) for one p after the other, None for p = 0, and the random state before. Afterwards
-        PyTorch's generator of the device is where those calls leave it. A copy of it draws, so that the draws are those of the
-        state whatever other threads draw meanwhile."""
+        PyTorch's generator for the device is in the state in which those calls leave it. A copy of it draws, so that draws in
+        other threads do not change the masks."""
         own = _generator(self.device)
         generator = own.clone_state()
         state = generator.get_state()
@@ -96,7 +96,7 @@ class DropoutInput(NamedTuple):
         return Mask(kept.bool().reshape(-1, self.shape[-1]), scale)
 
     def _input(self) -> Tensor:
-        """Without values: CUDA's kernel wants an input to multiply, whose values the draws do not depend on."""
+        """An uninitialised input: CUDA's kernel needs one to multiply, but the draws do not depend on its values."""
         size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         first = self.alignment // self.dtype.itemsize
         memory = torch.empty(first + size, dtype=self.dtype, device=self.device)

@@ -1,8 +1,8 @@
 """Packed experts of a mixture, from the tokens to their weighted sum, as transformers' grouped_mm computes them.
 
-Transformers runs them sorted by expert (grouped_mm), and keeps for every token and expert it goes to x, gate and up, act(gate),
-the product and the result. Here x is taken from the tokens again, the product is recomputed, and of the result the backward
-needs only its inner product with the gradient, which is that of the gradient before `down` with the product.
+Transformers sorts the tokens by expert (grouped_mm), and keeps x, gate and up, act(gate), the product and the result for each
+token and each of its experts. Here x is gathered again and the product is recomputed. Of the result the backward needs only the
+inner product with the gradient, which equals the inner product of the gradient before `down` with the product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def grouped(
     """y[t] = sum over j of weights[t, j] down_e(act(gate_e(x[t])) * up_e(x[t])), e = index[t, j]; as transformers' grouped_mm.
 
     hidden [tokens, H], index and weights [tokens, k]; gate_up [experts, 2 n, H], down [experts, H, n]. Result: as hidden.
-    Saved: gate and up, 2 k n numbers per token, and small vectors; under the stash neither inputs nor products of the experts.
+    Saved: gate and up, 2 k n numbers per token, and small vectors; under the stash no inputs or products of the experts.
     """
     k = index.shape[-1]
     expert, order = torch.sort(index.reshape(-1))
@@ -49,7 +49,7 @@ class _Combine(torch.autograd.Function):
 
         dh = weight q,    dweight = <d, down_e(h)> = <q, h>,    ddown_e = sum over the s of e of (weight d)^T h
 
-    Saved: h, which is made again, and the weights; not down_e(h)."""
+    Saved: h, which the stash recomputes, and the weights; not down_e(h)."""
 
     @staticmethod
     def forward(

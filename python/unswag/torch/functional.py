@@ -52,11 +52,11 @@ __all__ = [
     "swiglu",
 ]
 
-_DEVICES = ("cpu", "cuda", "meta")  # whether there are CUDA kernels, and for this device, the core says
+_DEVICES = ("cpu", "cuda", "meta")  # the core says whether it has CUDA kernels for a device
 
 
 def _check(op: str, name: str, x: Tensor) -> None:
-    """Refuses in one sentence what the dispatcher would refuse with a page of text."""
+    """Rejects with one sentence what the dispatcher would reject with a page of text."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; pass a torch.Tensor")
     if x.dtype not in ops.DTYPES:
@@ -77,13 +77,13 @@ def _under(transform: Any) -> bool:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    """Under torch.func.jvp and jacfwd any tensor may, behind another transform."""
+    """Under torch.func.jvp and jacfwd any tensor may have one, hidden by another transform."""
     return _under(torch._C._functorch.TransformType.Jvp) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_number(op: str, name: str, value: Any, remedy: str = "pass a number") -> None:
-    """A number of Python or numpy, or a tensor of one element, whose value is not read: that would wait for the device."""
-    if isinstance(value, int | float):  # torch.compile cannot ask its own numbers for an attribute
+    """Raises unless value is a number or a tensor of one element, whose value is not read: that would wait for the device."""
+    if isinstance(value, int | float):  # torch.compile cannot call hasattr on its own numbers
         return
     if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.is_complex()):
         raise TypeError(f"{op}: {name} is {value!r}; {remedy}")
@@ -128,7 +128,7 @@ def _out_dtype(op: str, out_dtype: Any, x: Tensor) -> torch.dtype:
     return out_dtype
 
 
-_THEIRS = {  # what PyTorch has in place of ours
+_THEIRS = {  # PyTorch's equivalents
     "relu": "torch.relu(x)", "leaky_relu": "torch.nn.functional.leaky_relu(x)", "relu6": "torch.nn.functional.relu6(x)",
     "silu": "torch.nn.functional.silu(x)", "gelu": "torch.nn.functional.gelu(x)",
     "gelu_tanh": "torch.nn.functional.gelu(x, approximate='tanh')", "quick_gelu": "x * torch.sigmoid(1.702 * x)",
@@ -295,7 +295,7 @@ def _with_bits(x: Tensor, act: str, bits: int | None, codebook: str | Codebook |
     _check(act, "x", x)
     if bits is None and codebook is None:
         return activation(x, act)
-    if bits is not None:  # how many there may be unswag.codebooks says
+    if bits is not None:  # unswag.codebooks checks the range
         check_integer(act, "bits", bits, remedy="choose 1, 2, 3 or 4, or None to keep x exactly")
     if not isinstance(codebook, str | Codebook | None):
         raise TypeError(f"{act}: codebook is {codebook!r}; pass a name or a Codebook, or None for the best one")
@@ -436,7 +436,7 @@ class _GatedHalves(torch.autograd.Function):
 
 
 def gated_of_halves(gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
-    """The value of `gated_halves`: the stash recomputes it by this function."""
+    """The value of `gated_halves`: the stash recomputes it with this function."""
     h: Tensor = ops.gated_forward(*ops.halves(gate_up, gate_first), act)
     return h
 
@@ -445,7 +445,7 @@ def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Code
     """act(gate) * up of the two halves of the last dimension, rounded once: `gated` for one Linear that computes both.
 
     gate_up: [..., 2 n], gate first or, with `gate_first=False`, up first. Result: [..., n].
-    Saved: gate_up, 2 n b bytes. The gradient is computed as one tensor, so that no halves have to be joined. Under a policy as
+    Saved: gate_up, 2 n b bytes. The gradient is computed as one tensor, so that no halves have to be joined. Policies apply as
     in `gated`.
     """
     _act("gated_halves", act)

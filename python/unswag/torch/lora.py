@@ -1,10 +1,10 @@
-"""LoRA's product beside a Linear (Hu et al. 2021) that keeps x as it is, and the product of rank r.
+"""LoRA beside a Linear (Hu et al. 2021) that keeps x in its own dtype, and the product of rank r.
 
     y = base + sum over adapters of scaling ((dropout(x) A^T) B^T + bias)
 
-PEFT casts x to the dtype of the adapters (float32 by default), and each adapted Linear keeps a cast of its own. Here every
-Linear keeps the one x that they share, in its own dtype; the cast exists for a few rows at a time, and what dropout drops is
-drawn again: from the random state of torch before its own draws, or from a seed.
+PEFT casts x to the dtype of the adapters (float32 by default), and each adapted Linear keeps a cast of its own. Here they all
+keep one shared x in its own dtype; the cast exists for a few rows at a time. The dropout mask is drawn again in the backward,
+from torch's random state before the forward's draws, or from a seed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from unswag.torch import ops
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.draws import DropoutInput, Mask
 
-# Rows done at once where the products are in 32 or 64 bits: on the CPU few enough for the cast of x to stay in the cache, on
-# CUDA as many as make a cast of 2^24 elements (64 MiB in float32), because each tile queues a dozen kernels. A multiple of 4:
-# each tile begins on a Philox block of four draws.
+# Rows processed at once where the products are in 32 or 64 bits: on the CPU few enough for the cast of x to stay in the cache,
+# on CUDA as many as make a cast of 2^24 elements (64 MiB in float32), because each tile queues a dozen kernels. A multiple of
+# 4: each tile begins on a Philox block of four draws.
 TILE = 512
 TILE_ELEMENTS = 1 << 24
 
@@ -47,7 +47,7 @@ class Adapter(NamedTuple):
 def add_lora(
     base: Tensor, x: Tensor, adapters: Sequence[Adapter], *, round_products: bool = False, cast_x: bool = True
 ) -> Tensor:  # fmt: skip
-    """base [..., out] plus what the adapters make of x [..., in]; shape and dtype of base.
+    """base [..., out] plus the outputs of the adapters for x [..., in]; shape and dtype of base.
 
     The products are computed in the dtype of the adapters (one for all), or in autocast's. The sum is rounded to base's
     dtype once, after the last adapter; with `round_products` each product is rounded to it before it is added. Without
@@ -58,9 +58,9 @@ def add_lora(
     would, one adapter after the other, from torch's generator of the device; while the call runs, one byte per element and
     adapter holds the draws.
 
-    Saved, each only if a gradient needs it: x, shared with whoever else keeps it, for A; r numbers per row and adapter, for B;
+    Saved, each only if a gradient needs it: x, shared with other ops that save it, for A; r numbers per row and adapter, for B;
     with dropout without a seed the state of the generator, 5 KB on the CPU and 16 bytes on CUDA.
-    Errors: TypeError where the adapters differ in dtype.
+    Raises TypeError if the adapters differ in dtype.
     """
     dtypes = {t.dtype for adapter in adapters for t in (adapter.a, adapter.b)}
     if len(dtypes) > 1 or not all(d.is_floating_point for d in dtypes):
@@ -81,14 +81,14 @@ def add_lora(
 
 
 class _Kind(NamedTuple):
-    """What an adapter has beside its weights."""
+    """The settings of an adapter, without its weights."""
 
     scaling: float
     p: float
     seed: int | None
 
     def drop(self, x: Tensor, first_row: int, mask: Mask | None) -> Tensor:
-        """Rows of x from `first_row` on: elements dropped, the others divided by 1 - p. Its own backward."""
+        """Rows of x from `first_row` on: elements dropped, the others divided by 1 - p. It is its own backward."""
         if mask is not None:
             return mask.times(x, first_row)
         if not self.p:
@@ -105,8 +105,8 @@ class _How(NamedTuple):
     drawn: DropoutInput | None = None  # where torch's generator draws
 
     def masks(self, state: Tensor | None = None) -> tuple[list[Mask | None], Tensor | None]:
-        """Of each adapter, None where nothing is drawn or from a seed; drawn anew with the random state before, or again from
-        that state."""
+        """(the mask of each adapter, the random state before the draws). A mask is None if nothing is drawn, or from a seed.
+        With `state`, the masks are drawn again from it."""
         if self.drawn is None:
             return [None] * len(self.kinds), None
         ps = [0.0 if kind.seed is not None else kind.p for kind in self.kinds]
@@ -114,8 +114,8 @@ class _How(NamedTuple):
 
 
 def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[slice]:
-    """The rows of x [rows, cols] that are done at once. 16-bit products take all: they cast x to nothing wider, and one product
-    sums in float32."""
+    """The slices of rows of x [rows, cols] that are processed at once. For 16-bit products it is one slice: x is not cast to a
+    wider dtype, and a single product sums in float32."""
     step = max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
     if compute.itemsize < 4:
         step = max(rows, 1)
@@ -126,7 +126,7 @@ class _AddLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, how: _How, *weights: Tensor | None) -> Tensor:
         xs, bases = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])
-        y = torch.empty_like(base, memory_format=torch.contiguous_format)  # no view: it may be edited in place
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)  # not a view: it may be modified in place
         ys, (masks, state) = y.view(bases.shape), how.masks()
         total = torch.promote_types(base.dtype, how.compute)
         parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]

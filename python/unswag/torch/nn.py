@@ -1,4 +1,4 @@
-"""The functions of `unswag.torch.functional` as modules. n elements of x have b bytes each."""
+"""The functions of `unswag.torch.functional` as modules. x has n elements of b bytes each."""
 
 from __future__ import annotations
 

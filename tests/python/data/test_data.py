@@ -182,10 +182,10 @@ def test_first_token_of_a_sequence_is_never_learnt(tmp_path):
 def test_a_template_that_rewrites_the_past_is_refused(tmp_path):
     template = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
-    with pytest.raises(DataError, match="writes message 1 otherwise when others follow"):
+    with pytest.raises(DataError, match="writes message 1 differently when others follow"):
         prepare(write(tmp_path / "m.jsonl", {"messages": turns}), tok=tokenizer(template))
     thinking = CHATML.replace("m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '…')")
-    with pytest.raises(DataError, match="writes message 1 otherwise when others follow"):  # only the answer is rewritten
+    with pytest.raises(DataError, match="writes message 1 differently when others follow"):  # only the answer is rewritten
         prepare(write(tmp_path / "o.jsonl", {"messages": turns}), tok=tokenizer(thinking))
     with pytest.raises(DataError, match="template refuses it: roles must alternate"):
         prepare(
@@ -384,7 +384,7 @@ BAD = {
     "number as input": (b'{"instruction": "a", "input": 5, "output": "b"}', 1, "wrong type", "'input' is a number"),
     "empty output": (b'{"instruction": "a", "output": " \\n"}', 1, "empty output", "nothing to learn"),
     "empty instruction": (b'{"instruction": " ", "output": "b"}', 1, "empty instruction", "are blank"),
-    "duplicate key": (b'{"instruction": "a", "output": "b", "output": "c"}', 37, "duplicate key", "'output' is there 2 times"),
+    "duplicate key": (b'{"instruction": "a", "output": "b", "output": "c"}', 37, "duplicate key", "'output' appears 2 times"),
 }  # fmt: skip
 
 
@@ -442,7 +442,7 @@ def test_a_list_before_a_text(tmp_path):
 
 def test_duplicate_key_in_a_message(tmp_path):
     raw = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}'
-    with pytest.raises(DataError, match="'content' is there 2 times"):
+    with pytest.raises(DataError, match="'content' appears 2 times"):
         prepare(write(tmp_path / "m.jsonl", raw=raw), tok=tokenizer(CHATML))
 
 
@@ -542,7 +542,7 @@ def test_save_and_load(tmp_path):
     for a, b in zip(data, again, strict=True):
         assert all(np.array_equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
     assert again.collator == data.collator
-    with pytest.raises(FileExistsError, match="there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         data.save(tmp_path / "deep" / "saved")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["saved"]
 
@@ -554,7 +554,7 @@ def test_what_was_harmed_is_not_loaded(harm, tmp_path):
     tokens, manifest = folder / "tokens.bin", folder / "manifest.json"
     raw, about = bytearray(tokens.read_bytes()), json.loads(manifest.read_bytes())
     message = {
-        "cut": "has 36 bytes, where the manifest has 40",
+        "cut": "has 36 bytes, but the manifest says 40",
         "changed": "has changed since it was saved",
         "missing": "tokens.bin is missing",
         "no manifest": "manifest.json cannot be read",
@@ -767,7 +767,7 @@ def test_a_flag_that_asks_for_a_question_to_be_learnt_is_noted(tmp_path):
     messages = turns(("user", "q"), ("assistant", "a"))
     messages[0]["weight"] = 1
     data = chat(tmp_path, {"messages": messages})
-    assert data.counts.noted == {"'weight' of a user message is not heeded: only answers are learnt": 1}
+    assert data.counts.noted == {"'weight' of a user message is ignored: only answers are learnt": 1}
     messages[0]["weight"] = 0
     assert not chat(tmp_path, {"messages": messages}).counts.noted
 
@@ -821,7 +821,7 @@ def test_system_and_history_of_alpaca(tmp_path):
     path = write(tmp_path / "a.jsonl", ROW | {"system": "Be brief.", "history": []})
     ((text, _),) = rows_of(prepare(path, 512))
     assert text == "Be brief.\n\n### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n2<|im_end|>"
-    with pytest.raises(DataError, match="has one turn, and here is a history"):
+    with pytest.raises(DataError, match="has one turn, but the line has a history"):
         prepare(write(tmp_path / "b.jsonl", record))
     for history in ([["a"]], ["ab"], [["a", 5]], "text", [{"user": "a"}]):
         with pytest.raises(DataError, match="'history'"):
@@ -865,7 +865,7 @@ def test_what_a_line_without_a_form_lacks(tmp_path):
         ({f"k{i}": i for i in range(1000)}, "and 980 more"),
         ({"text": 5}, "'text' is a number"),
         ({"text": " "}, "'text' is blank"),
-        ({"conversations": [{"from": "elf", "value": "a"}]}, "'from' of message 0 is 'elf'; known are"),
+        ({"conversations": [{"from": "elf", "value": "a"}]}, "'from' of message 0 is 'elf'; choose from"),
         ({"conversations": [{"from": "gpt", "value": 5}]}, "'value' of message 0 is a number"),
         ({"conversations": {"from": "gpt"}}, "'conversations' is an object"),
     ):
@@ -961,10 +961,10 @@ def test_many_keys_of_a_message_take_a_few_renderings(tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, "render", lambda *a, **k: (counts.update(["render"]), render(*a, **k))[1])
     messages = turns(("user", "q"), ("assistant", "a"), **{f"k{i}": i for i in range(1000)})
     data = chat(tmp_path, {"messages": messages})
-    assert data.counts.noted["more that is not read"] == 980 and counts["render"] < 10
+    assert data.counts.noted["other notes"] == 980 and counts["render"] < 10
     data = chat(tmp_path, {"messages": messages}, template=CHATML.replace("m['content']", "m['content'] + (m.k999 | string)"))
     assert counts["render"] < 50
-    assert "of the keys of a message only the first 20 were looked for in what the chat template writes" in data.counts.noted
+    assert "only the first 20 keys of messages were looked for in the output of the chat template" in data.counts.noted
 
 
 def test_a_long_conversation_is_not_rendered_for_each_message_if_it_is_dropped(tmp_path, monkeypatch):
@@ -990,7 +990,7 @@ def test_columns_that_are_not_read_are_in_the_report_once_each(tmp_path, capsys)
         assert re.search(r"6 . noted: column 'label' is not read", said) and said.count("noted: column 'id'") == 2
         assert f"  {path}:1\n  {path}:2\n  {path}:3\n  and 2 more\n" in said
     many = prepare(write(tmp_path / "b.jsonl", ROW | {f"k{i:03}": i for i in range(100)}))
-    assert len(many.counts.noted) == 21 and many.counts.noted["more that is not read"] == 80
+    assert len(many.counts.noted) == 21 and many.counts.noted["other notes"] == 80
     data = prepare(
         write(tmp_path / "c.jsonl", {"prompt": "a", "completion": "b", "tools": TOOLS, "system": "s", "messages": []})
     )
@@ -1079,16 +1079,16 @@ def test_reasoning_that_a_template_drops_is_noticed(tmp_path):
     drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     messages = turns(("user", "q"), ("assistant", "<think>because</think>a"))
     data = chat(tmp_path, {"messages": messages}, template=drops)
-    assert data.counts.noted == {"what the assistant says is written otherwise by the chat template": 1}
+    assert data.counts.noted == {"what the assistant says is written differently by the chat template": 1}
     earlier = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
-    with pytest.raises(DataError, match="writes message 1 otherwise when others follow"):
+    with pytest.raises(DataError, match="writes message 1 differently when others follow"):
         chat(tmp_path, {"messages": messages * 2}, template=earlier)
 
 
 def test_a_template_that_gives_no_text(tmp_path, monkeypatch):
     tok = tokenizer(CHATML)
     monkeypatch.setattr(type(tok), "apply_chat_template", lambda *a, **k: [1, 2])
-    with pytest.raises(ValueError, match=r"apply_chat_template.* gives list, where text was expected"):
+    with pytest.raises(ValueError, match=r"apply_chat_template.* returns list, where text was expected"):
         prepare(write(tmp_path / "a.jsonl", ROW), tok=tok, on_error="skip")
 
 
@@ -1103,7 +1103,7 @@ def test_files_that_are_no_lines(tmp_path):
         (b"\n\n" + json.dumps(records).replace("}, {", "},\n{").encode(), "is an array"),
         (b"[\n" + GOOD + b",\n" + GOOD + b"\n]", "is an array"),
         (gzip.compress(json.dumps(records, indent=2).encode()), "is an array"),
-        ("\n".join(json.dumps(r, indent=2) for r in records).encode(), r"objects over several lines.*jq -c \."),
+        ("\n".join(json.dumps(r, indent=2) for r in records).encode(), r"objects that span several lines.*jq -c \."),
         (b" \n\t\n\r\n", r"no usable line in .*all its lines are blank \(3 read\)"),
         (b"\xef\xbb\xbf", "all its lines are blank"),
         (b"PAR1abc", "is Parquet"),
@@ -1138,7 +1138,7 @@ def test_the_error_about_no_usable_line_says_where_and_why(tmp_path):
         ({"max_length": None}, TypeError, "max_length=None"),
         ({"max_length": 512.0}, TypeError, "max_length=512.0 is a float"),
         ({"max_length": True}, TypeError, "max_length=True"),
-        ({"max_length": int(1e30)}, ValueError, "Tokenizers without a limit say 1e30"),
+        ({"max_length": int(1e30)}, ValueError, "A tokenizer without a limit says 1e30"),
         ({"max_length": -5}, ValueError, "max_length=-5"),
         ({"tok": "gpt2"}, TypeError, r"tokenizer='gpt2' is a name; pass AutoTokenizer.from_pretrained\('gpt2'\)"),
         ({"tok": Path("gpt2")}, TypeError, "is a name"),
@@ -1159,16 +1159,16 @@ def test_the_error_about_no_usable_line_says_where_and_why(tmp_path):
         ({"columns": {1: "a", "x": "b"}}, ValueError, r"\[1, 'x'\]"),
         ({"path": None}, TypeError, "path_or_paths=NoneType None; pass the path"),
         ({"path": 5}, TypeError, "path_or_paths=int 5"),
-        ({"path": [None]}, TypeError, "path_or_paths: NoneType None is no path"),
+        ({"path": [None]}, TypeError, "path_or_paths: NoneType None is not a path"),
         ({"path": [ROW]}, TypeError, "a record, not a path; write records to a .jsonl file"),
         ({"path": {"train": "a"}}, TypeError, "path_or_paths=dict"),
         ({"path": {"a", "b"}}, TypeError, r"is a set, which has no order; pass sorted"),
         ({"path": io.BytesIO(b"x")}, TypeError, "path_or_paths=BytesIO"),
-        ({"path": ""}, ValueError, "'' is no path"),
-        ({"path": "a\0b"}, ValueError, "is no path"),
+        ({"path": ""}, ValueError, "'' is not a path"),
+        ({"path": "a\0b"}, ValueError, "is not a path"),
         ({"path": []}, ValueError, "no files given.*glob, nothing matched"),
         ({"path": iter(())}, ValueError, "no files given"),
-        ({"path": "data/*.jsonl"}, ValueError, r"a pattern\? Pass sorted\(glob.glob"),
+        ({"path": "data/*.jsonl"}, ValueError, r"for a pattern, pass sorted\(glob.glob"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument_its_value_and_the_remedy(arguments, error, message, tmp_path):
@@ -1182,8 +1182,8 @@ def test_errors_of_what_the_data_set_offers(tmp_path):
     data = prepare(sized(tmp_path, 4, 6))
     for call, error, message in (
         (lambda: data.to_hf(packed="no"), TypeError, "to_hf: packed='no'; pass True or False"),
-        (lambda: quarantine_path(None), TypeError, "quarantine_path: path: NoneType None is no path"),
-        (lambda: data.report().plot(5), TypeError, "plot: path: int 5 is no path"),
+        (lambda: quarantine_path(None), TypeError, "quarantine_path: path: NoneType None is not a path"),
+        (lambda: data.report().plot(5), TypeError, "plot: path: int 5 is not a path"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -1198,7 +1198,7 @@ def test_paths_of_every_kind(tmp_path):
 @pytest.mark.parametrize("index", ["input_ids", None, 1.0, [0, 1], (0, 1), np.array([0, 1]), slice("a", None)], ids=str)
 def test_odd_indices_are_refused(index, tmp_path):
     data = prepare(sized(tmp_path, 4, 6, 9), 10)
-    with pytest.raises(TypeError, match=r"an index is an int or a slice|slice indices"):
+    with pytest.raises(TypeError, match=r"use an int or a slice|slice indices"):
         data[index]
 
 
@@ -1249,10 +1249,10 @@ def test_the_quarantine_is_no_data_and_goes_when_nothing_is_bad(tmp_path, capsys
     assert list(tmp_path.glob("*.jsonl")) == [path] and there.exists()
     for paths in (there, [path, there], tmp_path / "b.jsonl.quarantine.jsonl"):  # by the name of former versions as well
         (tmp_path / "b.jsonl.quarantine.jsonl").write_bytes(there.read_bytes())
-        with pytest.raises(ValueError, match='is what on_error="quarantine" wrote'):
+        with pytest.raises(ValueError, match='was written by on_error="quarantine"'):
             prepare(paths, on_error="skip")
     renamed = write(tmp_path / "c.jsonl", raw=there.read_bytes() + GOOD)
-    with pytest.raises(DataError, match=r'c\.jsonl:1:1: a line that on_error="quarantine" wrote'):
+    with pytest.raises(DataError, match=r'c\.jsonl:1:1: this line was written by on_error="quarantine"'):
         prepare(renamed)
     prepare(write(path, raw=GOOD), on_error="skip")
     assert there.exists()
@@ -1358,7 +1358,7 @@ def test_a_pickle_of_a_loaded_data_set_is_the_name_of_its_folder(tmp_path):
         beside = PackedDataset.load("saved")
     assert len(pickle.loads(pickle.dumps(beside))) == len(data)  # in another folder
     (tmp_path / "saved").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"tokens.bin is gone.*save\(folder\)"):
+    with pytest.raises(FileNotFoundError, match=r"tokens.bin no longer exists.*save\(folder\)"):
         pickle.loads(raw)
 
 
@@ -1494,9 +1494,9 @@ def test_arrays_that_do_not_fit_each_other(arrays, tmp_path):
 def test_folders_that_are_none(tmp_path):
     data = prepare(sized(tmp_path, 4, 6))
     for folder, error, message in (
-        (None, TypeError, "folder: NoneType None is no path"),
+        (None, TypeError, "folder: NoneType None is not a path"),
         (5, TypeError, "folder: int 5"),
-        ("", ValueError, "'' is no path"),
+        ("", ValueError, "'' is not a path"),
     ):
         for call in (data.save, PackedDataset.load):
             with pytest.raises(error, match=message):
@@ -1902,7 +1902,7 @@ def test_generation_blocks_say_what_is_learnt_where_prompts_do_not(tmp_path):
     ((_, learnt),) = rows_of(chat(tmp_path, {"messages": turns(*TALK, weight=0)}, template=BLOCKS))
     assert learnt == "<A>one<|im_end|>"
     plain = re.sub("{% (end)?generation %}", "", BLOCKS)
-    with pytest.raises(DataError, match=r"than its generation prompt.*take a template with {% generation %} blocks"):
+    with pytest.raises(DataError, match=r"with its generation prompt.*use a template with {% generation %} blocks"):
         chat(tmp_path, {"messages": turns(*TALK)}, template=plain)
 
 
@@ -1919,7 +1919,7 @@ def test_generation_blocks_that_are_not_one_for_each_answer_are_taken_only_if_al
         ({"messages": turns(*TALK)}, half),
         ({"messages": turns(*TALK)}, moved),
     ):
-        with pytest.raises(DataError, match=r"blocks are not one for each answer.*give each answer a line of its own"):
+        with pytest.raises(DataError, match=r"block for each answer.*put each answer on a line of its own"):
             chat(tmp_path, record, template=bad)
 
 
@@ -1952,8 +1952,8 @@ def test_a_quarantine_that_no_earlier_run_wrote_is_left_alone(there, raw, tmp_pa
     message = {
         "notes": r"has a line that no earlier run wrote \(line 1\)",
         "corrected": r"has a line that no earlier run wrote \(line 2\)",
-        "empty": "is empty, which no earlier run left",
-    }.get(there, "is no regular file")
+        "empty": "is empty, so no earlier run wrote it",
+    }.get(there, "is not a regular file")
     {
         "notes": lambda: place.write_bytes(b"my own notes\n"),
         "corrected": lambda: place.write_bytes(ours + b'{"text": "corrected"}\n'),
@@ -1987,7 +1987,7 @@ def test_a_quarantine_that_cannot_get_its_name_leaves_nothing(tmp_path, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(PermissionError, match=f"Permission denied, while writing in {re.escape(str(tmp_path))}; make room"):
+    with pytest.raises(PermissionError, match=f"Permission denied, while writing in {re.escape(str(tmp_path))}; free some"):
         prepare(path, on_error="quarantine")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -2032,7 +2032,7 @@ def test_of_many_that_save_to_one_folder_one_does_and_the_others_are_told(tmp_pa
         rename(part, target)
 
     monkeypatch.setattr(os, "rename", late)
-    with pytest.raises(FileExistsError, match="is there already; save into a new folder"):
+    with pytest.raises(FileExistsError, match="already exists; save into a new folder"):
         data.save(tmp_path / "out" / "saved")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["saved"]
     assert len(PackedDataset.load(tmp_path / "out" / "saved")) == 1

@@ -35,7 +35,7 @@ def test_equal_keys(line, key, times):
     orjson.loads(line)  # which takes the last in silence
     with pytest.raises(Bad) as caught:
         records.parse(line)
-    assert (caught.value.kind, caught.value.reason) == ("duplicate key", f"the key {key!r} is there {times} times")
+    assert (caught.value.kind, caught.value.reason) == ("duplicate key", f"the key {key!r} appears {times} times")
     at = line.decode()[caught.value.column - 1 :]
     assert orjson.loads(at[: at.index('"', 1) + 1]) == key
 

@@ -1,4 +1,4 @@
-"""What a pattern is, and how it replaces something on a module so that it can be put back."""
+"""The interface of patterns, and how they replace methods and attributes of a module so that these can be restored."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 RECORD = "_unswag"  # module.__dict__[RECORD]: {attribute: Replaced}
 METHODS = "_unswag_methods"  # module.__dict__[METHODS]: {name: function(self, …)}
-STOCK = "_unswag_stock"  # of an operated class: the class whose place it takes
+STOCK = "_unswag_stock"  # of a class that surgery made: the class that it replaces
 ABSENT = ...  # survives deepcopy and pickle as itself
 
 
 @dataclass
 class Replaced:
-    """An attribute that we replaced: `before` what was there, ABSENT when nothing was; `ours` what we put there."""
+    """A replaced attribute: `before` is the original value, ABSENT if there was none; `ours` is the replacement."""
 
     before: Any
     ours: Any
@@ -44,10 +44,10 @@ class Candidate:
 
     name     dotted name of the module in the model, "" for the model itself
     module   the module whose forward (or other attribute) would be replaced
-    parts    what `find` saw and `probe` chose, for `apply`: the pattern's own business; but parts["covers"] names the children
-             that the replacement no longer calls, and tells later patterns that they and the module itself are done with
+    parts    what `find` and `probe` found out, for `apply`. Its content is up to the pattern, but parts["covers"] names the
+             children that the replacement no longer calls; later patterns skip these and the module itself
     options  of `apply_unswag_surgery`: "attention", "loss", "dropout"
-    said     what warnings of this surgery have said, each once
+    said     the warnings that this surgery has given; each is given once
     """
 
     name: str
@@ -58,11 +58,11 @@ class Candidate:
 
 
 class Pattern(Protocol):
-    """A shape of module that UnSwag knows how to run with less memory. One file each, listed in `patterns.ALL`.
+    """A kind of module that UnSwag can run with less memory. One file each, listed in `patterns.ALL`.
 
     name     one word, the same in reports and in the options of `apply_unswag_surgery`
-    saves    one line for the table of support: what is kept, and what was
-    role     what its tensors play for a policy (`unswag.policy.ROLES`), or None
+    saves    one line for docs/supported.md: what is kept, and what stock keeps
+    role     the role of its tensors in a policy (`unswag.policy.ROLES`), or None
     """
 
     name: str
@@ -72,22 +72,22 @@ class Pattern(Protocol):
     def role(self) -> str | None: ...
 
     def find(self, model: nn.Module) -> Iterable[Candidate]:
-        """The places in `model` with the right structure. Looks, changes nothing."""
+        """The places in `model` with the right structure. Changes nothing."""
 
     def probe(self, candidate: Candidate) -> str | None:
-        """None if the replacement computes what the module computes, else the reason to leave it. Changes nothing
-        but `candidate.parts`: random numbers, gradients, buffers and hooks of the model stay as they are."""
+        """None if the replacement computes what the module computes, else the reason not to replace it. Changes
+        nothing but `candidate.parts`: the model's gradients, buffers and hooks and the random state stay the same."""
 
     def apply(self, candidate: Candidate) -> None:
-        """Puts the replacement in place, by `replace`, `replace_method` and their like alone, so that `restore` undoes it."""
+        """Puts the replacement in place, only by `replace`, `replace_method` and the like, so that `restore` can undo it."""
 
 
 # ---- replacing on the instance ----------------------------------------------------------------------------------------------
 #
-# A function in an instance's __dict__ does not know which module is called: whatever copies __dict__ (copy.copy, the replicas
-# of nn.DataParallel) would run the weights of the first one. So a module that gets a method of ours also gets a class of its
-# own, as parametrizations and FSDP2 do it: a subclass of its class under the same name, whose methods look up what the instance
-# says. Its class itself is not written to, and an instance that says nothing runs its class's own method.
+# A function in an instance's __dict__ does not know which module is called: shallow copies (copy.copy, the replicas of
+# nn.DataParallel) would run it with the weights of the original. So a module with a replaced method also gets a new class, as
+# parametrizations and FSDP2 do it: a subclass of its class with the same name, below called operated, whose methods look up the
+# replacement on the instance. The original class is not modified, and an instance without a replacement runs its own method.
 
 
 def replace(module: nn.Module, name: str, value: Any) -> None:
@@ -99,9 +99,9 @@ def replace(module: nn.Module, name: str, value: Any) -> None:
 
 
 def replace_method(module: nn.Module, name: str, function: Callable[..., Any], proof: Proof | None = None) -> None:
-    """Replaces the method `name` by `function(self, …)` on this instance; `self` is the module that is called, be it a copy.
-    What stood on the instance until now is recorded; `stock` calls it. So does a call for which `proof` no longer holds, and
-    one that is not ordinary."""
+    """Replaces the method `name` by `function(self, …)` on this instance; `self` is the module that is called, which may be
+    a copy. A method that was set on the instance is recorded. The original runs when `stock` is called, when `proof` no longer
+    holds, and in calls that are not ordinary (`ordinary_call`)."""
     if proof is not None:
         function = _while_it_holds(name, function, proof)
     record = module.__dict__.setdefault(RECORD, {})
@@ -122,9 +122,9 @@ def replace_unary_forward(module: nn.Module, forward: Callable[[Any, torch.Tenso
 
 
 def ordinary_call(*args: Any, **kwargs: Any) -> bool:
-    """Whether a call with these arguments is one of plain autograd. Not under a transform of torch.func (grad, vmap, jvp, …),
-    in forward mode, while torch.export, torch.jit, torch.fx or make_fx take down what a model does, or on the meta device:
-    modules run their own forward there."""
+    """Whether a call with these arguments is one of plain autograd. It is not under a transform of torch.func (grad, vmap,
+    jvp, …), in forward mode, while torch.export, torch.jit, torch.fx or make_fx trace the model, or on the meta device: there
+    modules run their own forward."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     first = args[0] if args else next(iter(kwargs.values()), None)
@@ -160,7 +160,7 @@ PROOFS: weakref.WeakValueDictionary[int, Proof] = weakref.WeakValueDictionary() 
 
 
 def _unswag_holds(self: nn.Module, key: int) -> bool:
-    """torch.compile looks once, when it traces a method; it knows this one by its name."""
+    """torch.compile evaluates this once, when it traces a method, and takes the result as a constant."""
     return PROOFS[key].holds(self)
 
 
@@ -168,26 +168,26 @@ _unswag_holds._dynamo_marked_constant = True  # type: ignore[attr-defined]  # to
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
-    """Puts `around(inner, self, …)` around the method as it is now, ours or not; `inner(self, …)` calls that."""
+    """Wraps the current method, replaced or not, in `around(inner, self, …)`; `inner(self, …)` calls that method."""
     inner = module.__dict__.get(METHODS, {}).get(name) or functools.partial(stock_method, name)
     replace_method(module, name, functools.partial(around, inner))
 
 
 def replace_view(module: nn.Module, name: str, seen: Callable[[nn.Module, Any], Any]) -> None:
-    """Reading the attribute or property `name` of this instance gives `seen(self, value)`; the value itself stays where and
-    what it is."""
+    """Reading the attribute or property `name` of this instance gives `seen(self, value)`; the stored value is not
+    changed."""
     module.__dict__.setdefault(RECORD, {})
     module.__dict__.setdefault(METHODS, {})[name] = seen
     _become(module, name, _attribute)
 
 
 def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls the forward that `module` had before the surgery: its class's, or the one that stood on the instance."""
+    """Calls the forward that `module` had before the surgery: its class's, or one that was set on the instance."""
     return stock_method("forward", module, *args, **kwargs)
 
 
 def stock_method(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """As `stock`, of any method."""
+    """As `stock`, for any method."""
     was = module.__dict__.get(RECORD, {}).get(name)
     if was is not None and was.before is not ABSENT:
         return was.before(*args, **kwargs)
@@ -195,19 +195,19 @@ def stock_method(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any
 
 
 def stock_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
-    """The class that a module had before the surgery, or has."""
+    """The class that a module had before the surgery; its own class if surgery did not change it."""
     cls = module if isinstance(module, type) else type(module)
     return getattr(cls, STOCK, cls)
 
 
 def cannot_operate(module: nn.Module) -> str | None:
-    """The reason why `module` cannot get methods of ours, or None."""
+    """The reason why methods of `module` cannot be replaced, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a compiled TorchScript module"
     try:
         operated = _operated_class(stock_class(module))
         object.__new__(stock_class(module)).__class__ = operated
-    except Exception as error:  # a class that cannot be derived from, or of a fixed layout
+    except Exception as error:  # a class that cannot be subclassed, or with a fixed layout
         return f"its class cannot be subclassed ({type(error).__name__}: {error})"
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized, and its parametrization relies on its class"
@@ -215,8 +215,8 @@ def cannot_operate(module: nn.Module) -> str | None:
 
 
 def restore(module: nn.Module) -> bool:
-    """Puts back everything that was replaced on `module`; what somebody else has set since stays theirs. True if there was
-    something."""
+    """Restores everything that was replaced on `module`. What other code has set since is kept. True if there was anything to
+    restore."""
     record, methods = module.__dict__.pop(RECORD, {}), module.__dict__.pop(METHODS, {})
     for name, was in reversed(record.items()):
         if name in methods:
@@ -229,26 +229,26 @@ def restore(module: nn.Module) -> bool:
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = was.before
-    if STOCK in vars(type(module)):  # else somebody has derived from it since; without a record it passes everything on
+    if STOCK in vars(type(module)):  # else it was subclassed since; without a record its methods are the original ones
         module.__class__ = stock_class(module)
     return bool(record or methods)
 
 
 def wrapped(module: nn.Module) -> bool:
-    """Whether somebody else has put a forward over ours since (accelerate does, for mixed precision). Theirs calls ours, so
-    neither can be taken away without the other."""
+    """Whether other code has wrapped our forward since (accelerate does, for mixed precision). The wrapper calls ours, so
+    neither can be removed without the other."""
     ours = "forward" in module.__dict__.get(METHODS, {})
     return ours and "forward" in vars(module) and not _is_own_method(module, "forward")
 
 
 def _is_own_method(module: nn.Module, name: str) -> bool:
-    """Whether the instance holds its own method, which is what wrappers leave when they are taken back."""
+    """Whether the instance holds its class's own method, which is what wrappers leave when they are removed."""
     held = vars(module).get(name)
     return isinstance(held, types.MethodType) and held.__self__ is module and held.__func__ is getattr(type(module), name)
 
 
 def state(module: nn.Module) -> dict[str, Any]:
-    """What surgery has put on `module`: giving it to `bring_back` after `restore` puts it there again."""
+    """What surgery has put on `module`. After `restore`, `bring_back` puts it there again."""
     record = module.__dict__.get(RECORD, {})
     names = (RECORD, METHODS, *(name for name, was in record.items() if was.ours is not ABSENT))
     return {name: vars(module)[name] for name in names if name in vars(module)}
@@ -281,7 +281,7 @@ def _become(module: nn.Module, name: str, member: Callable[[type[nn.Module], str
 
 
 def _operated_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `stock` whose instances may have methods of ours; one as long as there are instances."""
+    """The subclass of `stock` whose instances may have replaced methods; only one, as long as it has instances."""
     made = next((cls for cls in stock.__subclasses__() if vars(cls).get(STOCK) is stock), None)
     if made is None:
         about = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
@@ -292,7 +292,7 @@ def _operated_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
-    """A method that is ours where the instance says so."""
+    """A method that runs the instance's replacement, if it has one."""
     plain = getattr(operated, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -308,7 +308,7 @@ def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
             return stock_method(name, self, *args, **kwargs)
         return ours[name](self, *args, **kwargs)
 
-    # not functools.wraps: accelerate follows __wrapped__ as far as it goes, past us
+    # not functools.wraps: accelerate follows __wrapped__ to its end and would skip this method
     method.__name__, method.__qualname__, method.__doc__ = name, plain.__qualname__, plain.__doc__
     method.__module__ = plain.__module__
     method.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # HF Trainer reads it to choose columns
@@ -316,7 +316,7 @@ def _method(operated: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _attribute(operated: type[nn.Module], name: str) -> property:
-    """An attribute, or a property, that is seen as the instance says."""
+    """An attribute or property that is read through the instance's `replace_view`, if it has one."""
 
     def value(self: nn.Module) -> Any:
         if name not in self.__dict__:
@@ -340,13 +340,13 @@ def _attribute(operated: type[nn.Module], name: str) -> property:
     return property(get, plain.fset, plain.fdel)
 
 
-# A copy of an operated module is operated, a pickle is stock and can be loaded where UnSwag is not. Both ask __reduce_ex__.
-# (A __deepcopy__ would be found, through their __getattr__, by modules around ours that pass on what they lack, as PEFT's do.)
+# A copy of an operated module is operated; a pickle has the original class and can be loaded without UnSwag. Both call
+# __reduce_ex__. (Not __deepcopy__: modules that wrap ours and look up missing attributes on it, as PEFT's do, would find it.)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     plain = stock_class(self)
-    if STOCK not in vars(type(self)):  # somebody has derived from it since
+    if STOCK not in vars(type(self)):  # it was subclassed since
         return plain.__reduce_ex__(self, protocol)
     if plain.__reduce_ex__ is not object.__reduce_ex__ or plain.__reduce__ is not object.__reduce__:
         return _as_stock(self).__reduce_ex__(protocol)
@@ -363,7 +363,7 @@ def _as_stock(module: nn.Module) -> nn.Module:
 
 
 class _Make:
-    """Makes an empty operated module for a copy; pickled, a stock one."""
+    """Makes an empty operated module for a copy; when pickled, one of the original class."""
 
     def __init__(self, operated: type[nn.Module]) -> None:
         self.operated = operated
@@ -378,7 +378,7 @@ class _Make:
 
 
 class _State(dict[str, Any]):
-    """What an operated module holds; pickled, what it would hold without surgery."""
+    """The state of an operated module; when pickled, its state without the surgery."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(stock_class(module).__getstate__(module))
@@ -393,8 +393,8 @@ class _State(dict[str, Any]):
 
 
 def foreign_forward(module: nn.Module) -> str | None:
-    """Who else has replaced this module's forward, or None: a forward on the instance, or one that its class got from
-    another package (Liger-Kernel and Unsloth do both)."""
+    """The name of other code that has replaced this module's forward, or None: on the instance, or on its class by another
+    package (Liger-Kernel and Unsloth do both)."""
     if replaced(module):
         return None
     on_instance = module.__dict__.get("forward")
@@ -412,12 +412,12 @@ def maker(forward: Callable[..., Any]) -> str:
 
 
 def is_plain(tensor: torch.Tensor | None) -> bool:
-    """As `stash.is_plain`; None is."""
+    """As `stash.is_plain`; True for None."""
     return tensor is None or stash.is_plain(tensor)
 
 
 def ops_take(x: Any) -> bool:
-    """Whether the ops take `x`, which may be anything that a stranger's forward hands on."""
+    """Whether the ops accept `x`, which may be anything that an unknown forward passes on."""
     return isinstance(x, torch.Tensor) and stash.is_plain(x) and x.layout is torch.strided and x.dtype in ops.DTYPES
 
 
@@ -429,8 +429,8 @@ def floating_parameter(module: nn.Module, otherwise: torch.Tensor | None = None)
 
 
 def reason_to_leave(module: nn.Module, *tensors: torch.Tensor | None) -> str | None:
-    """The reason why no pattern may replace this module's forward, or None: somebody else has replaced it, or the ops cannot
-    run on these tensors."""
+    """The reason why no pattern may replace this module's forward, or None: other code has replaced it, or the ops cannot run
+    on these tensors."""
     if other := foreign_forward(module):
         return f"its forward was already replaced by {other}"
     return no_kernel(*tensors)

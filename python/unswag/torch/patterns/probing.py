@@ -1,4 +1,4 @@
-"""What probes share: copies that nothing can leak out of, and the comparison of values and gradients."""
+"""Helpers of the probes: isolated copies of modules, and the comparison of values and gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unswag.torch.patterns.pattern import HOOKS, METHODS, RECORD, stock_class
 
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Probes run in here: gradients on, autocast off, no warnings; the random state afterwards is the one before."""
+    """The context in which probes run: gradients on, autocast off, no warnings. Restores the random state."""
     cuda = torch.cuda.is_initialized()
     devices = list(range(torch.cuda.device_count())) if cuda else []
     with (
@@ -33,7 +33,7 @@ def sealed() -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        # Not torch.manual_seed: it leaves word to seed a CUDA that starts later, which nothing here could take back.
+        # Not torch.manual_seed: it would also seed CUDA if that is initialised later, which cannot be undone here.
         torch.default_generator.manual_seed(0)
         if cuda:
             torch.cuda.manual_seed_all(0)
@@ -41,13 +41,13 @@ def sealed() -> Iterator[None]:
 
 
 def twin(module: nn.Module, **replaced: Any) -> nn.Module:
-    """A copy of `module` in which the named children and parameters are others. It shares nothing that a forward could write
+    """A copy of `module` in which the named children and parameters are replaced. It shares nothing that a forward could write
     to: tensors, containers, plain objects and the other children are copies too. It has no hooks, and its forward is that of
-    the class. Of a parametrized module nothing is read: each reading may advance it."""
+    the class. ValueError for a parametrized module: reading it may change it."""
     return _twin(module, replaced, {})
 
 
-LARGE = 1 << 22  # elements: what has more is no part that a probe runs, but something that a module knows of
+LARGE = 1 << 22  # elements: a module with more is not run by a probe, only referred to, and stays shared
 
 
 def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> nn.Module:
@@ -56,7 +56,7 @@ def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> 
     cls = stock_class(module)
     made = cls.__new__(cls)
     seen[id(module)] = made
-    for base in reversed(_own_classes(module)):  # what the class holds for all its instances, too
+    for base in reversed(_own_classes(module)):  # also what the class holds for all its instances
         shared = {k: v for k, v in vars(base).items() if type(v) in (list, dict, set) and not k.startswith("__")}
         made.__dict__.update({k: _unshared(v, seen) for k, v in shared.items()})
     left_out = (RECORD, METHODS, "forward", "_parameters", "_buffers", "_modules", *HOOKS)
@@ -69,7 +69,7 @@ def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> 
 
 
 def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
-    """What a twin gets for `value`; what is of no known make stays shared."""
+    """What a twin gets for `value`: a copy, or for an unknown type the value itself."""
     if id(value) in seen:
         return seen[id(value)]
     made = value
@@ -101,7 +101,7 @@ def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """An object of a class written in Python that says nothing about how it is copied."""
+    """Whether it is an object of a class written in Python that does not customise how it is copied."""
     cls = type(value)
     return (
         isinstance(getattr(value, "__dict__", None), dict)
@@ -122,7 +122,7 @@ class Writes(Exception):
 
 
 def own_forward(module: nn.Module, *args: Any, method: str = "forward") -> Any:
-    """What the own forward of a twin's class makes of `args`. Writes if it changes the twin or its class, which is put back."""
+    """The result of a twin's own forward. Raises Writes if it changes the twin or its class; the class is restored."""
     before, classes = _state(module), [(cls, dict(vars(cls))) for cls in _own_classes(module)]
     try:
         return getattr(stock_class(module), method)(module, *args)
@@ -137,13 +137,13 @@ def own_forward(module: nn.Module, *args: Any, method: str = "forward") -> Any:
 
 
 def _own_classes(module: nn.Module) -> list[type]:
-    """Those whose attributes a forward might take for its module's: torch's hold none."""
+    """The classes whose attributes a forward may use as its module's own. Those of torch have none."""
     mro = stock_class(module).__mro__
     return [cls for cls in mro if cls not in nn.Module.__mro__ and not cls.__module__.startswith(("torch.", "builtins"))]
 
 
 def _state(module: nn.Module, prefix: str = "") -> dict[str, Hashable]:
-    """What a forward could change of a module and its children, by name, and equal as long as it does not."""
+    """What a forward could change in a module and its children, by name; equal as long as nothing changes."""
     state: dict[str, Hashable] = {}
     for k, v in vars(module).items():
         if k == "_modules":
@@ -178,8 +178,8 @@ def _mark(value: Any, depth: int = 4) -> Hashable:
 
 def kind(module: nn.Module) -> Hashable:
     """Equal for modules that run the same code with the same settings on tensors of the same shapes: everything but the values
-    of parameters and buffers. What cannot be compared by value (a function, a config) is the same object or another kind;
-    compare while the modules live, and nobody changes them."""
+    of parameters and buffers. What cannot be compared by value (a function, a config) is compared by identity, so
+    compare kinds only while the modules exist and do not change."""
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
     return (
         tuple((name, type(m), _settings(m)) for name, m in module.named_modules()),
@@ -209,8 +209,8 @@ def setting(value: Any) -> Hashable:
 
 class Drawn(nn.Module):
     """Stands in for a Linear of any kind (LoRA, 4-bit, sharded) in a probe: y[j] = x[index[j]] scale[j] + shift[j]. It has
-    the shapes of the Linear it stands for, or a part of them, and costs next to nothing at any size. Its weight says its dtype
-    and nothing else."""
+    the shapes of the Linear it stands for, or a part of them, and costs next to nothing at any size. Only the dtype of its
+    weight can be read."""
 
     def __init__(self, linear: Any, shifts: float, dtype: torch.dtype, device: torch.device, part: int = 1) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Drawn(nn.Module):
 
 
 class Unread(Tensor):
-    """A weight of which only the dtype may be asked."""
+    """A weight of which only the dtype may be read."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,14 +257,14 @@ def takes_one_argument(module: nn.Module) -> bool:
     """Whether `module.forward` takes one tensor and nothing else."""
     try:
         parameters = inspect.signature(stock_class(module).forward).parameters.values()
-    except (TypeError, ValueError):  # no Python
+    except (TypeError, ValueError):  # not a Python function
         return False
     return len(parameters) == 2 and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def ignores_the_mean(module: nn.Module, like: Tensor) -> bool:
-    """Whether y of x + 8 is y of x: a LayerNorm, with or without weight and bias, and not an RMSNorm. False where it cannot be
-    seen: for a forward that raises, or gives another shape, and where there is nothing to see."""
+    """Whether x + 8 and x give the same y, as for a LayerNorm, with or without weight and bias, and not for an RMSNorm. False
+    if this cannot be tested: the forward raises or changes the shape, x is on the meta device, or there is one column."""
     vectors = dict(module.named_parameters(recurse=False))
     cols = next((v.shape[-1] for v in vectors.values() if v.ndim), getattr(module, "normalized_shape", (8,))[-1])
     if like.is_meta or cols < 2:
@@ -275,23 +275,23 @@ def ignores_the_mean(module: nn.Module, like: Tensor) -> bool:
         with torch.no_grad():
             low, high = (own_forward(twin(module, **ones), v.to(like.dtype)) for v in (x, x + 8))
             return low.shape == x.shape and bool((low - high).abs().max() <= 0.03 * low.abs().max())
-    except Exception:  # whatever a stranger's forward does on two rows, or a device that is not there
+    except Exception:  # whatever an unknown forward raises on two rows, or a missing device
         return False
 
 
 def value_and_gradients(f: Callable[[], Tensor], leaves: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """[y, dleaf, …] of y = f() for a random dy, a zero gradient where y does not depend on a leaf. `.grad` stays as it is."""
+    """[y, dleaf, …] of y = f() for a random dy, a zero gradient where y does not depend on a leaf. `.grad` is not changed."""
     y = f()
     generator = torch.Generator(y.device).manual_seed(seed)
     dy = torch.randn(y.shape, dtype=torch.float32, device=y.device, generator=generator).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True, materialize_grads=True)]
 
 
-# ---- where users go ---------------------------------------------------------------------------------------------------------
+# ---- calls in practice ------------------------------------------------------------------------------------------------------
 
 
 def takes(module: nn.Module, x: Tensor) -> bool:
-    """Whether the own forward of a twin does not raise."""
+    """Whether the own forward of a twin accepts x."""
     try:
         own_forward(module, x)
     except Exception:
@@ -304,16 +304,16 @@ AUTOCAST = "under autocast"
 MODES = (PLAIN, NO_GRAD, INFERENCE, FROZEN, AUTOCAST)  # in which a module is called
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (5,), (1, 1), (2, 3), (2, 1, 3))  # of x, before its last dimension
 LARGE_SCALES = (1e3, 1e4, 1e6)  # of x
-LOOSE = 1e-4  # another path gives other numbers, not other roundings
+LOOSE = 1e-4  # a different path differs by more than rounding
 
 
 def usual(draw: Callable[..., Tensor], cols: int) -> list[Tensor]:
-    """Inputs of all shapes, and one that does not lie row after row."""
+    """Inputs of all shapes, and one that is not contiguous."""
     return [*(draw(*shape, cols) for shape in SHAPES), draw(cols, 5).T]
 
 
 def unusual(draw: Callable[..., Tensor], cols: int, dtype: torch.dtype) -> list[Tensor]:
-    """Inputs with large rows, as far as the dtype goes, with a row of zeros, and with a NaN or an infinity in a row."""
+    """Inputs with large values, up to the largest of the dtype, with a row of zeros, and with a NaN or an infinity in a row."""
     most = min(torch.finfo(d).max for d in (dtype, torch.float32))
     large = [(scale * draw(4, cols)).clamp(-most, most) for scale in LARGE_SCALES]
     zeros, *odd = (draw(3, cols) for _ in range(4))
@@ -331,8 +331,8 @@ def differs_in_use(
     modes: Iterable[str] = (PLAIN,),
     method: str = "forward",
 ) -> str | None:
-    """How `ours` differs from the own forward of a twin, or None: on these inputs in `dtype`, in these modes, training and not.
-    What its forward does not take, it need not compute."""
+    """How `ours` differs from the own forward of a twin, or None: on these inputs in `dtype`, in these modes, in training and
+    evaluation. Inputs that its own forward rejects are skipped."""
     for training, mode, x in itertools.product((True, False), modes, inputs):
         x, copy.training = x.to(dtype), training
         leaves = list(copy.parameters())
@@ -371,8 +371,9 @@ def _results(mode: str, f: Callable[[Tensor], Tensor], x: Tensor, leaves: Sequen
 
 
 def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest distance, of what is finite; infinities must be the same. Where theirs is NaN, ours may be the limit:
-    PyTorch's own silu(-inf) and its derivative are NaN. What is a hundredth of the rest may be rounding: gelu(-5)."""
+    """The largest relative distance of finite values; infinities must be equal. Where theirs is NaN, ours may be the limit:
+    PyTorch's own silu(-inf) and its derivative are NaN. A tensor below a hundredth of the largest, as gelu(-5) may be, counts
+    relative to that hundredth, because it may be mere rounding."""
     if any(
         a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a[b.isinf()], b[b.isinf()])
         for a, b in zip(ours, theirs, strict=True)

@@ -1,11 +1,11 @@
-"""What a probe's proof rests on, and whether it still does.
+"""The facts under which a probe proved a replacement, and the check that they still hold.
 
-A probe compares a replacement with the forward that a module has at the surgery. Afterwards somebody may patch its class, set
-`GELU.approximate`, put another forward on an activation, hook a child that we do not call. So the surgery writes down what
-the forward can read, and each call looks whether all of it is as it was; if not, the module's own forward runs.
+A probe compares a replacement with the forward that a module has at the surgery. Afterwards user code may patch its class, set
+`GELU.approximate`, put another forward on an activation, or hook a child that the replacement does not call. So the surgery
+records what the forward can read, and each call checks that none of it has changed; otherwise the module's own forward runs.
 
-What is compared must be equal in every copy of the module: functions and classes by identity, scalars and what is made of them
-by value. Tensors and modules are read when they are used, and take no part.
+The facts must be equal in every copy of the module: functions and classes are compared by identity, scalars and containers of
+them by value. Tensors and modules are not compared, because the replacement reads them at each call.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 MEMBERS = (*FUNCTIONS, type, property, staticmethod, classmethod, functools.cached_property)
 TABLES = ("_parameters", "_buffers", "_modules")
-MOST = 64  # functions that one forward is followed into
+MOST = 64  # most functions that are followed from one forward
 GLOBAL_HOOKS = tuple(
     f"_global_{hooks}" for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 )
 OTHER = object()  # what is not compared
 ROWS = 2049
-FEW, MANY, MOST_LENGTHS = 8, 1 << 14, 8  # of the numbers in a forward that may be lengths
-LARGE = 256  # entries: a larger table is compared by their number
+FEW, MANY, MOST_LENGTHS = 8, 1 << 14, 8  # numbers in a forward that may be lengths: above FEW, to MANY; how many
+LARGE = 256  # entries: of a larger container only their number is compared
 
 
 class Proof:
-    """The facts that a replacement of a method of `candidate.module` was proven under.
+    """The facts under which a replacement of a method of `candidate.module` was proven.
 
-    reads   names of settings that the replacement reads at each call, as the module itself does
-    unseen  names of children that the module calls and the replacement does not: their facts belong to it, and hooks that would
-            not run, theirs and torch's global ones, are a reason for the module's own forward
-    methods those that are replaced
+    reads   names of settings that the replacement reads at each call, as the module itself does; they may change
+    unseen  names of children that the module calls and the replacement does not. Their facts are compared too. If they have
+            hooks, or torch has global ones, which would not run, the module's own forward runs
+    methods names of the methods that are replaced
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Proof:
         ]
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether all is as it was; says once what is not, in a warning."""
+        """Whether nothing has changed; a change is reported once, in a warning."""
         if self._facts.hold(module):
             children: dict[str, Any] = module.__dict__["_modules"]
             for name, whole in self._unseen:
@@ -78,7 +78,7 @@ class Proof:
         return what is None
 
     def changed(self, module: nn.Module) -> str | None:
-        """What is not as it was, or None."""
+        """What has changed, or None."""
         what = self._facts.changed(module)
         for name, whole in self._unseen:
             what = what or whole.changed(module._modules.get(name), name)
@@ -100,7 +100,7 @@ class Proof:
 
 
 class _Facts:
-    """What the named methods of a module can read: of its class, its instance, and the globals of their functions."""
+    """What the named methods of a module can read: from its class, its instance, and the globals of their functions."""
 
     def __init__(self, module: nn.Module, methods: tuple[str, ...], reads: frozenset[str] = frozenset()) -> None:
         cls, own = stock_class(module), vars(module)
@@ -118,7 +118,8 @@ class _Facts:
         self._others = [(k, v) for k, v in others if v is not OTHER]
         shared = [(get, what, holder, _within(get(holder), seen.named)) for get, what, holder in seen.held]
         self._shared = [(*where, v) for *where, v in shared if v is not OTHER]
-        self._shadows = tuple(k for k in seen.members if k not in own and k != "forward")  # theirs runs, and may call ours
+        # Not "forward": one that is set on the instance runs instead of ours, and may call it.
+        self._shadows = tuple(k for k in seen.members if k not in own and k != "forward")
         self._nones = [(table, k) for table in TABLES for k, v in own[table].items() if v is None]
         known = {*own, *seen.members, *itertools.chain.from_iterable(own[table] for table in TABLES)}
         self._absent = tuple(k for k in seen.constants if k not in known and not hasattr(cls, k))
@@ -145,7 +146,7 @@ class _Facts:
                 if _within(get(holder), self._named) != v:
                     return False
             return not (self._absent and self._appeared(module))
-        except Exception:  # it is gone, or nothing that could be compared
+        except Exception:  # it no longer exists, or cannot be compared
             return False
 
     def changed(self, module: nn.Module) -> str | None:
@@ -182,7 +183,7 @@ def _title(holder: Any) -> str:
 
 
 class _Whole:
-    """A module, its children with it, that is not called although the replaced method calls it."""
+    """A module, with its children, that the replaced method calls and the replacement does not."""
 
     def __init__(self, module: nn.Module) -> None:
         self._cls, self._facts = type(module), _Facts(module, ("forward",))
@@ -206,13 +207,13 @@ class _Whole:
         if "forward" in vars(module):
             return f"its {name}'s forward was replaced"
         if what := self._facts.changed(module):
-            return f"of its {name}, {what}"
+            return f"in its {name}, {what}"
         parts = (whole.changed(module._modules.get(k), f"{name}.{k}") for k, whole in self._children)
         return next((what for what in parts if what), None)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `==` is all that it takes to compare it with that of a copy."""
+    """Whether `==` is enough to compare it with that of a copy."""
     return isinstance(value, (*SCALARS, *FUNCTIONS)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
@@ -245,10 +246,10 @@ class _Any(frozenset[str]):
         return True
 
 
-ANY = _Any()  # the words of what is no Python: it may read everything
+ANY = _Any()  # the words of code that is not Python: it may read anything
 
 
-Held = tuple[Callable[[Any], Any], str, Any]  # (getter, what it is, holder) of what may change within, and of closures
+Held = tuple[Callable[[Any], Any], str, Any]  # (getter, description, holder) of mutable values and of closures
 
 
 @dataclass
@@ -264,13 +265,13 @@ class _Seen:
 
 
 def mentioned(module: nn.Module, method: str = "forward") -> frozenset[str]:
-    """The names in the code of a method, and of what it calls of the module and its own file."""
+    """The names in the code of a method, and in the functions of its module and its own file that it calls."""
     return _follow(module, (method,)).words
 
 
 def lengths(module: nn.Module) -> list[int]:
-    """Numbers of rows at which its forward may take another path: above a large one, at those that its code and its settings
-    name, and above these."""
+    """Numbers of rows at which the forward of `module` may take another path: a large one, those that its code and its settings
+    name, and each of these plus one."""
     seen = _follow(module, ("forward",))
     settings = {v for k, v in vars(module).items() if k in seen.words and type(v) is int}
     named = sorted(n for n in seen.numbers | settings if FEW < n <= MANY)
@@ -355,7 +356,7 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
 
 
 def _function(value: Any) -> Any:
-    """What runs when `value` is called or read, or None for what does not matter."""
+    """The function that runs when `value` is called or read, or None if there is none to follow."""
     for attribute in ("fget", "func", "__func__", "__wrapped__"):
         if not isinstance(value, types.FunctionType) and (inner := getattr(value, attribute, None)) is not None:
             return _function(inner)
@@ -377,8 +378,8 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def frozen(value: Any, words: frozenset[str] = frozenset(), depth: int = 3) -> Any:
-    """What of `value` can be compared between copies, OTHER if nothing: of a container what it holds, of an object its class
-    and those of its attributes that `words` mention."""
+    """The part of `value` that can be compared between copies, OTHER if there is none: for a container its items, for an object
+    its class and those of its attributes that are in `words`."""
     if isinstance(value, (*SCALARS, *FUNCTIONS)):
         return value
     if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):
@@ -412,7 +413,7 @@ def seen_as(
 
 
 def _within(value: Any, words: frozenset[str]) -> Any:
-    """As `frozen`, of what all copies share: a class stands for what it holds, a large table for its size."""
+    """As `frozen`, for what all copies share: a class is compared by its attributes, a large container by its size."""
     if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > LARGE:
         return type(value), len(value)
     if isinstance(value, Mapping) and not isinstance(value, dict):
@@ -423,7 +424,7 @@ def _within(value: Any, words: frozenset[str]) -> Any:
 
 
 def others_global_hooks() -> str | None:
-    """The audit's own hooks look at modules that are called, and mind no other."""
+    """What changed if other code has registered a global module hook, or None. UnSwag's audit needs only modules that run."""
     for hooks in GLOBAL_HOOKS:
         for hook in getattr(torch_module, hooks, {}).values():
             if not maker(hook).startswith("unswag."):
