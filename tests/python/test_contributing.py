@@ -210,7 +210,8 @@ TABLES = {
     "tests/python/activations.py": (
         "ACTIVATIONS = {",
         "        module=lambda nn: nn.QuickGELU(),\n    ),\n",
-        '    "mish": Row("smooth", torch=lambda torch, x: torch.nn.functional.mish(x), jax=lambda jax, x: jax.nn.mish(x)),\n',
+        '    "mish": Row("smooth", lambda torch, x: torch.nn.functional.mish(x), lambda jax, x: jax.nn.mish(x),\n'
+        "        lambda F, x: F.mish(x), lambda nn: nn.Mish()),\n",
         "tests/python/test_lists.py::test_activations_of_the_core_are_those_of_reference_jax_and_the_tests",
     ),
 }
