@@ -11,6 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 
 class _Storage(NamedTuple):
@@ -29,8 +30,8 @@ class LiveStorages(TorchDispatchMode):
     shape of the hidden states (as rows) and one of the shape of the head's weight. Autograd adds the two gradients of a weight
     that head and embedding share in place, but not under a mode such as this one: their sum, soon `.grad`, is not counted.
 
-    The loss runs from the call of the head to the end of the forward, and in the backward until the hidden states have their
-    gradient.
+    The loss runs from the return of the backbone to the end of the forward, and in the backward until the hidden states have
+    their gradient. Nothing is hooked to the head: a head with hooks computes its logits in full.
     """
 
     def __init__(self, model: torch.nn.Module, inputs: list[torch.Tensor]):
@@ -46,7 +47,8 @@ class LiveStorages(TorchDispatchMode):
         head = model.get_output_embeddings()
         self._head_shape = head.weight.shape
         layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-        self._hooks = [head.register_forward_pre_hook(self._enter_loss)]
+        backbone = next(m.base_model for m in model.modules() if isinstance(m, PreTrainedModel))
+        self._hooks = [backbone.register_forward_hook(self._enter_loss)]
         self._hooks += [layer.register_forward_pre_hook(self._enter_layer) for layer in layers]
 
     def forward(self, run):
@@ -107,11 +109,11 @@ class LiveStorages(TorchDispatchMode):
         self._at_most = total + sum(buffers.values())
         return total, sum(buffers.values())
 
-    def _enter_loss(self, head, args) -> None:
+    def _enter_loss(self, backbone, args, output) -> None:
         if self._forward:
             self._loss = True
-            self._loss_shapes = _rows(args[0]), _rows(head.weight)
-            args[0].register_hook(self._leave_loss)
+            self._loss_shapes = _rows(output[0]), tuple(self._head_shape)
+            output[0].register_hook(self._leave_loss)
 
     def _leave_loss(self, grad) -> None:
         self._loss = False
