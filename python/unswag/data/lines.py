@@ -20,7 +20,7 @@ from unswag.data import records
 from unswag.data.arguments import path_of
 from unswag.data.disk import to_disk, writing
 from unswag.data.records import Bad
-from unswag.data.report import Meter
+from unswag.report.terminal import Meter
 
 MAX_LINE_BYTES = 64 << 20
 QUARANTINE = ".quarantine"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from unswag.data import records
 from unswag.data.arguments import check_arguments, paths_of
@@ -19,8 +18,9 @@ from unswag.data.dataset import PackedDataset, pack
 from unswag.data.disk import ARRAYS, ROOM, TRAINED, writing
 from unswag.data.lines import Rejected, check_file, check_quarantine, quarantine_path, read_lines, read_record
 from unswag.data.records import Bad, NotLearnt
-from unswag.data.report import WHERE, Counts, Meter
+from unswag.data.report import WHERE, Counts
 from unswag.data.text import Encoder, Text
+from unswag.report.terminal import Meter, say
 
 BATCH_ROWS = 256
 BATCH_BYTES = 8 << 20
@@ -119,8 +119,7 @@ def prepare_data(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if verbose:
-        console = Console(stderr=True)
-        console.print(data.report(), soft_wrap=not console.is_terminal)
+        say(data.report(), wrap=False)
     return data
 
 

@@ -1,11 +1,9 @@
-"""Counts of what happened to each line, the report that shows them, and the progress display."""
+"""Counts of what happened to each line, and the report that shows them."""
 
 from __future__ import annotations
 
 import io
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -137,36 +134,3 @@ class Report:
         )
         axes.legend()
         figure.savefig(target, format="png", dpi=150)
-
-
-class Meter:
-    """Shows progress: a bar on a terminal, elsewhere a line every ten seconds; nothing for work of less than two seconds."""
-
-    def __init__(self, what: str, total: int, shown: bool):
-        self.what, self.total, self.shown = what, total, shown
-        self.done, self.begin = 0, time.monotonic()
-        self.next_line = self.begin + 2
-        self.bar: Progress | None = None
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def advance(self, n: int) -> None:
-        self.done += n
-        now = time.monotonic()
-        if not self.shown or now < self.begin + 2:
-            return
-        if sys.stderr.isatty():
-            if self.bar is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-                self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-                self.bar.add_task(self.what, total=self.total)
-                self.bar.start()
-            self.bar.update(self.bar.task_ids[0], completed=self.done)
-        elif now >= self.next_line:
-            self.next_line = now + 10
-            print(f"{self.what}: {self.done / max(1, self.total):.0%}", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

@@ -50,6 +50,8 @@ def of_ledger(ledger: Ledger) -> Table:
     table.add_row("total", *empty, *_figures(ledger, ledger.total))
     if ledger.alive is not None:
         table.add_row("counted independently", *empty, *_figures(ledger, ledger.alive))
+        if (beside := ledger.alive - ledger.total) > ledger.alive // 100:
+            table.add_row("of it in no row (results, checkpoints)", *empty, *_figures(ledger, beside)[:2], "")
     if ledger.peak is not None:
         table.add_row("highest, forward and backward", *empty, *_figures(ledger, ledger.peak))
     for name, extra in (("not in it: loss buffers", ledger.loss_buffers), ("not in it: weight copies", ledger.weight_copies)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -33,9 +34,11 @@ def audit(model: nn.Module, *, backward: bool = False, tokens: int = 0, **batch:
     parameters, their gradients, buffers, the batch; on lines of their own: the loss's gradient buffers and autocast's copies of
     weights.
 
-    Random state, gradients and buffers of the model are restored; the hooks that track modules are removed. RuntimeError if
-    gradients are switched off.
+    Random state, gradients and buffers of the model are restored; the hooks that track modules are removed.
+
+    RuntimeError if gradients are switched off; ValueError for a model on the meta device.
     """
+    refuse_meta("audit", model)
     if not torch.is_grad_enabled():
         raise RuntimeError("audit: gradients are switched off, so nothing is kept; call it outside torch.no_grad()")
     if not isinstance(tokens, int) or tokens < 0:
@@ -66,6 +69,16 @@ def measure(model: nn.Module, batch: dict[str, Any], *, backward: bool = False, 
             ledger.peak = live.peak()
     del held
     return ledger
+
+
+def refuse_meta(op: str, model: nn.Module) -> None:
+    """ValueError if a parameter or buffer of the model has no data."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    if (where := next((name for name, tensor in named if tensor.is_meta), None)) is not None:
+        raise ValueError(
+            f"{op}: {where} is on the meta device and has no data; materialise the model first "
+            "(model.to_empty(device=...), then load its weights), or load it without device_map and low-memory options"
+        )
 
 
 class LiveStorages(TorchDispatchMode):
@@ -176,7 +189,7 @@ class _Recorder:
         if tier == "parameter" or all(self._live.is_apart(s._cdata) for s in storages(t)):
             return
         kept = sum(s.nbytes() for part in packed or (t,) for s in storages(part)) if tier == "device" else 0
-        bits = 8.0 * t.element_size() if packed is None else 8.0 * kept / t.numel()
+        bits = 8.0 * t.element_size() if packed is None else 8.0 * kept / max(t.numel(), 1)
         is_logits = self._logits is not None and self._logits.are(t, self.module)
         row = Row(
             module=self.module,

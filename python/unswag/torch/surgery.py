@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections import Counter
@@ -11,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from rich.console import Console
 from torch import nn
 
 from unswag.ledger import Ledger
 from unswag.policy import EXACT, Policy
 from unswag.report import html, tables
+from unswag.report.terminal import Meter, say
 from unswag.torch import checkpoint, patterns
+from unswag.torch.audit import refuse_meta
 from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
@@ -157,17 +157,13 @@ def apply_unswag_surgery(
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
     chosen = Policy.named(policy)
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    if (where := next((name for name, tensor in named if tensor.is_meta), None)) is not None:
-        raise ValueError(
-            f"apply_unswag_surgery: {where} is on the meta device, where nothing can be compared; materialise the model first "
-            "(model.to_empty(device=...), then load its weights), or load it without device_map and low-memory options"
-        )
+    refuse_meta("apply_unswag_surgery", model)
     stock = {name for name, option in options.items() if option == "stock"}
+    shown = verbose and _is_first_rank()
     before = _take_back(model)
     try:
         with sealed():
-            planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify, options)
+            planned, skipped = _plan(model, [p for p in patterns.ALL if p.name not in stock], verify, options, shown)
             kept_before, unknown = _dry(model) if planned else (None, "")
         for pattern, candidate in planned:
             pattern.apply(candidate)
@@ -198,8 +194,8 @@ def apply_unswag_surgery(
         unknown=unknown or changed, checkpointing=checkpoints(model), notes=left, policy=words,
         _logits=logits_counters(model), _relus=relus,
     )  # fmt: skip
-    if verbose and _is_first_rank():
-        Console(stderr=True).print(report)
+    if shown:
+        say(report)
     return report
 
 
@@ -229,31 +225,35 @@ def _take_back(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
 
 
 def _plan(
-    model: nn.Module, chosen: list[Pattern], verify: bool, options: Mapping[str, str]
+    model: nn.Module, chosen: list[Pattern], verify: bool, options: Mapping[str, str], shown: bool
 ) -> tuple[list[tuple[Pattern, Candidate]], list[tuple[str, str]]]:
     """What to patch, and what to leave with its reason. Changes nothing."""
     planned: list[tuple[Pattern, Candidate]] = []
     skipped: list[tuple[str, str]] = []
     said: set[tuple[str, str]] = set()
     covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
-    for pattern in chosen:
-        probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
-        for candidate in _found(pattern, model, skipped):
-            if id(candidate.module) in covered:
-                continue
-            candidate.options, candidate.said = options, said
-            key = candidate.module if verify else kind(candidate.module)
-            if key not in probed:
-                probed[key] = (cannot_operate(candidate.module) or _probe(pattern, candidate), candidate.parts)
-            reason, parts = probed[key]
-            candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
-            if reason is None:
-                planned.append((pattern, candidate))
-                if "covers" in candidate.parts:
-                    covered.add(id(candidate.module))
-                    covered.update(id(getattr(candidate.module, child)) for child in candidate.parts["covers"])
-            else:
-                skipped.append((candidate.name, f"{pattern.name}: {reason}"))
+    found = [(pattern, list(_found(pattern, model, skipped))) for pattern in chosen]
+    total = sum(len(candidates) for _, candidates in found)
+    with Meter("UnSwag surgery: comparing modules", total, shown, count=True) as meter:
+        for pattern, candidates in found:
+            probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
+            for candidate in candidates:
+                meter.advance(1)
+                if id(candidate.module) in covered:
+                    continue
+                candidate.options, candidate.said = options, said
+                key = candidate.module if verify else kind(candidate.module)
+                if key not in probed:
+                    probed[key] = (cannot_operate(candidate.module) or _probe(pattern, candidate), candidate.parts)
+                reason, parts = probed[key]
+                candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
+                if reason is None:
+                    planned.append((pattern, candidate))
+                    if "covers" in candidate.parts:
+                        covered.add(id(candidate.module))
+                        covered.update(id(getattr(candidate.module, child)) for child in candidate.parts["covers"])
+                else:
+                    skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped
 
 
@@ -311,4 +311,4 @@ def _is_first_rank() -> bool:
     """Whether this process is the one that speaks for all."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") in ("", "0")
+    return os.environ.get("RANK", "0").strip() in ("", "0")

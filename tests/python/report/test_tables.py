@@ -27,6 +27,7 @@ def test_groups_and_sums_of_a_ledger():
         ["(the model itself)", "other", "0", "1", "0", "0", "0.0 %"],
         ["total", "", "", "", "2,001", "200", "100.0 %"],
         ["counted independently", "", "", "", "2,100", "210", "104.9 %"],
+        ["of it in no row (results, checkpoints)", "", "", "", "99", "10", ""],
         ["highest, forward and backward", "", "", "", "3,000", "300", "149.9 %"],
         ["not in it: loss buffers", "", "", "", "50", "5", ""],
         ["not in it: weight copies", "", "", "", "60", "6", ""],

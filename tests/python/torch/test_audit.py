@@ -380,3 +380,21 @@ def test_logits_are_named(peft):
 def test_a_page_shows_a_model_of_many_layers():
     ledger = audit(tiny_llama(16), **batch(8))
     assert len(ledger.rows) > 300 and len(repr(ledger).splitlines()) <= 45 and ledger._repr_html_().startswith("<table>")
+
+
+def test_a_batch_without_rows():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    unswag.apply_unswag_surgery(model, verbose=False)
+    assert audit(model, input=torch.zeros(0, 8)).total == 0
+
+
+def test_what_is_alive_in_no_row_is_a_row_of_the_table():
+    ledger = Ledger(alive=3000, tokens=10)
+    assert "of it in no row" in str(ledger) and "of it in no row" not in str(Ledger(alive=0, tokens=10))
+
+
+def test_a_model_without_data_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="audit: weight is on the meta device and has no data; materialise"):
+        audit(model, input=torch.zeros(1, 2))

@@ -9,6 +9,7 @@ import families
 import pytest
 import torch
 from families import ids
+from small_models import batch, tiny_llama
 from torch import nn
 
 import unswag
@@ -104,3 +105,11 @@ def test_whether_checkpointing_is_on():
     assert checkpoints(model) is False and checkpoints(nn.Linear(2, 2)) is None
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert checkpoints(model) is True
+
+
+def test_the_report_of_lora_with_dropout_is_what_a_step_keeps():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
+    model = peft.get_peft_model(tiny_llama(layers=1), config).train()
+    report = unswag.apply_unswag_surgery(model, verbose=False)
+    assert report.after.total == unswag.audit(model, use_cache=False, **batch(64)).total

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import io
+import sys
 import types
 import warnings
 
@@ -774,3 +775,13 @@ def test_a_dry_run_that_cannot_be_done_says_why_and_nothing_else(capfd):
     said = capfd.readouterr()
     assert report.bytes_per_token == (None, None) and said.out == "" and "Traceback" not in said.err
     assert "a run without data fails with" in report.unknown and "a run without data fails with" in " ".join(said.err.split())
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_report_that_cannot_be_printed_is_returned(monkeypatch, error):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise error("nobody reads this")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert operate(families.build("llama")).patched

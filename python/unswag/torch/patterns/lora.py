@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from unswag.torch.draws import draw_seed
 from unswag.torch.lora import Adapter, add_lora
@@ -153,7 +154,7 @@ def _unlike(module: Any, name: str) -> str | None:
         return f"its adapter {name!r} has hooks, which would not run"
     if any("forward" in vars(part) or (cls := stock_class(part)).forward is not FORWARDS[cls] for part in (a, b, dropout)):
         return f"its adapter {name!r} has a part with a replaced forward, which would not run"
-    if type(a.weight) is not nn.Parameter or type(b.weight) is not nn.Parameter:
+    if any(type(part.weight) not in (nn.Parameter, FakeTensor) for part in (a, b)):
         return f"its adapter {name!r} has weights of type {type(a.weight).__name__}, which only their own module can use"
     if a.weight.dtype != b.weight.dtype or not a.weight.dtype.is_floating_point:
         return f"its adapter {name!r} has weights of dtypes {a.weight.dtype} and {b.weight.dtype}"

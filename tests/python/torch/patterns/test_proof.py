@@ -41,7 +41,7 @@ EXAMPLES = {
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr("rich.console.Console.print", lambda *_: None)
+    monkeypatch.setattr("unswag.torch.surgery.say", lambda *_: None)
     torch.manual_seed(0)
 
 
