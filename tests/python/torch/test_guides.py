@@ -30,6 +30,6 @@ def test_the_guide_to_longer_sequences(capsys):
         model.activation_checkpointing_enable = model.gradient_checkpointing_enable
     for snippet in snippets("long_context.md"):
         exec(compile(snippet, "docs/long_context.md", "exec"), names)
-    assert names["ledger"].peak > 0 and 0 < names["short"] < names["long"]
+    assert names["ledger"].peak > 0 and 0 < names["short"].peak < names["long"].peak
     tokens = re.search(rf"{2**30} bytes hold about ([\d,]+) tokens", capsys.readouterr().out)
     assert int(tokens[1].replace(",", "")) > 512
