@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from examples.resident import forget_peak, resident
+
 from bench.kept import add_runs, runs_of, runs_of_sides
 from bench.smollm2 import Job, Prepared, patched, table, write
 
@@ -20,18 +22,6 @@ ROWS = {  # name: (job, stock as written in the goals, the most that ours may ta
     "lora": (Job(training="lora", tokens=2048), 3_330, 1_150),
 }
 SIDES = ["stock", "our loss", "ours"]
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most since `forget_peak`) of this process, in bytes."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field + ":"))
-
-
-def forget_peak() -> None:
-    """Let VmHWM start again from what is resident now."""
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
 
 
 def measure(job: dict, steps: int) -> dict:

@@ -13,21 +13,10 @@ import time
 from collections.abc import Callable
 
 from examples.demo.ways import Way, arguments, quiet, write
+from examples.resident import forget_peak, resident
 
 STEP = 64  # tokens: the longest length is found to this
 TRIES = 2  # runs spent on finding it
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the highest since `forget_peak`) of this process, bytes."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field + ":"))
-
-
-def forget_peak() -> None:
-    """Makes VmHWM start again from the memory resident now."""
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
 
 
 class Curve(threading.Thread):

@@ -12,10 +12,13 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 __all__ = ["Meter", "say"]
 
 
+# What printing raises where nobody reads: rich turns a broken pipe into SystemExit, a closed file is a ValueError.
+UNREAD = (OSError, ValueError, SystemExit)
+
+
 def say(shown: RenderableType, wrap: bool = True) -> None:
     """Prints to stderr. `wrap`: lines longer than the terminal are wrapped even where stderr is none."""
-    # rich turns a pipe that nobody reads any more into SystemExit, a closed file is a ValueError
-    with contextlib.suppress(OSError, ValueError, SystemExit):
+    with contextlib.suppress(*UNREAD):
         console = Console(stderr=True)
         console.print(shown, soft_wrap=not wrap and not console.is_terminal)
 
@@ -40,7 +43,7 @@ class Meter:
         now = time.monotonic()
         if not self.shown or sys.stderr is None or now < self.begin + 2:
             return
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*UNREAD):
             self._show(now)
 
     def _show(self, now: float) -> None:
@@ -58,4 +61,5 @@ class Meter:
 
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with contextlib.suppress(*UNREAD):
+                self.bar.stop()

@@ -232,28 +232,26 @@ def _plan(
     skipped: list[tuple[str, str]] = []
     said: set[tuple[str, str]] = set()
     covered: set[int] = set()  # modules that a planned replacement does the work of, by identity
-    found = [(pattern, list(_found(pattern, model, skipped))) for pattern in chosen]
-    total = sum(len(candidates) for _, candidates in found)
-    with Meter("UnSwag surgery: comparing modules", total, shown, count=True) as meter:
-        for pattern, candidates in found:
-            probed: dict[Any, tuple[str | None, dict[str, Any]]] = {}
-            for candidate in candidates:
-                meter.advance(1)
-                if id(candidate.module) in covered:
-                    continue
-                candidate.options, candidate.said = options, said
-                key = candidate.module if verify else kind(candidate.module)
-                if key not in probed:
-                    probed[key] = (cannot_operate(candidate.module) or _probe(pattern, candidate), candidate.parts)
-                reason, parts = probed[key]
-                candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
-                if reason is None:
-                    planned.append((pattern, candidate))
-                    if "covers" in candidate.parts:
-                        covered.add(id(candidate.module))
-                        covered.update(id(getattr(candidate.module, child)) for child in candidate.parts["covers"])
-                else:
-                    skipped.append((candidate.name, f"{pattern.name}: {reason}"))
+    probed: dict[tuple[str, Any], tuple[str | None, dict[str, Any]]] = {}
+    found = [(pattern, candidate) for pattern in chosen for candidate in _found(pattern, model, skipped)]
+    with Meter("UnSwag surgery: comparing modules", len(found), shown, count=True) as meter:
+        for pattern, candidate in found:
+            meter.advance(1)
+            if id(candidate.module) in covered:
+                continue
+            candidate.options, candidate.said = options, said
+            key = (pattern.name, candidate.module if verify else kind(candidate.module))
+            if key not in probed:
+                probed[key] = (cannot_operate(candidate.module) or _probe(pattern, candidate), candidate.parts)
+            reason, parts = probed[key]
+            candidate.parts = parts | candidate.parts  # what its own `find` saw, and what the probe chose for its kind
+            if reason is None:
+                planned.append((pattern, candidate))
+                if "covers" in candidate.parts:
+                    covered.add(id(candidate.module))
+                    covered.update(id(getattr(candidate.module, child)) for child in candidate.parts["covers"])
+            else:
+                skipped.append((candidate.name, f"{pattern.name}: {reason}"))
     return planned, skipped
 
 
@@ -311,4 +309,4 @@ def _is_first_rank() -> bool:
     """Whether this process is the one that speaks for all."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return os.environ.get("RANK", "0").strip() in ("", "0")
+    return os.environ.get("RANK", "0") in ("", "0")

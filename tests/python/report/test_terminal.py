@@ -28,7 +28,20 @@ def closed() -> io.StringIO:
     return stream
 
 
-STREAMS = {"pipe": Broken(BrokenPipeError), "full": Broken(OSError), "closed": closed(), "none": None}
+class GoneTerminal(Broken):
+    """A terminal that was closed while a bar was on it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+STREAMS = {
+    "pipe": Broken(BrokenPipeError),
+    "full": Broken(OSError),
+    "closed": closed(),
+    "none": None,
+    "terminal": GoneTerminal(OSError),
+}
 
 
 @pytest.mark.parametrize("stream", STREAMS)

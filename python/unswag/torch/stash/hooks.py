@@ -55,8 +55,8 @@ def own(x: torch.Tensor) -> torch.Tensor:
     check whether x was overwritten afterwards: in the recompute of its own checkpoint. There, and for 16-bit inputs only, this
     copies.
     """
-    if x.element_size() >= 4 or torch.compiler.is_compiling() or torch_top_hooks is None:
+    if x.element_size() >= 4 or torch.compiler.is_compiling():
         return x
-    hooks = torch_top_hooks(False)
+    hooks = top_hooks()
     pack = None if hooks is None else getattr(hooks[0], "__qualname__", "")
     return x.clone() if pack and pack.startswith("_recomputation_hook.") else x
