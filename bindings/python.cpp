@@ -14,16 +14,41 @@
 #include <utility>
 #include <vector>
 
+#include "common.hpp"
 #include "unswag/unswag.hpp"
 #include "xla.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
+namespace unswag::python {
+
+void raise(const Status& status) {
+  PyObject* type = PyExc_RuntimeError;
+  switch (status.code()) {
+    case StatusCode::invalid_type: type = PyExc_TypeError; break;
+    case StatusCode::invalid_argument: type = PyExc_ValueError; break;
+    case StatusCode::not_supported: type = PyExc_NotImplementedError; break;
+    case StatusCode::device_error:
+    case StatusCode::ok: break;
+  }
+  PyErr_SetString(type, status.message().c_str());
+  throw nb::python_error();
+}
+
+void check(const Status& status) {
+  if (!status.ok()) raise(status);
+}
+
+}  // namespace unswag::python
+
 namespace {
 
 using unswag::Status;
-using unswag::StatusCode;
+using unswag::python::check;
+using unswag::python::raise;
+using unswag::python::run;
+using unswag::python::wide;
 using Address = std::uintptr_t;
 using Size = std::int64_t;
 
@@ -42,23 +67,6 @@ Names names_of(const List& list) {
   out.reserve(list.size());
   for (const auto& entry : list) out.push_back(entry.name);
   return names(out);
-}
-
-[[noreturn]] void raise(const Status& status) {
-  PyObject* type = PyExc_RuntimeError;
-  switch (status.code()) {
-    case StatusCode::invalid_type: type = PyExc_TypeError; break;
-    case StatusCode::invalid_argument: type = PyExc_ValueError; break;
-    case StatusCode::not_supported: type = PyExc_NotImplementedError; break;
-    case StatusCode::device_error:
-    case StatusCode::ok: break;
-  }
-  PyErr_SetString(type, status.message().c_str());
-  throw nb::python_error();
-}
-
-void check(const Status& status) {
-  if (!status.ok()) raise(status);
 }
 
 // An integer from Python becomes an enum only if the enum has that value.
@@ -90,21 +98,8 @@ struct Shape {
 };
 Shape shape(std::uint8_t dtype_code, Size rows, Size cols) { return {dtype(dtype_code), rows, cols}; }
 
-// Statistics and gradients of weights are float, or double beside double tensors.
-unswag::DType wide(unswag::DType t) { return t == unswag::DType::f64 ? t : unswag::DType::f32; }
-
 unswag::Stream where(int device, Address stream, int threads) {
   return {.handle = pointer<void>(stream), .threads = threads, .device = device};
-}
-
-template <class Args>
-void run(Status (*entry)(const Args&, unswag::Stream), const Args& args, unswag::Stream stream) {
-  Status status;
-  {
-    nb::gil_scoped_release unlocked;
-    status = entry(args, stream);
-  }
-  check(status);
 }
 
 void mask_forward(std::uint8_t act, double slope, std::uint8_t dtype_code, Size rows, Size cols, Address x, Size x_stride,
@@ -511,4 +506,7 @@ shape), NotImplementedError (no kernel), RuntimeError (device).  The global lock
   m.def("use_backend", [](std::string_view name) { check(unswag::use_backend(name)); }, "name"_a);
   m.def("default_threads", &unswag::default_threads);
   m.def("version", &unswag::version);
+
+  unswag::python::bind_eager(m);
+  unswag::python::bind_stash(m);
 }

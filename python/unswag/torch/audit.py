@@ -175,7 +175,7 @@ class _Recorder:
     """Turns what is saved into rows of a ledger: of what is still kept when the forward has ended."""
 
     def __init__(self, ledger: Ledger, live: LiveStorages, logits: _Logits | None) -> None:
-        self.leases: dict[Any, Any] = {}
+        self.leases = stash.Leases()
         self.module = ""
         self.sequences: list[tuple[str, torch.Size]] = []  # (module, shape) of each output [batch, length, width]
         self._ledger = ledger

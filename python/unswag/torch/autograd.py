@@ -15,6 +15,13 @@ REFUSAL = (
 )
 
 
+def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its Python part, which takes as long as the autograd engine's own. That part serves torch.func,
+    default arguments and torch.compile, and must not be left out where any of them is in use (`_core.eager.takes`)."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
 def once_differentiable(
     backward: Callable[..., tuple[Any, ...]] | None = None, *, sources_are_saved: bool = True
 ) -> Callable[..., Any]:
@@ -40,10 +47,10 @@ def once_differentiable(
         again = torch.is_grad_enabled()  # create_graph
         if again and not sources_are_saved:
             raise NotImplementedError(REFUSAL)
+        if not again:
+            return backward(ctx, *dy)
         with torch.no_grad():
             grads = backward(ctx, *dy)
-        if not again:
-            return grads
         made = [grad for grad in grads if isinstance(grad, Tensor)]
         sources = [x for x in (*ctx.saved_tensors, *dy) if isinstance(x, Tensor)]
         guarded = iter(_NoSecondDerivative.apply(len(made), *made, *sources))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,9 +40,8 @@ def prepare(model: nn.Module) -> list[str]:
     Returns one sentence for each kind of checkpoint function that was not wrapped, with the reason, for the report.
     """
     notes: dict[str, None] = {}
-    for module in model.modules():
-        plain = vars(module).get(ATTRIBUTE)
-        if plain is None or isinstance(plain, StashedCheckpoint):
+    for ref in _modules_of(model):
+        if (module := ref()) is None or (plain := module.__dict__.get(ATTRIBUTE)) is None or type(plain) is StashedCheckpoint:
             continue
         reason = _reason_to_leave(plain)
         if reason is None:
@@ -49,6 +49,25 @@ def prepare(model: nn.Module) -> list[str]:
         elif getattr(module, "gradient_checkpointing", True):
             notes[f"checkpointing is not changed: {reason}"] = None
     return list(notes)
+
+
+def _modules_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
+    """All modules of `model`; walked anew only after a module was registered somewhere, because this runs before each forward."""
+    known = _walks.get(model)
+    if known is None or known[0] != _registered[0]:
+        known = _walks[model] = _registered[0], [weakref.ref(module) for module in model.modules()]
+    return known[1]
+
+
+_walks: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[weakref.ref[nn.Module]]]] = weakref.WeakKeyDictionary()
+_registered = [0]  # how many modules were registered as children, in this process
+
+
+def _count(*_: Any) -> None:
+    _registered[0] += 1
+
+
+nn.modules.module.register_module_module_registration_hook(_count)
 
 
 def release(model: nn.Module) -> None:
@@ -161,17 +180,10 @@ class _Recompute:
         if hooks is None or not self.link.delegated:
             stash.step_aside()
         else:
-            door = Stash()
-            door.enter_behind(functools.partial(_pack_recomputed, door.door, hooks[0]))
+            Stash().enter_behind(hooks[0], _Placeholder)
 
     def __exit__(self, *exception: object) -> None:
         stash.leave()
-
-
-def _pack_recomputed(door: Callable[[torch.Tensor, int], Any], collect: Callable[[Any], Any], t: torch.Tensor) -> Any:
-    handle = door(t, 2)
-    collect(_Placeholder(handle, t.shape, t.dtype, t.device))
-    return handle
 
 
 def _unpack_recomputed(unpack: Callable[[Any], Any], packed: Any) -> torch.Tensor:

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from unswag import _core
 from unswag.codebooks import Codebook
 from unswag.torch import derivatives, ops, stash
-from unswag.torch.autograd import once_differentiable
+from unswag.torch.autograd import direct, once_differentiable
 from unswag.torch.derivatives import Code, Codes
 from unswag.torch.draws import draw_seed
 
@@ -71,6 +72,15 @@ def _check(op: str, name: str, x: Tensor) -> None:
         raise NotImplementedError(f"{op}: {name} has a tangent, and forward mode is not supported; use {_theirs(op)} there")
 
 
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these tensors pass `_check` and `_no_transform`, and a Function may be applied to them past torch.func's part."""
+    return not torch.compiler.is_compiling() and _core.eager.takes(*tensors)
+
+
+def _applied(function: type[torch.autograd.Function], plain: bool) -> Callable[..., Any]:
+    return direct(function) if plain else function.apply
+
+
 def _under(transform: Any) -> bool:
     """Whether this transform of torch.func is among those that are running."""
     return any(running.key() == transform for running in torch._C._functorch.get_interpreter_stack() or ())
@@ -101,7 +111,8 @@ def check_integer(op: str, name: str, value: Any, least: float = -math.inf, reme
 def number(
     op: str, name: str, value: Any, remedy: str = "pass a number", fits: Callable[[Any], bool] = lambda value: True
 ) -> float:
-    check_number(op, name, value, remedy)
+    if type(value) is not float:
+        check_number(op, name, value, remedy)
     if not fits(value):
         raise ValueError(f"{op}: {name} is {value}; {remedy}")
     return float(value)
@@ -205,25 +216,28 @@ def relu(x: Tensor) -> Tensor:
     Saved: a mask of one bit per element, rows (last dimension) padded to 4 bytes: n / 8 bytes. Neither x nor y is saved.
     Where the next layer saves y anyway (a trained Linear), `torch.relu` adds nothing and this adds n / 8 bytes.
     """
-    _check("relu", "x", x)
-    y: Tensor = _Mask.apply(x, "relu", 0.0)[0]
+    if not (plain := _is_plain(x)):
+        _check("relu", "x", x)
+    y: Tensor = _applied(_Mask, plain)(x, "relu", 0.0)[0]
     return y
 
 
 @_in_memory_order
 def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     """x > 0 ? x : negative_slope x, as `torch.nn.functional.leaky_relu`. Saved: one bit per element, n / 8 bytes."""
-    _check("leaky_relu", "x", x)
+    if not (plain := _is_plain(x)):
+        _check("leaky_relu", "x", x)
     slope = number("leaky_relu", "negative_slope", negative_slope)
-    y: Tensor = _Mask.apply(x, "leaky_relu", slope)[0]
+    y: Tensor = _applied(_Mask, plain)(x, "leaky_relu", slope)[0]
     return y
 
 
 @_in_memory_order
 def relu6(x: Tensor) -> Tensor:
     """min(max(x, 0), 6), bit for bit as `torch.nn.functional.relu6`. Saved: one bit per element, n / 8 bytes."""
-    _check("relu6", "x", x)
-    y: Tensor = _Mask.apply(x, "relu6", 0.0)[0]
+    if not (plain := _is_plain(x)):
+        _check("relu6", "x", x)
+    y: Tensor = _applied(_Mask, plain)(x, "relu6", 0.0)[0]
     return y
 
 
@@ -279,14 +293,15 @@ def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
     another op saves it, in int2; `codes` holds the codebook from call to call.
     """
     _act("activation", act)
-    _check(act, "x", x)
+    if not (plain := _is_plain(x)):
+        _check(act, "x", x)
     code = derivatives.current(codes, act, x)
     if code is not None:
-        y: Tensor = _Coded.apply(x, act, code)[0]
+        y: Tensor = _applied(_Coded, plain)(x, act, code)[0]
         stash.plays("mlp", y)
         return y
     stash.plays("mlp", x)
-    y = _Activation.apply(x, act)
+    y = _applied(_Activation, plain)(x, act)
     stash.remember(y, ops.activation_forward, x, act=act)
     return y
 
@@ -400,17 +415,18 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
     6.5 bits per element of h; `codes` holds the codebook from call to call.
     """
     _act("gated", act)
-    _check("gated", "gate", gate)
-    _check("gated", "up", up)
-    _no_transform("gated")
+    if not (plain := _is_plain(gate, up)):
+        _check("gated", "gate", gate)
+        _check("gated", "up", up)
+        _no_transform("gated")
     code = derivatives.current(codes, act, gate, up)
     if code is not None:
-        h, value = _GatedCoded.apply(gate, up, act, code)
+        h, value = _applied(_GatedCoded, plain)(gate, up, act, code)
         stash.remember(h, _product, value, up)
         coded: Tensor = h
         return coded
     stash.plays("mlp", gate, up)
-    h = _Gated.apply(gate, up, act)
+    h = _applied(_Gated, plain)(gate, up, act)
     stash.remember(h, ops.gated_forward, gate, up, act=act)
     exact: Tensor = h
     return exact
@@ -449,13 +465,14 @@ def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Code
     in `gated`.
     """
     _act("gated_halves", act)
-    _check("gated_halves", "gate_up", gate_up)
-    _no_transform("gated_halves")
+    if not (plain := _is_plain(gate_up)):
+        _check("gated_halves", "gate_up", gate_up)
+        _no_transform("gated_halves")
     gate, up = ops.halves(gate_up, gate_first)
     if derivatives.current(codes, act, gate) is not None:
         return gated(gate, up, act, codes)
     stash.plays("mlp", gate_up)
-    h: Tensor = _GatedHalves.apply(gate_up, act, bool(gate_first))
+    h: Tensor = _applied(_GatedHalves, plain)(gate_up, act, bool(gate_first))
     stash.remember(h, gated_of_halves, gate_up, act=act, gate_first=bool(gate_first))
     return h
 
@@ -518,15 +535,16 @@ def rms_norm(
     the weight is applied (Llama); otherwise everything is float32 until the result (Gemma).
     Saved: x, which other ops that save it share, and rstd: 4 bytes per row (8 for float64); y is recomputed under the stash.
     """
-    _check("rms_norm", "x", x)
-    if weight is not None:
-        _check("rms_norm", "weight", weight)
-    _no_transform("rms_norm")
+    if not (plain := _is_plain(x, weight)):
+        _check("rms_norm", "x", x)
+        if weight is not None:
+            _check("rms_norm", "weight", weight)
+        _no_transform("rms_norm")
     out_dtype = _out_dtype("rms_norm", out_dtype, x)
     eps, weight_offset = epsilon("rms_norm", eps), number("rms_norm", "weight_offset", weight_offset)
     x = stash.own(x)
     stash.plays("residual", x)
-    y, rstd = _RmsNorm.apply(x, weight, eps, weight_offset, bool(cast_before_weight), out_dtype)
+    y, rstd = _applied(_RmsNorm, plain)(x, weight, eps, weight_offset, bool(cast_before_weight), out_dtype)
     stash.remember(
         y, ops.rms_norm_apply, x, rstd, weight,
         weight_offset=weight_offset, cast_before_weight=bool(cast_before_weight), out_dtype=out_dtype,
@@ -582,16 +600,17 @@ def layer_norm(
     Saved: x, which other ops that save it share, and mean and rstd: 8 bytes per row (16 for float64); y is recomputed under the
     stash.
     """
-    _check("layer_norm", "x", x)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            _check("layer_norm", name, vector)
-    _no_transform("layer_norm")
+    if not (plain := _is_plain(x, weight, bias)):
+        _check("layer_norm", "x", x)
+        for name, vector in (("weight", weight), ("bias", bias)):
+            if vector is not None:
+                _check("layer_norm", name, vector)
+        _no_transform("layer_norm")
     out_dtype = _out_dtype("layer_norm", out_dtype, x)
     eps = epsilon("layer_norm", eps)
     x = stash.own(x)
     stash.plays("residual", x)
-    y, mean, rstd = _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+    y, mean, rstd = _applied(_LayerNorm, plain)(x, weight, bias, eps, out_dtype)
     stash.remember(y, ops.layer_norm_apply, x, mean, rstd, weight, bias, out_dtype=out_dtype)
     result: Tensor = y
     return result

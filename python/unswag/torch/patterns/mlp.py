@@ -128,9 +128,10 @@ class AnyWiring(Protocol):
 
 
 def finish(module: nn.Module, wiring: AnyWiring, h: Tensor) -> Tensor:
+    children = module._modules
     for name in (wiring.on_h, wiring.linears[-1], wiring.on_y):
         if name:
-            h = getattr(module, name)(h)
+            h = children[name](h)  # type: ignore[misc]
     return h
 
 

@@ -56,7 +56,7 @@ rectified  forms of a ReLU's output                    codecs     forms in fewer
 from __future__ import annotations
 
 from unswag.torch.stash.door import Entries, Stash, leave, plays, remember, step_aside, unpack
-from unswag.torch.stash.handles import ByReference, Handle, Recomputed
+from unswag.torch.stash.handles import ByReference, Handle, Leases, Recomputed
 from unswag.torch.stash.hooks import own, top_hooks
 from unswag.torch.stash.layout import dense_stride, is_plain, storages
 from unswag.torch.stash.thread import Recorder, collecting_references, current_role, recording, role
@@ -65,6 +65,7 @@ __all__ = [
     "ByReference",
     "Entries",
     "Handle",
+    "Leases",
     "Recomputed",
     "Recorder",
     "Stash",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import weakref
@@ -13,6 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint as torch_checkpoint
 
+from unswag import _core
 from unswag.policy import Policy
 from unswag.torch.draws import Draws, draw_seed
 from unswag.torch.stash import codecs
@@ -66,9 +68,7 @@ def plays(role: str, *tensors: torch.Tensor) -> None:
         stash.mark(role, tensors)
 
 
-def unpack(handle: Handle) -> torch.Tensor:
-    """The tensor that the handle stands for: the unpack hook of every stash."""
-    return handle.open()
+unpack: Callable[[Handle], torch.Tensor] = _core.stash.unpack  # handle.open(): the unpack hook of every stash
 
 
 def leave() -> None:
@@ -88,7 +88,7 @@ class Entries(NamedTuple):
 
     outputs  outputs with a recipe or a form of their own;  marks  storages with tensors that play a role
     pending  storages for which a recipe waits;  awaited  outputs whose handles are to be replaced
-    leases   storages that were held by reference while it was entered
+    leases   storages that are held by reference
     """
 
     outputs: int
@@ -117,7 +117,8 @@ class Stash:
         self._outputs: dict[int, RememberedOutput] = {}  # by storage
         self._marks: dict[int, list[MarkedTensor]] = {}  # by storage
         self._pending: dict[int, list[weakref.ref[PendingOutput]]] = {}  # by the storage of their unsaved inputs
-        self._leases: Leases = {}
+        self._leases: Leases = None  # while this is entered
+        self._core: Any = None  # the core's door, while this is entered: it refers to this
         self._draws: Draws | None = None
 
     @staticmethod
@@ -144,20 +145,30 @@ class Stash:
         if not torch.is_grad_enabled() or not can_enter():
             return None
         if top_hooks() is None:
-            return self._open(self.door)
+            return self._open(self._pack())
         within = Stash.current()
         if within is None:
             warn_once("other saved-tensor hooks are in place around it (a checkpoint or an offloader); they stay in use")
             return None
-        return self._open(self.door) if within.passive else state.frames[-1]._replace(owner=False)  # type: ignore[union-attr]
+        return self._open(self._pack()) if within.passive else state.frames[-1]._replace(owner=False)  # type: ignore[union-attr]
 
-    def enter_behind(self, pack: Callable[[torch.Tensor], Any]) -> None:
-        """Enters with `pack` as the hook, on top of whatever hooks are in place; `pack` calls `door`. See `leave`."""
-        state.frames.append(self._open(pack))
+    def enter_behind(self, collect: Callable[[Any], Any], told: Callable[..., Any]) -> None:
+        """Enters on top of whatever hooks are in place (see `leave`). Of each saved tensor `collect` gets
+        `told(handle, shape, dtype, device)`."""
+        state.frames.append(self._open(self._pack(collect, told)))
+
+    def _pack(self, collect: Callable[[Any], Any] | None = None, told: Callable[..., Any] | None = None) -> Any:
+        """The pack hook: the core's door, which makes the common handles itself and asks `door` for the others."""
+        self._leases = Leases() if state.recorder is None else state.recorder.leases
+        if type(self).door is not _DOOR:
+            return self.door if collect is None else functools.partial(_collecting, self.door, collect, told)
+        self._core = _core.stash.Door(
+            self.door, self._from_output, self._leases, self._outputs, self._marks, self._pending, state, self._model,
+            ByReference, (_CHECKPOINT, _FUNCTION), collect, told,
+        )  # fmt: skip
+        return self._core
 
     def _open(self, pack: Callable[[torch.Tensor], Any]) -> Frame:
-        if state.recorder is not None:
-            self._leases = state.recorder.leases
         if self.policy.rounding == "stochastic":
             self._draws = Draws(draw_seed())
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
@@ -170,7 +181,7 @@ class Stash:
         self._marks.clear()
         self._pending.clear()
         self.awaited.clear()
-        self._leases = {}
+        self._leases = self._core = None
 
     passive = False  # True: a stash entered inside this one takes over
 
@@ -186,7 +197,7 @@ class Stash:
             return self.by_reference(t, Lease(), "device")
         saver = sys._getframe(depth)
         checkpoint = saver.f_globals is _CHECKPOINT
-        lease = self._current_lease(key)
+        lease = self._leases.get(key)
         if lease is not None:
             if saver.f_code is _APPLY:
                 lease.writers += _writers(saver)
@@ -236,7 +247,7 @@ class Stash:
         key = storage_key(t)
         if key is None or is_parameter(t):
             return None
-        lease = self._current_lease(key)
+        lease = self._leases.get(key)
         if lease is not None:
             return self.by_reference(t, lease, "shared") if lease.protects(None) else None
         output = self._outputs.get(key)
@@ -244,14 +255,12 @@ class Stash:
 
     def lease(self, t: torch.Tensor, key: int, checked: bool = True) -> Lease:
         """A new lease on the storage of `t`, which is held by reference from now on, until the last handle under it dies."""
-        lease = Lease(checked)
-        self._leases[key] = (StorageWeakRef(t.untyped_storage()), weakref.ref(lease))
-        return lease
+        return self._leases.add(key, checked)
 
     def reliable(self, t: torch.Tensor, key: int, node: Any = None) -> Handle | None:
         """A handle for `t`, an input of the op of `node`, that no program which PyTorch accepts can invalidate: another op
         saves `t`, it can be recomputed without its storage, or it is held in fewer bits. None if nothing of this applies."""
-        lease = self._current_lease(key)
+        lease = self._leases.get(key)
         if lease is not None:
             return self.by_reference(t, lease, "shared") if lease.protects(node) else None
         handle = self._from_recipe(t, key)
@@ -268,7 +277,7 @@ class Stash:
         self._prune()
         key = storage_key(output)
         layout = Layout.of(output)
-        if key is None or not layout.is_dense():
+        if key is None or not (output.is_contiguous() or layout.is_dense()):
             return
         handles = [None if x is None else self._input(x, output.grad_fn) for x in inputs]
         entry: RememberedOutput
@@ -300,11 +309,7 @@ class Stash:
 
     def entries(self) -> Entries:
         """How many entries the registries have now."""
-        return Entries(len(self._outputs), len(self._marks), len(self._pending), len(self.awaited), len(self._leases))
-
-    def _current_lease(self, key: int) -> Lease | None:
-        storage, lease = self._leases.get(key, (None, None))
-        return None if storage is None or lease is None or storage.expired() else lease()
+        return Entries(len(self._outputs), len(self._marks), len(self._pending), len(self.awaited), len(self._leases or ()))
 
     def _from_recipe(self, t: torch.Tensor, key: int) -> Handle | None:
         self._prune()
@@ -312,6 +317,10 @@ class Stash:
         if output is None:
             return None
         return output.handle(t) if cast is None else output.cast(t, int(t.storage_offset()) - cast)
+
+    def _from_output(self, t: torch.Tensor, output: RememberedOutput) -> Handle | None:
+        """`_from_recipe` for what the core found in the registry; None where that has to look."""
+        return output.handle(t) if type(output) is RememberedOutput and not output.storage.expired() else None
 
     def _source(self, t: torch.Tensor, key: int) -> tuple[RememberedOutput | None, int | None]:
         """The entry of the output that shares the storage of `t`, and None; or of that of which `t` is a part of a dtype cast,
@@ -361,6 +370,9 @@ class Stash:
 
     def _input(self, x: torch.Tensor, node: Any) -> Handle | UnsavedInput:
         """What a recipe relies on for its input `x`. A parameter is held by its version, as by the ops that save it."""
+        if self._core is not None and (handle := self._core.input(x, node)) is not None:
+            held: Handle = handle
+            return held
         if is_parameter(x) or is_cast_of_parameter(x):
             return self.by_reference(x, Lease(), "parameter")
         key = storage_key(x)
@@ -396,16 +408,20 @@ class Stash:
         return None
 
     def _prune(self) -> None:
-        for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
-            del self._outputs[key]
-        for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
-            del self._marks[key]
+        for key, output in list(self._outputs.items()):
+            if output.storage.expired():
+                del self._outputs[key]
+        if self._marks:
+            for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
+                del self._marks[key]
         if self._pending:
             for key in [key for key, refs in self._pending.items() if all(ref() is None for ref in refs)]:
                 del self._pending[key]
 
 
+_DOOR = Stash.door
 _CHECKPOINT = vars(torch_checkpoint)  # the globals of the code that saves what a checkpoint recomputes from
+_FUNCTION = vars(torch.autograd.function)  # those of `apply`
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
@@ -413,6 +429,14 @@ def _writers(saver: types.FrameType) -> tuple[type, ...]:
     """The autograd Function from whose `apply` the hook was called, if it is not one of ours."""
     cls: type = saver.f_locals["cls"]
     return () if cls.__module__.startswith("unswag.") else (cls,)
+
+
+def _collecting(
+    door: Callable[[torch.Tensor, int], Any], collect: Callable[[Any], Any], told: Callable[..., Any], t: torch.Tensor
+) -> Any:
+    handle = door(t, 2)
+    collect(told(handle, t.shape, t.dtype, t.device))
+    return handle
 
 
 def _guard(t: torch.Tensor, handle: Handle) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from unswag import _core
 from unswag.torch.stash.layout import Layout, storage_key, storages, version_counter
 
 MAX_RESULTS = 2  # recomputed tensors that one stash holds for another reader, at most
@@ -51,22 +51,22 @@ class Handle:
         raise NotImplementedError
 
 
-class ByReference(Handle):
+class ByReference(_core.stash.Reference, Handle):  # type: ignore[misc]
     """Holds the tensor itself: an alias with its storage and version counter, and the version it was saved with.
 
-    Where something smaller turns out to do, another handle can take its place (`replace_with`).
+    Where something smaller turns out to do, another handle can take its place (`replace_with`). What it holds is in the core
+    (bindings/stash.cpp), where most of them are made.
     """
 
-    __slots__ = ("__weakref__", "alias", "lease", "model", "replacement", "role", "tier", "version")
+    __slots__ = ()
 
-    def __init__(self, t: torch.Tensor, tier: str, role: str | None, model: Model, lease: Lease | None = None) -> None:
-        self.alias = t.detach()  # never t itself: an op that saves its own output would own itself
-        self.version = t._version
-        self.tier = tier
-        self.role = role
-        self.model = model
-        self.lease = lease
-        self.replacement: Handle | None = None
+    alias: torch.Tensor
+    version: int
+    tier: str
+    role: str | None
+    model: Model
+    lease: Lease | None
+    replacement: Handle | None
 
     @property
     def bytes(self) -> int:
@@ -78,12 +78,8 @@ class ByReference(Handle):
         """Lets go of the tensor; `replacement` is opened from now on."""
         self.replacement, self.tier, self.lease, self.alias = replacement, replacement.tier, None, _NOTHING
 
-    def open(self) -> torch.Tensor:
-        if self.replacement is not None:
-            return self.replacement.open()
-        if self.alias._version != self.version:
-            raise _overwritten(self.alias, self.alias.shape, self.version, self._description())
-        return self.alias
+    def _overwritten(self) -> None:
+        raise _overwritten(self.alias, self.alias.shape, self.version, self._description())
 
     def _description(self) -> str:
         if self.tier == "parameter":
@@ -119,29 +115,16 @@ class VersionGuard:
             raise _overwritten(self.counter, self.shape, self.version, f"saved for backward as {self.role}")
 
 
-class Lease:
-    """What all handles by reference on one storage share. It ends with the last of them.
-
-    replaceable  those handles that may be replaced later; None where no output waits for that (`PendingOutput`)
-    writers      the autograd Functions of others among those who save the storage: their backward may write into it, and
-                 PyTorch accepts that if nobody reads it after them
-    checked      False while checkpoints alone save the storage: PyTorch accepts a change if they are never recomputed
-    """
-
-    __slots__ = ("__weakref__", "checked", "replaceable", "writers")
-
-    def __init__(self, checked: bool = True) -> None:
-        self.replaceable: list[weakref.ref[ByReference]] | None = None
-        self.writers: tuple[type, ...] = ()
-        self.checked = checked
-
-    def protects(self, node: Any) -> bool:
-        """Whether no program that PyTorch accepts changes the content before the backward; the Function of `node` is
-        trusted."""
-        return self.checked and all(type(node) is getattr(writer, "_backward_cls", None) for writer in self.writers)
-
-
-Leases = dict[int, tuple[StorageWeakRef, weakref.ref[Lease]]]  # by storage
+# What all handles by reference on one storage share. It ends with the last of them.
+#
+# replaceable  those handles that may be replaced later; None where no output waits for that (`PendingOutput`)
+# writers      the autograd Functions of others among those who save the storage: their backward may write into it, and
+#              PyTorch accepts that if nobody reads it after them
+# checked      False while checkpoints alone save the storage: PyTorch accepts a change if they are never recomputed
+# protects(node)  whether no program that PyTorch accepts changes the content before the backward; the Function of `node` is
+#              trusted
+Lease = _core.stash.Lease
+Leases = _core.stash.Leases  # the leases that have not ended, by storage
 
 
 class Recipe:
@@ -190,18 +173,20 @@ class Recipe:
         if torch.is_inference_mode_enabled():  # the result has a version, whatever mode its reader is in
             with torch.inference_mode(False):
                 return self._run()
-        with torch.no_grad():
-            result = self.function(*[None if x is None else x.open() for x in self.inputs], **self.constants)
-            if (result.size(), result.dtype, result.device) != (self.layout.size, self.layout.dtype, self.layout.device):
-                name = getattr(self.function, "__name__", str(self.function))
-                raise RuntimeError(
-                    f"the recipe {name} made {result.dtype} {list(result.shape)} on {result.device}, but its output was "
-                    f"{self.layout.dtype} {list(self.layout.size)} on {self.layout.device}; a recipe must give the same "
-                    "tensor whenever it is called"
-                )
-            if result.stride() != self.layout.stride:
-                result = result.new_empty_strided(result.size(), self.layout.stride).copy_(result)
-            return result
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._run()
+        result = self.function(*[None if x is None else x.open() for x in self.inputs], **self.constants)
+        size, stride, dtype, device = self.layout
+        if result.size() != size or result.dtype != dtype or result.device != device:
+            name = getattr(self.function, "__name__", str(self.function))
+            raise RuntimeError(
+                f"the recipe {name} made {result.dtype} {list(result.shape)} on {result.device}, but its output was "
+                f"{dtype} {list(size)} on {device}; a recipe must give the same tensor whenever it is called"
+            )
+        if result.stride() != stride:
+            result = result.new_empty_strided(size, stride).copy_(result)
+        return result
 
 
 class Results:

@@ -43,6 +43,8 @@ class Layout(NamedTuple):
         """Whether `t`, which starts `offset` elements behind the start of a dense tensor of this layout, lies inside it."""
         if t.dtype != self.dtype or t.is_conj() or t.is_neg():
             return False
+        if offset == 0 and t.size() == self.size and t.stride() == self.stride:
+            return True
         last = offset + sum((n - 1) * step for n, step in zip(t.size(), t.stride(), strict=True))
         return not t.numel() or (offset >= 0 and last < self.size.numel())
 
@@ -89,8 +91,16 @@ def stream_of(t: torch.Tensor) -> torch.cuda.Stream | None:
 def version_counter(t: torch.Tensor) -> torch.Tensor:
     """An empty tensor that shares the version counter of `t` and none of its memory."""
     counter = t.detach()
-    counter.data = t.new_empty(0)
+    nothing = _NOTHING.get((t.dtype, t.device)) if type(t) is torch.Tensor else None
+    if nothing is None:
+        nothing = t.new_empty(0)
+        if type(nothing) is torch.Tensor and not nothing.is_inference():
+            _NOTHING[t.dtype, t.device] = nothing
+    counter.data = nothing
     return counter
+
+
+_NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}  # empty tensors: making one takes longer than a lookup
 
 
 def is_parameter(t: torch.Tensor) -> bool:

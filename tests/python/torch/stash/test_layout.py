@@ -17,7 +17,7 @@ class Notes:
     """A recorder of (shape, dtype, tier)."""
 
     def __init__(self):
-        self.leases, self.notes = {}, []
+        self.leases, self.notes = stash.Leases(), []
 
     def note(self, t, owner, tier, role=None, packed=None):
         self.notes.append((tuple(t.shape), t.dtype, tier))

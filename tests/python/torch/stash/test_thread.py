@@ -65,7 +65,7 @@ def test_each_thread_has_its_own_door_and_any_thread_may_go_back():
     [
         Stash,
         lambda: stash.role("mlp"),
-        lambda: stash.recording(SimpleNamespace(leases={})),
+        lambda: stash.recording(SimpleNamespace(leases=stash.Leases())),
         stash.collecting_references,
     ],
 )
