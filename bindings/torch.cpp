@@ -73,6 +73,7 @@ Torch::Torch() {
   is_wrapped_ = c.attr("_functorch").attr("is_functorch_wrapped_tensor");
   forward_mode_ = torch.attr("autograd").attr("forward_ad");
   is_grad_enabled_ = torch.attr("is_grad_enabled");
+  is_inference_ = torch.attr("is_inference_mode_enabled");
   exchange_ = static_cast<const dlpack::Exchange*>(
       PyCapsule_GetPointer(nb::object(tensor_.attr("__dlpack_c_exchange_api__")).ptr(), "dlpack_exchange_api"));
   if (exchange_ == nullptr) throw nb::python_error();
@@ -154,6 +155,12 @@ nb::object Torch::empty(std::span<const std::int64_t> shape, DType dtype, nb::ha
   nb::list size;
   for (const std::int64_t n : shape) size.append(n);
   return empty_(size, "dtype"_a = dtypes_[static_cast<std::size_t>(dtype)], "device"_a = device_of.attr("device"));
+}
+
+nb::object Torch::empty_cpu(nb::handle dtype) const { return empty_(0, "dtype"_a = dtype, "device"_a = "cpu"); }
+
+bool Torch::needs_a_mode(bool with_gradients) const {
+  return (with_gradients && nb::cast<bool>(is_grad_enabled_())) || nb::cast<bool>(is_inference_());
 }
 
 std::optional<DType> Torch::dtype(nb::handle torch_dtype) const {

@@ -83,6 +83,11 @@ class Torch {
   nb::object empty(std::span<const std::int64_t> shape, DType dtype, nb::handle device_of) const;
   std::optional<DType> dtype(nb::handle torch_dtype) const;
 
+  nb::object empty_cpu(nb::handle dtype) const;  // of no elements
+
+  // Whether gradients are recorded (if that is asked) or inference mode is on.
+  bool needs_a_mode(bool with_gradients = true) const;
+
   Stream stream(const TensorRows& x) const;  // the current one of its device
 
  private:
@@ -95,7 +100,7 @@ class Torch {
   std::array<nb::object, 4> dtypes_;     // in the order of `dtypes`
   std::array<nb::object, 4> counts_;     // functions that say how many modes are in place
   std::array<nb::object, 2> nones_;      // functions that say None where there is nothing
-  nb::object is_grad_enabled_, is_wrapped_, forward_mode_;
+  nb::object is_grad_enabled_, is_inference_, is_wrapped_, forward_mode_;
   const dlpack::Exchange* exchange_ = nullptr;
 };
 

@@ -189,7 +189,7 @@ def attention_forward(
     causal = attention_mask is None and query.shape[2] > 1
     if (attention_mask is None or isinstance(attention_mask, Spans)) and not takes_groups(query, key, value, dropout, causal):
         key, value = (for_all_heads(t, query.shape[1]) for t in (key, value))
-    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    special = bool(kwargs) and any([kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")])
     draws = dropout > 0 and query.is_cpu
     if isinstance(attention_mask, Spans):
         size = (attention_mask.batch, attention_mask.length)
@@ -201,7 +201,9 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
 
     recompute = (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)) and not torch.compiler.is_compiling()
+        torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+        and not torch.compiler.is_compiling()
     )
     masked = attention_mask is not None and attention_mask.dtype == torch.bool
     known = masked or attention_mask is None

@@ -15,11 +15,16 @@ REFUSAL = (
 )
 
 
-def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its Python part, which takes as long as the autograd engine's own. That part serves torch.func,
-    default arguments and torch.compile, and must not be left out where any of them is in use (`_core.eager.takes`)."""
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return apply
+class Function(torch.autograd.Function):
+    """Has `direct`: `apply` without its Python part, which takes as long as the autograd engine's own. That part serves
+    torch.func, default arguments and torch.compile, and must not be left out where any of them is in use
+    (`_core.eager.takes`)."""
+
+    direct: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.direct = super(torch.autograd.Function, cls).apply
 
 
 def once_differentiable(
@@ -42,7 +47,7 @@ def once_differentiable(
 
     @functools.wraps(backward)
     def once(ctx: Any, *dy: Any) -> tuple[Any, ...]:
-        if all(gradient is None for gradient in dy):
+        if dy[0] is None and all(gradient is None for gradient in dy):
             return (None,) * len(ctx.needs_input_grad)
         again = torch.is_grad_enabled()  # create_graph
         if again and not sources_are_saved:

@@ -52,19 +52,23 @@ def prepare(model: nn.Module) -> list[str]:
 
 
 def _modules_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
-    """All modules of `model`; walked anew only after a module was registered somewhere, because this runs before each forward."""
+    """All modules of `model`; walked anew only after one of them got another child, because this runs before each forward."""
     known = _walks.get(model)
-    if known is None or known[0] != _registered[0]:
-        known = _walks[model] = _registered[0], [weakref.ref(module) for module in model.modules()]
+    if known is None or known[0] != _changes[0]:
+        modules = list(model.modules())
+        _walked.update(modules)
+        known = _walks[model] = _changes[0], [weakref.ref(module) for module in modules]
     return known[1]
 
 
 _walks: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[weakref.ref[nn.Module]]]] = weakref.WeakKeyDictionary()
-_registered = [0]  # how many modules were registered as children, in this process
+_walked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_changes = [0]  # how often a module of `_walked` got a child
 
 
-def _count(*_: Any) -> None:
-    _registered[0] += 1
+def _count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if parent in _walked:  # not the lists that a forward makes of some of its layers
+        _changes[0] += 1
 
 
 nn.modules.module.register_module_module_registration_hook(_count)

@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 from unswag import _core
 from unswag.codebooks import Codebook
 from unswag.torch import derivatives, ops, stash
-from unswag.torch.autograd import direct, once_differentiable
+from unswag.torch.autograd import Function, once_differentiable
 from unswag.torch.derivatives import Code, Codes
 from unswag.torch.draws import draw_seed
 
@@ -74,11 +74,7 @@ def _check(op: str, name: str, x: Tensor) -> None:
 
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether these tensors pass `_check` and `_no_transform`, and a Function may be applied to them past torch.func's part."""
-    return not torch.compiler.is_compiling() and _core.eager.takes(*tensors)
-
-
-def _applied(function: type[torch.autograd.Function], plain: bool) -> Callable[..., Any]:
-    return direct(function) if plain else function.apply
+    return not torch.compiler.is_dynamo_compiling() and _core.eager.takes(*tensors)
 
 
 def _under(transform: Any) -> bool:
@@ -187,7 +183,7 @@ def _in_memory_order(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # ---- one-bit masks --------------------------------------------------------------------------------------------------------
 
 
-class _Mask(torch.autograd.Function):
+class _Mask(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -218,7 +214,7 @@ def relu(x: Tensor) -> Tensor:
     """
     if not (plain := _is_plain(x)):
         _check("relu", "x", x)
-    y: Tensor = _applied(_Mask, plain)(x, "relu", 0.0)[0]
+    y: Tensor = (_Mask.direct if plain else _Mask.apply)(x, "relu", 0.0)[0]
     return y
 
 
@@ -228,7 +224,7 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     if not (plain := _is_plain(x)):
         _check("leaky_relu", "x", x)
     slope = number("leaky_relu", "negative_slope", negative_slope)
-    y: Tensor = _applied(_Mask, plain)(x, "leaky_relu", slope)[0]
+    y: Tensor = (_Mask.direct if plain else _Mask.apply)(x, "leaky_relu", slope)[0]
     return y
 
 
@@ -237,14 +233,14 @@ def relu6(x: Tensor) -> Tensor:
     """min(max(x, 0), 6), bit for bit as `torch.nn.functional.relu6`. Saved: one bit per element, n / 8 bytes."""
     if not (plain := _is_plain(x)):
         _check("relu6", "x", x)
-    y: Tensor = _applied(_Mask, plain)(x, "relu6", 0.0)[0]
+    y: Tensor = (_Mask.direct if plain else _Mask.apply)(x, "relu6", 0.0)[0]
     return y
 
 
 # ---- smooth activations -----------------------------------------------------------------------------------------------------
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -265,7 +261,7 @@ class _Activation(torch.autograd.Function):
         return ops.activation_backward(x, dy, ctx.act), None
 
 
-class _Coded(torch.autograd.Function):
+class _Coded(Function):
     @staticmethod
     @_signature_once
     def forward(x: Tensor, act: str, code: Code) -> tuple[Tensor, Tensor]:
@@ -297,11 +293,11 @@ def activation(x: Tensor, act: str, codes: Codes | None = None) -> Tensor:
         _check(act, "x", x)
     code = derivatives.current(codes, act, x)
     if code is not None:
-        y: Tensor = _applied(_Coded, plain)(x, act, code)[0]
+        y: Tensor = (_Coded.direct if plain else _Coded.apply)(x, act, code)[0]
         stash.plays("mlp", y)
         return y
     stash.plays("mlp", x)
-    y = _applied(_Activation, plain)(x, act)
+    y = (_Activation.direct if plain else _Activation.apply)(x, act)
     stash.remember(y, ops.activation_forward, x, act=act)
     return y
 
@@ -366,7 +362,7 @@ def relu2(x: Tensor) -> Tensor:
 # ---- gated units ----------------------------------------------------------------------------------------------------------
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.act = act
@@ -382,7 +378,7 @@ class _Gated(torch.autograd.Function):
         return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None, None
 
 
-class _GatedCoded(torch.autograd.Function):
+class _GatedCoded(Function):
     """h = act(gate) * up, which saves act(gate), up and a code of act'(gate). Its second result is act(gate)."""
 
     @staticmethod
@@ -421,12 +417,12 @@ def gated(gate: Tensor, up: Tensor, act: str, codes: Codes | None = None) -> Ten
         _no_transform("gated")
     code = derivatives.current(codes, act, gate, up)
     if code is not None:
-        h, value = _applied(_GatedCoded, plain)(gate, up, act, code)
+        h, value = (_GatedCoded.direct if plain else _GatedCoded.apply)(gate, up, act, code)
         stash.remember(h, _product, value, up)
         coded: Tensor = h
         return coded
     stash.plays("mlp", gate, up)
-    h = _applied(_Gated, plain)(gate, up, act)
+    h = (_Gated.direct if plain else _Gated.apply)(gate, up, act)
     stash.remember(h, ops.gated_forward, gate, up, act=act)
     exact: Tensor = h
     return exact
@@ -436,7 +432,7 @@ def _product(value: Tensor, up: Tensor) -> Tensor:
     return value * up
 
 
-class _GatedHalves(torch.autograd.Function):
+class _GatedHalves(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, act: str, gate_first: bool) -> Tensor:
         ctx.act, ctx.gate_first = act, gate_first
@@ -472,7 +468,7 @@ def gated_halves(gate_up: Tensor, act: str, gate_first: bool = True, codes: Code
     if derivatives.current(codes, act, gate) is not None:
         return gated(gate, up, act, codes)
     stash.plays("mlp", gate_up)
-    h: Tensor = _applied(_GatedHalves, plain)(gate_up, act, bool(gate_first))
+    h: Tensor = (_GatedHalves.direct if plain else _GatedHalves.apply)(gate_up, act, bool(gate_first))
     stash.remember(h, gated_of_halves, gate_up, act=act, gate_first=bool(gate_first))
     return h
 
@@ -495,7 +491,7 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------------
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_before_weight: bool,
@@ -540,11 +536,16 @@ def rms_norm(
         if weight is not None:
             _check("rms_norm", "weight", weight)
         _no_transform("rms_norm")
-    out_dtype = _out_dtype("rms_norm", out_dtype, x)
-    eps, weight_offset = epsilon("rms_norm", eps), number("rms_norm", "weight_offset", weight_offset)
-    x = stash.own(x)
+    if type(out_dtype) is not torch.dtype:
+        out_dtype = _out_dtype("rms_norm", out_dtype, x)
+    if type(eps) is not float or not eps >= 0:
+        eps = epsilon("rms_norm", eps)
+    if type(weight_offset) is not float:
+        weight_offset = number("rms_norm", "weight_offset", weight_offset)
+    if x.element_size() < 4:
+        x = stash.own(x)
     stash.plays("residual", x)
-    y, rstd = _applied(_RmsNorm, plain)(x, weight, eps, weight_offset, bool(cast_before_weight), out_dtype)
+    y, rstd = (_RmsNorm.direct if plain else _RmsNorm.apply)(x, weight, eps, weight_offset, bool(cast_before_weight), out_dtype)
     stash.remember(
         y, ops.rms_norm_apply, x, rstd, weight,
         weight_offset=weight_offset, cast_before_weight=bool(cast_before_weight), out_dtype=out_dtype,
@@ -556,7 +557,7 @@ def rms_norm(
 # ---- LayerNorm ------------------------------------------------------------------------------------------------------------
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
@@ -608,9 +609,10 @@ def layer_norm(
         _no_transform("layer_norm")
     out_dtype = _out_dtype("layer_norm", out_dtype, x)
     eps = epsilon("layer_norm", eps)
-    x = stash.own(x)
+    if x.element_size() < 4:
+        x = stash.own(x)
     stash.plays("residual", x)
-    y, mean, rstd = _applied(_LayerNorm, plain)(x, weight, bias, eps, out_dtype)
+    y, mean, rstd = (_LayerNorm.direct if plain else _LayerNorm.apply)(x, weight, bias, eps, out_dtype)
     stash.remember(y, ops.layer_norm_apply, x, mean, rstd, weight, bias, out_dtype=out_dtype)
     result: Tensor = y
     return result
@@ -619,7 +621,7 @@ def layer_norm(
 # ---- dropout --------------------------------------------------------------------------------------------------------------
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     @_signature_once
     def forward(x: Tensor, p: float, seed: int) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unswag import _core
 from unswag.torch import ops
-from unswag.torch.autograd import once_differentiable
+from unswag.torch.autograd import Function, once_differentiable
 from unswag.torch.draws import DropoutInput, Mask
 
 # Rows processed at once where the products are in 32 or 64 bits: on the CPU few enough for the cast of x to stay in the cache,
@@ -62,16 +63,22 @@ def add_lora(
     with dropout without a seed the state of the generator, 5 KB on the CPU and 16 bytes on CUDA.
     Raises TypeError if the adapters differ in dtype.
     """
-    dtypes = {t.dtype for adapter in adapters for t in (adapter.a, adapter.b)}
-    if len(dtypes) > 1 or not all(d.is_floating_point for d in dtypes):
-        found = ", ".join(sorted(str(d) for d in dtypes))
-        raise TypeError(f"add_lora: A and B of the adapters have dtypes {found}; convert all to one floating dtype")
     if not adapters:
         return base
-    (dtype,) = dtypes
+    dtype = adapters[0].a.dtype
+    for a, b, *_ in adapters:
+        if a.dtype != dtype or b.dtype != dtype or not dtype.is_floating_point:
+            found = ", ".join(sorted({str(t.dtype) for adapter in adapters for t in (adapter.a, adapter.b)}))
+            raise TypeError(f"add_lora: A and B of the adapters have dtypes {found}; convert all to one floating dtype")
     compute = dtype
     if torch.is_autocast_enabled(x.device.type) and compute != torch.float64:
         compute = torch.get_autocast_dtype(x.device.type)
+    plain = not torch.compiler.is_dynamo_compiling() and _core.eager.takes(base, x)
+    if len(adapters) == 1 and plain and base.dtype == x.dtype == compute == dtype and _is_one_tile(base, x, compute):
+        (only,) = adapters
+        if not only.p and only.bias is None and _core.eager.takes(only.a, only.b):
+            sum_: Tensor = _AddPlainLora.direct(base, x, only.a, only.b, only.scaling)
+            return sum_
     kinds = tuple(_Kind(adapter.scaling, adapter.p if x.numel() else 0.0, adapter.seed) for adapter in adapters)
     seen = dtype if cast_x else x.dtype
     drawn = DropoutInput.of(x, seen) if any(kind.p and kind.seed is None for kind in kinds) else None
@@ -113,6 +120,13 @@ class _How(NamedTuple):
         return self.drawn.draw(ps) if state is None else (self.drawn.draw_again(ps, state), state)
 
 
+def _is_one_tile(base: Tensor, x: Tensor, compute: torch.dtype) -> bool:
+    """Whether x has rows, and so few that `tiles` makes one slice of them, of memory that `view` and `mm` take as it is."""
+    if not (x.is_contiguous() and base.is_contiguous() and x.numel()):
+        return False
+    return len(tiles(x.numel() // x.shape[-1], x.shape[-1], compute, x.is_cuda)) == 1
+
+
 def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[slice]:
     """The slices of rows of x [rows, cols] that are processed at once. For 16-bit products it is one slice: x is not cast to a
     wider dtype, and a single product sums in float32."""
@@ -122,7 +136,50 @@ def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[sli
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-class _AddLora(torch.autograd.Function):
+class _AddPlainLora(Function):
+    """`_AddLora` for one adapter without dropout and bias, all in one dtype and one tile: the same products in fewer calls."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        xa = torch.mm(x.view(-1, x.shape[-1]), a.t())
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)  # not a view: it may be modified in place
+        ys = y.view(-1, y.shape[-1])
+        torch.mm(xa, b.t(), out=ys)
+        ys.mul_(scaling).add_(base.view(ys.shape))
+        need_a, need_b = ctx.needs_input_grad[2:4]
+        ctx.scaling = scaling
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if need_a else None, xa if need_b else None, a, b)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, xa, a, b = ctx.saved_tensors
+        need_base, need_x = ctx.needs_input_grad[:2]
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                dx, da, db = _plain_gradients(dy, ctx.scaling, x, xa, a, b, need_x)
+        else:
+            dx, da, db = _plain_gradients(dy, ctx.scaling, x, xa, a, b, need_x)
+        return dy if need_base else None, dx, da, db, None
+
+
+def _plain_gradients(
+    dy: Tensor, scaling: float, x: Tensor | None, xa: Tensor | None, a: Tensor, b: Tensor, need_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), each None where it is not needed."""
+    dproduct = dy.reshape(-1, dy.shape[-1]) * scaling
+    db = None if xa is None else torch.mm(dproduct.t(), xa)
+    if x is None and not need_x:
+        return None, None, db
+    dxa = torch.mm(dproduct, b)
+    da = None if x is None else torch.mm(dxa.t(), x.view(-1, x.shape[-1]))
+    dx = torch.mm(dxa, a).view(*dy.shape[:-1], a.shape[1]) if need_x else None
+    return dx, da, db
+
+
+class _AddLora(Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, how: _How, *weights: Tensor | None) -> Tensor:
         xs, bases = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])

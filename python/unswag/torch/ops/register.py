@@ -58,13 +58,13 @@ def _function(
     overload: torch._ops.OpOverload, kernel: Callable[..., Any], eager: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     def by_core(*args: Any, **constants: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return overload(*args, **constants)
         done = eager(*args, **constants)  # type: ignore[misc]
         return overload(*args, **constants) if done is NotImplemented else done
 
     def by_kernel(*args: Any, **constants: Any) -> Any:
-        if torch.compiler.is_compiling() or not _core.eager.are_plain(*args):
+        if torch.compiler.is_dynamo_compiling() or not _core.eager.are_plain(*args):
             return overload(*args, **constants)
         return kernel(*args, **constants)
 

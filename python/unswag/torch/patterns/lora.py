@@ -22,7 +22,7 @@ from unswag.torch.patterns.pattern import (
     stock,
     stock_class,
 )
-from unswag.torch.patterns.probing import Drawn, Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
+from unswag.torch.patterns.probing import Drawn, Writes, distance, own_forward, twin, ulps, value_and_gradients
 from unswag.torch.patterns.proof import Proof, others_global_hooks
 
 ROWS = 32  # of each probe
@@ -88,6 +88,9 @@ class Lora:
         replace_forward(candidate.module, forward, proof)
 
 
+WEIGHTS = (nn.Parameter, FakeTensor)
+
+
 class How(NamedTuple):
     """What a module's own forward does, as its probe has seen.
 
@@ -104,14 +107,22 @@ class How(NamedTuple):
 def _forward(module: Any, x: Tensor, how: How) -> Tensor:
     y: Tensor = module.base_layer(x)
     adapters = []
+    lora_a, lora_b, dropouts = _parts_of(module)
     for name in module.active_adapters:
-        if name in module.lora_A:
-            a, b, dropout = (getattr(module, k)[name] for k in ADAPTERS)
+        if name in lora_a:
+            a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
             p = _drops(dropout)
             seed = draw_seed() if p and how.redrawn else None
             adapters.append(Adapter(a.weight, b.weight, b.bias, module.scaling[name], p, seed))
     cast_x = how.autocast_casts or not torch.is_autocast_enabled(x.device.type)
     return add_lora(y, x, adapters, round_products=how.round_products, cast_x=cast_x)
+
+
+def _parts_of(module: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A, B and dropout of each adapter, by its name."""
+    a, b, dropout = ADAPTERS
+    parts = module._modules
+    return parts[a]._modules, parts[b]._modules, parts[dropout]._modules
 
 
 def _drops(dropout: nn.Module) -> float:
@@ -124,21 +135,26 @@ def is_ordinary(module: Any, x: Tensor, proof: Proof) -> bool:
     what the capture drew. `proof` says once what of an adapter is not plain."""
     if torch.compiler.is_compiling() or module.disable_adapters or module.merged or not is_plain(x):
         return False
-    names = [name for name in module.active_adapters if name in module.lora_A]
+    parts = _parts_of(module)[0]
+    names = [name for name in module.active_adapters if name in parts]
     if x.is_cuda and any(_drops(module.lora_dropout[name]) for name in names) and torch.cuda.is_current_stream_capturing():
         return False
-    dtypes = {module.lora_A[name].weight.dtype for name in names}
+    dtypes = {parts[name].weight.dtype for name in names}
     if len(dtypes) > 1 or (not getattr(module, "cast_input_dtype_enabled", True) and dtypes != {x.dtype}):
         return False
-    reason = next(filter(None, (_unlike(module, name) for name in names)), None) or others_global_hooks()
-    if reason is not None:
+    for name in names:
+        if (reason := _unlike(module, name)) is not None:
+            proof.say(module, reason)
+            return False
+    if (reason := others_global_hooks()) is not None:
         proof.say(module, reason)
     return reason is None
 
 
 def _unlike(module: Any, name: str) -> str | None:
     """The reason why this adapter is not the plain one, or None."""
-    a, b, dropout = (getattr(module, k)._modules.get(name) for k in ADAPTERS)
+    lora_a, lora_b, dropouts = _parts_of(module)
+    a, b, dropout = lora_a.get(name), lora_b.get(name), dropouts.get(name)
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None:
         return f"its adapter {name!r} is a variant of LoRA, {type(variant).__name__}"
@@ -150,11 +166,14 @@ def _unlike(module: Any, name: str) -> str | None:
         return f"its adapter {name!r} has a dropout that is not an nn.Dropout with p < 1"
     if getattr(dropout, "inplace", False):
         return f"its adapter {name!r} has a dropout that writes to x (inplace=True)"
-    if any(has_hooks(part) for part in (a, b, dropout)):
-        return f"its adapter {name!r} has hooks, which would not run"
-    if any("forward" in vars(part) or (cls := stock_class(part)).forward is not FORWARDS[cls] for part in (a, b, dropout)):
-        return f"its adapter {name!r} has a part with a replaced forward, which would not run"
-    if any(type(part.weight) not in (nn.Parameter, FakeTensor) for part in (a, b)):
+    for part in (a, b, dropout):
+        own = part.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return f"its adapter {name!r} has hooks, which would not run"
+        cls = stock_class(part)
+        if "forward" in own or cls.forward is not FORWARDS[cls]:
+            return f"its adapter {name!r} has a part with a replaced forward, which would not run"
+    if type(a.weight) not in WEIGHTS or type(b.weight) not in WEIGHTS:
         return f"its adapter {name!r} has weights of type {type(a.weight).__name__}, which only their own module can use"
     if a.weight.dtype != b.weight.dtype or not a.weight.dtype.is_floating_point:
         return f"its adapter {name!r} has weights of dtypes {a.weight.dtype} and {b.weight.dtype}"

@@ -28,13 +28,13 @@ from unswag.torch.patterns.norms import (
 from unswag.torch.patterns.pattern import (
     Candidate,
     floating_parameter,
-    is_plain,
     reason_to_leave,
     replace_unary_forward,
     stock,
 )
 from unswag.torch.patterns.probing import Writes, ignores_the_mean, kind, own_forward, twin
 from unswag.torch.patterns.proof import Proof
+from unswag.torch.stash import PLAIN
 
 MUST = 2  # of the combinations of dtypes in `cases_of`: the others are those that a cast may lead to, and need no variant
 
@@ -130,7 +130,7 @@ class RmsNorm:
 
         def forward(self: nn.Module, x: Tensor) -> Any:
             w = getattr(self, weight) if weight else None
-            if not (is_plain(x) and is_plain(w)) or (w is not None and w.shape != x.shape[-1:]):  # sharded since
+            if type(x) not in PLAIN or (w is not None and (type(w) not in PLAIN or w.shape != x.shape[-1:])):  # sharded since
                 return stock(self, x)
             dtypes = (x.dtype, x.dtype if w is None else w.dtype, torch.is_autocast_enabled(x.device.type))
             variant = variants.get(dtypes)

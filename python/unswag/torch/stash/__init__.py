@@ -58,10 +58,11 @@ from __future__ import annotations
 from unswag.torch.stash.door import Entries, Stash, leave, plays, remember, step_aside, unpack
 from unswag.torch.stash.handles import ByReference, Handle, Leases, Recomputed
 from unswag.torch.stash.hooks import own, top_hooks
-from unswag.torch.stash.layout import dense_stride, is_plain, storages
+from unswag.torch.stash.layout import PLAIN, dense_stride, is_plain, storages
 from unswag.torch.stash.thread import Recorder, collecting_references, current_role, recording, role
 
 __all__ = [
+    "PLAIN",
     "ByReference",
     "Entries",
     "Handle",

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint as torch_checkpoint
 
 from unswag import _core
@@ -29,6 +28,7 @@ from unswag.torch.stash.layout import (
     is_whole_cast,
     storage_key,
     stream_of,
+    version_counter,
 )
 from unswag.torch.stash.outputs import MarkedTensor, PendingOutput, RememberedOutput, UnsavedInput, attach, output_of
 from unswag.torch.stash.thread import Frame, state
@@ -47,10 +47,12 @@ def remember(
     Costs nothing unless `output` is saved for backward. Does nothing when no stash is active on this thread, so that ops can
     always call it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or not state.frames:
         return
     stash = Stash.current()
-    if stash is not None and output.requires_grad:
+    if stash is None or not output.requires_grad:
+        return
+    if stash.remembers is None or not stash.remembers(output, recompute, inputs, constants):
         stash.register(output, recompute, inputs, constants)
 
 
@@ -61,7 +63,10 @@ def plays(role: str, *tensors: torch.Tensor) -> None:
     An op calls it before its `Function.apply`, for what it will save and what others may save of it. Does nothing when no stash
     is active on this thread or its policy keeps the role exactly.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
+        return
+    frame = state.frames[-1] if state.frames else None
+    if frame is None or not frame.stash.lossy:
         return
     stash = Stash.current()
     if stash is not None:
@@ -111,13 +116,15 @@ class Stash:
 
     def __init__(self, policy: str | Policy = "exact", model: nn.Module | None = None) -> None:
         self.policy = Policy.named(policy)
-        self.results = Results()
+        self.lossy = self.policy.lossy
+        self.results: Results = None  # while this is entered
         self.awaited: set[PendingOutput] = set()  # those whose handles are to be replaced
         self._model = weakref.ref(model) if model is not None else None
         self._outputs: dict[int, RememberedOutput] = {}  # by storage
         self._marks: dict[int, list[MarkedTensor]] = {}  # by storage
         self._pending: dict[int, list[weakref.ref[PendingOutput]]] = {}  # by the storage of their unsaved inputs
         self._leases: Leases = None  # while this is entered
+        self.remembers: Callable[..., bool] | None = None  # `register` for the common kinds of outputs; False for others
         self._core: Any = None  # the core's door, while this is entered: it refers to this
         self._draws: Draws | None = None
 
@@ -159,13 +166,17 @@ class Stash:
 
     def _pack(self, collect: Callable[[Any], Any] | None = None, told: Callable[..., Any] | None = None) -> Any:
         """The pack hook: the core's door, which makes the common handles itself and asks `door` for the others."""
+        self.results = Results()
         self._leases = Leases() if state.recorder is None else state.recorder.leases
         if type(self).door is not _DOOR:
             return self.door if collect is None else functools.partial(_collecting, self.door, collect, told)
         self._core = _core.stash.Door(
-            self.door, self._from_output, self._leases, self._outputs, self._marks, self._pending, state, self._model,
-            ByReference, (_CHECKPOINT, _FUNCTION), collect, told,
+            self.door, self._from_output, self._leases, self.results, self._outputs, self._marks, self._pending, state,
+            self._model, ByReference, Recomputed, RememberedOutput, Recipe, Layout, version_counter,
+            (_CHECKPOINT, _FUNCTION), collect, told,
         )  # fmt: skip
+        if type(self).register is _REGISTER:
+            self.remembers = self._core.remember
         return self._core
 
     def _open(self, pack: Callable[[torch.Tensor], Any]) -> Frame:
@@ -181,7 +192,7 @@ class Stash:
         self._marks.clear()
         self._pending.clear()
         self.awaited.clear()
-        self._leases = self._core = None
+        self.results = self._leases = self._core = self.remembers = None
 
     passive = False  # True: a stash entered inside this one takes over
 
@@ -408,8 +419,10 @@ class Stash:
         return None
 
     def _prune(self) -> None:
-        for key, output in list(self._outputs.items()):
-            if output.storage.expired():
+        if self._core is not None:
+            self._core.prune()
+        else:
+            for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
                 del self._outputs[key]
         if self._marks:
             for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
@@ -419,7 +432,7 @@ class Stash:
                 del self._pending[key]
 
 
-_DOOR = Stash.door
+_DOOR, _REGISTER = Stash.door, Stash.register
 _CHECKPOINT = vars(torch_checkpoint)  # the globals of the code that saves what a checkpoint recomputes from
 _FUNCTION = vars(torch.autograd.function)  # those of `apply`
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)

@@ -12,7 +12,6 @@ from torch import nn
 from unswag import _core
 from unswag.torch.stash.layout import Layout, storage_key, storages, version_counter
 
-MAX_RESULTS = 2  # recomputed tensors that one stash holds for another reader, at most
 _NOTHING = torch.empty(0)
 
 Model = weakref.ref[nn.Module] | None  # asked for names in error messages only
@@ -127,47 +126,20 @@ Lease = _core.stash.Lease
 Leases = _core.stash.Leases  # the leases that have not ended, by storage
 
 
-class Recipe:
+class Recipe(_core.stash.Recipe):  # type: ignore[misc]
     """A tensor that is not held but recomputed: `function(*inputs, **constants)`, where `inputs` are handles or None.
 
-    Run once for all its readers: the result stays until every handle alive has read it (`waiting` is empty), until its
-    handles die, until two younger results push it out, or until a reader writes into it (`result` has its version); then it
-    would be run again. `alive` and `waiting` hold ids of live handles (a handle leaves both when it dies) and change by single
-    set operations, so that backward threads need no lock.
+    Recipe(function, inputs, constants, layout, results). Run once for all its readers: the result stays until every handle
+    alive has read it, until they die, until two younger results push it out, or until a reader writes into it; then it would be
+    run again. The core counts the readers (bindings/stash.cpp).
     """
 
-    __slots__ = ("__weakref__", "alive", "constants", "function", "inputs", "layout", "result", "results", "waiting")
+    __slots__ = ()
 
-    def __init__(
-        self, function: Callable[..., torch.Tensor], inputs: tuple[Any, ...], constants: dict[str, Any], layout: Layout,
-        results: Results,
-    ) -> None:  # fmt: skip
-        self.function, self.inputs, self.constants, self.layout, self.results = function, inputs, constants, layout, results
-        self.alive: set[int] = set()
-        self.waiting: set[int] = set()
-        self.result: tuple[torch.Tensor, int] | None = None
-
-    def read(self, reader: int) -> torch.Tensor:
-        """The tensor, for the handle with that id."""
-        before = self.result
-        if before is None or before[0]._version != before[1]:
-            result = self._run()
-            self.waiting = (self.alive if before is None else self.waiting) - {reader}
-            self.result = (result, result._version) if self.waiting else None
-            if self.waiting:
-                self.results.push(self)
-            return result
-        self.waiting.discard(reader)
-        if not self.waiting:
-            self.result = None
-        return before[0]
-
-    def leave(self, reader: int) -> None:
-        """The handle with that id is gone."""
-        self.alive.discard(reader)
-        self.waiting.discard(reader)
-        if not self.waiting:
-            self.result = None
+    function: Callable[..., torch.Tensor]
+    inputs: tuple[Handle | None, ...]
+    constants: dict[str, Any]
+    layout: Layout
 
     def _run(self) -> torch.Tensor:
         if torch.is_inference_mode_enabled():  # the result has a version, whatever mode its reader is in
@@ -176,7 +148,10 @@ class Recipe:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self._run()
-        result = self.function(*[None if x is None else x.open() for x in self.inputs], **self.constants)
+        return self._checked(self.function(*[None if x is None else x.open() for x in self.inputs], **self.constants))
+
+    def _checked(self, result: torch.Tensor) -> torch.Tensor:
+        """`result`, with the strides of the output; an error if it is another tensor."""
         size, stride, dtype, device = self.layout
         if result.size() != size or result.dtype != dtype or result.device != device:
             name = getattr(self.function, "__name__", str(self.function))
@@ -189,39 +164,19 @@ class Recipe:
         return result
 
 
-class Results:
-    """The recipes of one stash that hold a result for another reader: at most `MAX_RESULTS`, known weakly."""
-
-    __slots__ = ("recipes",)
-
-    def __init__(self) -> None:
-        self.recipes: list[weakref.ref[Recipe]] = []
-
-    def push(self, recipe: Recipe) -> None:
-        """`recipe` holds a result now; the oldest beyond the limit lets go of its own."""
-        holding = [
-            ref for ref in self.recipes if (other := ref()) is not None and other.result is not None and other is not recipe
-        ]
-        for ref in holding[: 1 - MAX_RESULTS]:
-            oldest = ref()
-            if oldest is not None:
-                oldest.result = None
-        self.recipes = [*holding[1 - MAX_RESULTS :], weakref.ref(recipe)]
+Results = _core.stash.Results  # the recipes of one stash that hold a result for another reader: two at most, known weakly
 
 
-class Recomputed(Handle):
-    """A recipe's tensor, or a view of it that starts `offset` elements behind its start."""
+class Recomputed(_core.stash.Recomputed, Handle):  # type: ignore[misc]
+    """A recipe's tensor, or a view of it that starts `offset` elements behind its start: Recomputed(recipe, size, stride,
+    offset). `guard` is a `VersionGuard` where the tensor itself must not have been overwritten since, or None."""
 
-    __slots__ = ("__weakref__", "guard", "offset", "recipe", "size", "stride")
+    __slots__ = ()
 
     tier = "recipe"
 
-    def __init__(self, recipe: Recipe, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
-        self.recipe, self.size, self.stride, self.offset = recipe, size, stride, offset
-        self.guard: VersionGuard | None = None  # where the tensor itself must not have been overwritten since
-        recipe.alive.add(id(self))
-        if recipe.result is not None:
-            recipe.waiting.add(id(self))
+    recipe: Recipe
+    guard: VersionGuard | None
 
     @classmethod
     def view(cls, recipe: Recipe, t: torch.Tensor, offset: int) -> Recomputed | None:
@@ -231,14 +186,3 @@ class Recomputed(Handle):
     @property
     def bytes(self) -> int:
         return 0
-
-    def open(self) -> torch.Tensor:
-        if self.guard is not None:
-            self.guard.check()
-        result = self.recipe.read(id(self))
-        if self.size == result.size() and self.stride == result.stride():
-            return result
-        return result.as_strided(self.size, self.stride, result.storage_offset() + self.offset)
-
-    def __del__(self) -> None:
-        self.recipe.leave(id(self))

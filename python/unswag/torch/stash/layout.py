@@ -58,9 +58,12 @@ def dense_stride(size: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # types of tensors whose elements are what their memory holds
+
+
 def is_plain(t: torch.Tensor) -> bool:
     """Whether the elements of `t` are what its memory holds. False for shards, packed weights and other subclasses."""
-    return type(t) in (torch.Tensor, nn.Parameter, FakeTensor)
+    return type(t) in PLAIN
 
 
 def storage_key(t: torch.Tensor) -> int | None:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from unswag import _core
 from unswag.torch.stash.handles import ByReference, Handle, Lease, Recipe, Recomputed, Results
 from unswag.torch.stash.layout import Layout, stream_of, version_counter
 from unswag.torch.stash.thread import state
 
+WeakStorage = _core.stash.WeakStorage  # as torch.multiprocessing.reductions.StorageWeakRef: `cdata`, `expired()`
 _METADATA = "unswag"  # Node.metadata[_METADATA]: weak reference to the registry's entry for the node's output
 
 
@@ -40,17 +41,15 @@ class OpenStash(Protocol):
     def reliable(self, t: torch.Tensor, key: int, node: Any = None) -> Handle | None: ...
 
 
-class RememberedOutput:
+class RememberedOutput(_core.stash.Output):  # type: ignore[misc]
     """The registry's entry for an output that need not be held. `counter` shares the output's version counter and none of its
     memory."""
 
     recomputable = True  # False: not recomputed, but held in a form of its own (`unswag.torch.stash.rectified`)
-    __slots__ = (
-        "__weakref__", "casts", "chained", "counter", "layout", "number", "offset", "recipe", "storage", "stream", "version",
-    )  # fmt: skip
+    __slots__ = ()  # the fields are in the core, whose door reads them
 
     def __init__(self, output: torch.Tensor, layout: Layout, recipe: Recipe | None, chained: bool = False) -> None:
-        self.storage = StorageWeakRef(output.untyped_storage())
+        self.storage = WeakStorage(output.untyped_storage())
         self.version = output._version
         self.counter = version_counter(output)
         self.layout = layout
@@ -102,7 +101,7 @@ class UnsavedInput:
     __slots__ = ("alias", "counter", "layout", "offset", "storage", "version")
 
     def __init__(self, t: torch.Tensor) -> None:
-        self.storage = StorageWeakRef(t.untyped_storage())
+        self.storage = WeakStorage(t.untyped_storage())
         self.version, self.counter = t._version, version_counter(t)
         self.layout, self.offset = Layout.of(t), int(t.storage_offset())
         self.alias: torch.Tensor | None = None
@@ -220,7 +219,7 @@ class MarkedTensor:
     __slots__ = ("codec", "layout", "offset", "recipe", "role", "storage", "version")
 
     def __init__(self, t: torch.Tensor, role: str, codec: str) -> None:
-        self.storage = StorageWeakRef(t.untyped_storage())
+        self.storage = WeakStorage(t.untyped_storage())
         self.role, self.codec = role, codec
         self.layout, self.offset = Layout.of(t), int(t.storage_offset())
         self.recipe: weakref.ref[Recipe] | None = None

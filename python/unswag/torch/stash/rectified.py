@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from unswag import _core
 from unswag.torch import ops
@@ -82,7 +81,7 @@ def _sum(stash: Stash, x: Tensor) -> Recomputed | None:
     node: Any = x.grad_fn
     if node.name() != "AddBackward0" or node._saved_alpha != 1:
         return None
-    here, handles, written = StorageWeakRef(x.untyped_storage()).cdata, [], 0
+    here, handles, written = x.untyped_storage()._cdata, [], 0
     for operand, number in node.next_functions:
         entry = None if operand is None else output_of(operand)
         if entry is None or entry.recipe is None or entry.chained or entry.number != number or entry.stream != stream_of(x):
