@@ -24,7 +24,7 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.direct = super(torch.autograd.Function, cls).apply
+        cls.direct = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
 
 def once_differentiable(

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from unswag import _core, reference
 from unswag.torch import ops
@@ -68,7 +69,7 @@ def sample(op: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
             return x, mean, rstd, weight, bias, None
         return x, mean, rstd, weight, draw(), True, True, True
     if op == "cross_entropy_":
-        logits = draw().reshape(-1, shape[-1])
+        logits = draw().reshape(math.prod(shape[:-1]), shape[-1])
         labels = torch.arange(len(logits)) % shape[-1]
         row_scale = torch.linspace(0, 1, len(logits), dtype=wide)
         return logits, labels, None, row_scale, 0.5, -100, 0.1, 0.0, 1.0, True
@@ -139,7 +140,7 @@ def test_every_op_is_tested_documented_and_public():
     }
     assert registered == set(OPS)
     for name, (overload, kernel, _) in ops.OPS.items():
-        assert getattr(ops, name) is overload and name in ops.__all__
+        assert getattr(ops, name).__doc__ == overload.__doc__ and name in ops.__all__
         assert overload.__doc__ == f"{overload._schema}".replace("unswag::", "") + f"\n\n{inspect.getdoc(kernel)}"
         assert len(inspect.getdoc(kernel)) > 60, name
 
@@ -147,8 +148,99 @@ def test_every_op_is_tested_documented_and_public():
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(op, dtype):
-    results = torch.library.opcheck(getattr(ops, op), sample(op, dtype))
+    results = torch.library.opcheck(ops.OPS[op].overload, sample(op, dtype))
     assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
+
+
+# Layouts: as they are; every other row; misaligned; of the negative of an imaginary part; one row that is expanded; transposed.
+def _misaligned(x: torch.Tensor) -> torch.Tensor:
+    if not x.numel():
+        return x
+    memory = bytearray(b"\0") + x.contiguous().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(memory, dtype=x.dtype, offset=1).view(x.shape)
+
+
+def _negative(x: torch.Tensor) -> torch.Tensor:
+    return torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype in (torch.float32, torch.float64) else x
+
+
+RELAID = {
+    "dense": lambda x: x,
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "gaps": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "misaligned": _misaligned,
+    "negative": _negative,
+}
+IN_CORE = tuple(name for name in OPS if hasattr(_core.eager, name))
+
+
+def test_the_core_has_the_ops_that_a_step_of_a_transformer_calls():
+    assert {"rms_norm_forward", "layer_norm_backward", "gated_forward", "activation_backward"} <= set(IN_CORE)
+    assert {name for name in vars(_core.eager) if not name.startswith("_")} - set(IN_CORE) == {
+        "are_plain", "is_eager", "takes",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 37), (37,), (2, 0), (0, 4), (1, 1), (3, 1, 4)])
+@pytest.mark.parametrize("layout", RELAID)
+@pytest.mark.parametrize("op", OPS)
+def test_past_the_dispatcher_an_op_is_the_same(op, layout, shape):
+    """`ops.<name>` where it passes the dispatcher by, against the kernel that PyTorch's dispatcher calls."""
+    if layout == "transposed" and len(shape) < 2:
+        pytest.skip("there is nothing to transpose")
+    if op == "cross_entropy_" and not shape[-1]:
+        pytest.skip("there is no class")
+    relayout = RELAID["dense" if op == "nonzero_encode" and layout == "negative" else layout]  # of zeros that are negative
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad():
+            args = sample(op, dtype, shape, relayout)
+            given = fresh if op == "cross_entropy_" else tuple
+            ours, theirs = outcome(call, op, *given(args)), outcome(ops.OPS[op].overload, *given(args))
+        if isinstance(theirs, Exception):  # the sample is not one for this shape or layout
+            assert type(ours) is type(theirs) and str(ours) == str(theirs)
+            continue
+        assert_same(ours, theirs)
+        for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+            assert a.stride() == b.stride() and a.device == b.device
+
+
+def outcome(function, *args):
+    try:
+        return function(*args)
+    except (TypeError, ValueError, IndexError) as error:
+        return error
+
+
+@pytest.mark.parametrize("op", IN_CORE)
+def test_the_core_takes_ordinary_tensors_and_leaves_the_rest_to_the_op(op):
+    function, args = getattr(_core.eager, op), sample(op)
+    with torch.no_grad():
+        assert_same(function(*args), ops.OPS[op].overload(*args))
+        first = args[0]
+        assert function(first.to(torch.int32), *args[1:]) is NotImplemented
+        assert function(first.to("meta"), *args[1:]) is NotImplemented
+        assert function(torch.nn.Buffer(first).as_subclass(_Tagged), *args[1:]) is NotImplemented
+        with FlopCounterMode(display=False):  # any mode that sees ops
+            assert function(*args) is NotImplemented
+        with torch.autograd.profiler.profile():
+            assert function(*args) is NotImplemented
+        assert torch.func.vmap(lambda x: torch.tensor(function(x, *args[1:]) is NotImplemented) & (x.sum() == x.sum()))(
+            first[None]
+        ).all()
+    assert function(*args) is NotImplemented  # a graph may be recorded
+
+
+class _Tagged(torch.Tensor):
+    """A subclass, which may mean anything."""
+
+
+def test_an_op_shows_in_a_profile():
+    x = torch.randn(4, 8)
+    with torch.no_grad(), torch.autograd.profiler.profile() as profile:
+        ops.activation_forward(x, "silu")
+    assert any(event.key == "unswag::activation_forward" for event in profile.key_averages())
 
 
 @pytest.mark.parametrize("op", OPS)

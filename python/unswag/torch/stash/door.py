@@ -103,6 +103,9 @@ class Entries(NamedTuple):
     leases: int
 
 
+_NOT_ENTERED: Any = None  # what a stash has beside its registries exists while it is entered
+
+
 class Stash:
     """Keeps what one forward saves for its backward in the smallest form. A context manager around the model's forward.
 
@@ -117,13 +120,13 @@ class Stash:
     def __init__(self, policy: str | Policy = "exact", model: nn.Module | None = None) -> None:
         self.policy = Policy.named(policy)
         self.lossy = self.policy.lossy
-        self.results: Results = None  # while this is entered
+        self.results: Results = _NOT_ENTERED
         self.awaited: set[PendingOutput] = set()  # those whose handles are to be replaced
         self._model = weakref.ref(model) if model is not None else None
         self._outputs: dict[int, RememberedOutput] = {}  # by storage
         self._marks: dict[int, list[MarkedTensor]] = {}  # by storage
         self._pending: dict[int, list[weakref.ref[PendingOutput]]] = {}  # by the storage of their unsaved inputs
-        self._leases: Leases = None  # while this is entered
+        self._leases: Leases = _NOT_ENTERED
         self.remembers: Callable[..., bool] | None = None  # `register` for the common kinds of outputs; False for others
         self._core: Any = None  # the core's door, while this is entered: it refers to this
         self._draws: Draws | None = None
@@ -169,7 +172,7 @@ class Stash:
         self.results = Results()
         self._leases = Leases() if state.recorder is None else state.recorder.leases
         if type(self).door is not _DOOR:
-            return self.door if collect is None else functools.partial(_collecting, self.door, collect, told)
+            return self.door if collect is None or told is None else functools.partial(_collecting, self.door, collect, told)
         self._core = _core.stash.Door(
             self.door, self._from_output, self._leases, self.results, self._outputs, self._marks, self._pending, state,
             self._model, ByReference, Recomputed, RememberedOutput, Recipe, Layout, version_counter,
@@ -192,7 +195,8 @@ class Stash:
         self._marks.clear()
         self._pending.clear()
         self.awaited.clear()
-        self.results = self._leases = self._core = self.remembers = None
+        self.results = self._leases = _NOT_ENTERED
+        self._core = self.remembers = None
 
     passive = False  # True: a stash entered inside this one takes over
 

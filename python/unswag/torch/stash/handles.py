@@ -50,7 +50,7 @@ class Handle:
         raise NotImplementedError
 
 
-class ByReference(_core.stash.Reference, Handle):  # type: ignore[misc]
+class ByReference(_core.stash.Reference, Handle):
     """Holds the tensor itself: an alias with its storage and version counter, and the version it was saved with.
 
     Where something smaller turns out to do, another handle can take its place (`replace_with`). What it holds is in the core
@@ -126,7 +126,7 @@ Lease = _core.stash.Lease
 Leases = _core.stash.Leases  # the leases that have not ended, by storage
 
 
-class Recipe(_core.stash.Recipe):  # type: ignore[misc]
+class Recipe(_core.stash.Recipe):
     """A tensor that is not held but recomputed: `function(*inputs, **constants)`, where `inputs` are handles or None.
 
     Recipe(function, inputs, constants, layout, results). Run once for all its readers: the result stays until every handle
@@ -167,7 +167,7 @@ class Recipe(_core.stash.Recipe):  # type: ignore[misc]
 Results = _core.stash.Results  # the recipes of one stash that hold a result for another reader: two at most, known weakly
 
 
-class Recomputed(_core.stash.Recomputed, Handle):  # type: ignore[misc]
+class Recomputed(_core.stash.Recomputed, Handle):
     """A recipe's tensor, or a view of it that starts `offset` elements behind its start: Recomputed(recipe, size, stride,
     offset). `guard` is a `VersionGuard` where the tensor itself must not have been overwritten since, or None."""
 

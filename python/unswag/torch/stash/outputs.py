@@ -41,7 +41,7 @@ class OpenStash(Protocol):
     def reliable(self, t: torch.Tensor, key: int, node: Any = None) -> Handle | None: ...
 
 
-class RememberedOutput(_core.stash.Output):  # type: ignore[misc]
+class RememberedOutput(_core.stash.Output):
     """The registry's entry for an output that need not be held. `counter` shares the output's version counter and none of its
     memory."""
 
@@ -53,7 +53,7 @@ class RememberedOutput(_core.stash.Output):  # type: ignore[misc]
         self.version = output._version
         self.counter = version_counter(output)
         self.layout = layout
-        self.offset = output.storage_offset()
+        self.offset = int(output.storage_offset())
         self.number = output.output_nr  # among the outputs of its node
         self.stream = stream_of(output)
         self.recipe = recipe  # None: not yet, or not at all

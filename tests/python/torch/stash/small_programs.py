@@ -14,6 +14,13 @@ from unswag.torch.stash import Stash, remember
 NO_STASH = contextlib.nullcontext
 
 
+class PythonDoor(Stash):
+    """A stash whose hook is `Stash.door` itself: what the core's door does for the common cases is done in Python."""
+
+    def door(self, t, depth=1):
+        return super().door(t, depth + 1)
+
+
 def leaf(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), requires_grad=True)
 

@@ -7,10 +7,11 @@ import weakref
 
 import pytest
 import torch
-from small_models import assert_same, batch, gradients, made, step, tiny_llama, with_recipes, with_stash
+from small_models import assert_same, batch, gradients, made, rms_norm, step, tiny_llama, with_recipes, with_stash
 from tests.python.torch.stash.small_programs import (
     HEADS,
     NO_STASH,
+    PythonDoor,
     W,
     X,
     assert_equal_with_and_without,
@@ -22,9 +23,10 @@ from tests.python.torch.stash.small_programs import (
 )
 from torch.nn import functional as F
 
-from unswag.torch import stash
+from unswag.torch import apply_unswag_surgery, stash
 from unswag.torch.audit import LiveStorages
-from unswag.torch.stash import Stash
+from unswag.torch.stash import Stash, thread
+from unswag.torch.stash import door as door_module
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -288,3 +290,116 @@ def test_entries_counts_what_the_registries_know():
         held = door.door(y), door.door(X)
         assert door.entries() == stash.Entries(outputs=1, marks=1, pending=1, awaited=1, leases=len(held))
     assert not any(door.entries())
+
+
+# ---- the core's door (bindings/stash.cpp) does what Stash.door does
+
+
+def saved_in_many_ways(head):
+    """Names and tensors as ops save them, of a graph that is made under the stash in use; what a name's tensor is a view of, or
+    was made from, comes before it."""
+    x = leaf(8, 16) * 1
+    y = rms_norm(x, W, 1e-6)
+    z = doubled(x)  # its input is saved by nobody
+    changed = doubled(x)
+    changed += 1
+    copy_ = head.to(torch.bfloat16)
+    wide = y.to(torch.float64)
+    yield from {
+        "parameter": W, "view of a parameter": head.t(), "part of a parameter": head[:3], "copy of a parameter": copy_,
+        "view of a copy of a parameter": copy_.t(), "reference": x, "again": x, "view": x.view(16, 8), "part": x[2:5],
+        "output": y, "view of an output": y.view(16, 8), "part of an output": y[2:5], "transposed output": y.t(),
+        "output, as integers": y.detach().view(torch.int32), "cast of an output": wide, "view of a cast": wide.view(-1),
+        "pending output": z, "changed output": changed, "nothing": x[:0], "number": x.sum(), "integers": torch.arange(4),
+        "leaf": leaf(3), "detached": x.detach(), "negative": torch.complex(x.detach(), -x.detach()).conj().imag,
+        "sparse": torch.eye(3).to_sparse(), "buffer": torch.nn.Buffer(torch.ones(2)), "inferred": head.detach() * 2,
+    }.items()  # fmt: skip
+
+
+def described(make_stash, policy, role):
+    """What the pack hook makes of each, and what comes back."""
+    rows = {}
+    with make_stash(policy) as door, thread.role(role) if role else NO_STASH():
+        pack, unpack = stash.top_hooks()
+        held = []
+        for name, t in saved_in_many_ways(HEADS[0]):
+            held.append((name, t, pack(t)))
+            handle = held[-1][-1]
+            rows[name] = [type(handle).__name__, handle.tier, handle.bytes, getattr(handle, "role", None), *door.entries()]
+    for name, t, handle in held:
+        again = unpack(handle)
+        assert torch.equal(again.to_dense(), t.detach().to_dense()) and not again.requires_grad, name
+        rows[name] += [tuple(again.shape), again.dtype, None if again.is_sparse else again.stride()]
+    return rows
+
+
+@pytest.mark.parametrize("policy", ["exact", "int8"])
+@pytest.mark.parametrize("role", [None, "checkpoint"])
+def test_the_cores_door_makes_the_same_handles(policy, role):
+    ours, theirs = described(Stash, policy, role), described(PythonDoor, policy, role)
+    assert ours == theirs
+    kinds = {(row[0], row[1]) for row in ours.values()}
+    assert kinds >= {("ByReference", tier) for tier in ("parameter", "device", "shared")} | {("Recomputed", "recipe")}
+
+
+def test_the_cores_door_asks_the_other_for_the_loss_alone_in_a_step_of_a_llama(monkeypatch):
+    def counted(plain):
+        return lambda *args: asked.append(args) or plain(*args)
+
+    model, asked = tiny_llama(), []
+    apply_unswag_surgery(model, verbose=False)
+    for name, known in (("door", "_DOOR"), ("register", "_REGISTER")):
+        monkeypatch.setattr(Stash, name, counted(getattr(Stash, name)))
+        monkeypatch.setattr(door_module, known, getattr(Stash, name))
+    step(model, batch(48))
+    assert len(asked) <= 4
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_recipe_runs_once_for_all_its_readers(backwards):
+    """Whoever reads: the result is let go when the last has, and another backward runs the recipe again."""
+    made.clear()
+    with Stash():
+        y = rms_norm(X, W, 1e-6)
+        loss = sum(F.linear(y, head).sum() for head in HEADS)
+    del y
+    for i in range(backwards):
+        loss.backward(retain_graph=i + 1 < backwards)
+    assert made.count("norm") == backwards
+    for t in (X, W, *HEADS):
+        t.grad = None
+
+
+def test_a_result_dies_with_the_handles_that_wait_for_it():
+    with Stash() as door:
+        y = doubled(X)
+        first, second, third = (door.door(y) for _ in range(3))
+    result = weakref.ref(stash.unpack(first))
+    assert result() is stash.unpack(first)  # read again: it waits for the others
+    del second
+    assert result() is not None
+    del third
+    assert result() is None
+    assert torch.equal(stash.unpack(first), X.detach() * 2)
+
+
+def test_of_many_results_two_wait_for_a_reader():
+    with Stash() as door:
+        outputs = [doubled(X) for _ in range(4)]
+        handles = [(door.door(y), door.door(y)) for y in outputs]
+        del outputs
+    results = [weakref.ref(stash.unpack(first)) for first, _ in handles]
+    assert [result() is not None for result in results] == [False, False, True, True]
+
+
+def test_a_stash_that_is_not_entered_by_name_is_the_same_under_torch_jit_and_profilers():
+    with torch.profiler.profile(), Stash():
+        loss = block(X, W, *HEADS)
+    loss.backward()
+    plain = [t.grad for t in (X, W)]
+    for t in (X, W, *HEADS):
+        t.grad = None
+    block(X, W, *HEADS).backward()
+    assert all(torch.equal(t.grad, grad) for t, grad in zip((X, W), plain, strict=True))
+    for t in (X, W, *HEADS):
+        t.grad = None

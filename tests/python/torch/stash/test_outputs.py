@@ -8,6 +8,7 @@ from tests.python.torch.stash.small_programs import (
     NO_STASH,
     Doubled,
     Doubling,
+    PythonDoor,
     W,
     X,
     assert_equal_with_and_without,
@@ -203,7 +204,7 @@ def test_a_reader_in_another_cuda_stream_keeps_the_tensor(autocast, monkeypatch)
     for reader, again in forgotten.items():
         now[0] = "first"
         made.clear()
-        with Stash(), torch.autocast("cpu", enabled=autocast):
+        with PythonDoor(), torch.autocast("cpu", enabled=autocast):
             y = rms_norm(X, W, 1e-6)
             now[0] = reader
             loss = F.linear(y, HEADS[0]).sum()
