@@ -286,7 +286,8 @@ struct NonzeroDecode {
 Status nonzero_decode(const NonzeroDecode& args, Stream stream = {});
 
 // ---- backends -----------------------------------------------------------------------------------------------------------
-// Names of the kernel rows built in, slowest first ("portable", "x86-64", "avx2", "avx512"), whether or not they run here.
+// Names of the kernel rows built in, slowest first ("portable", "x86-64", "avx2", "avx512", "avx512-bf16"), whether or not they
+// run here.
 std::vector<std::string_view> backend_names();
 bool backend_runs_here(std::string_view name);
 std::string_view current_backend();

@@ -58,8 +58,7 @@ void forward(const MaskForward& args, Stream stream, Act act) {
     const bool streaming = large && value && aligned(y, 32);
     std::int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-      prefetch(x + i);
-      if (sizeof(S) > 2) prefetch(x + i + 16);
+      prefetch_lines<32>(x + i);
       const I v = I::load(x + i);
       const auto passes = act.passes(v, zero);
       const std::uint32_t bits = passes.bits();
@@ -101,8 +100,7 @@ void backward(const MaskBackward& args, Stream stream, Off off) {
     std::int64_t i = 0;
     if (streaming) {
       for (; i + 32 <= n; i += 32) {
-        prefetch(dy + i);
-        if (sizeof(S) > 2) prefetch(dy + i + 16);
+        prefetch_lines<32>(dy + i);
         const I v = I::load(dy + i);
         select(passes(i), v, off.stopped(v)).stream(dx + i);
       }

@@ -17,16 +17,22 @@ UNSWAG_INLINE void each_row(std::int64_t rows, std::int64_t cols, int threads, c
                });
 }
 
-// The bits of 32 elements, or of the last n.
+// Which of 32 elements are kept.
 template <class I>
 UNSWAG_INLINE std::uint32_t set_bits(const typename I::scalar* x) {
   return (I::load(x) != I(0)).bits();
 }
-template <class I>
-UNSWAG_INLINE std::uint32_t set_bits(const typename I::scalar* x, std::int64_t n) {
-  typename I::scalar rest[32] = {};
-  memcpy(rest, x, std::size_t(n) * sizeof *x);
-  return set_bits<I>(rest);
+
+// body(i, x + i) for every 32 elements of a row; the last are filled up with zeros.
+template <class S, class Body>
+UNSWAG_INLINE void each_32(const S* x, std::int64_t cols, const Body& body) {
+  std::int64_t i = 0;
+  for (; i + 32 <= cols; i += 32) body(i, x + i);
+  if (i < cols) {
+    S rest[32] = {};
+    memcpy(rest, x + i, std::size_t(cols - i) * sizeof(S));
+    body(i, rest);
+  }
 }
 
 template <class T>
@@ -35,9 +41,9 @@ void count(const NonzeroCount& args, Stream stream) {
   const std::int64_t cols = args.x.cols;
   each_row(args.x.rows, cols, stream.threads, [&](std::int64_t r) __attribute__((always_inline)) {
     const auto* x = static_cast<const typename I::scalar*>(args.x.data) + r * args.x.stride;
-    std::int64_t sum = 0, i = 0;
-    for (; i + 32 <= cols; i += 32) sum += __builtin_popcount(set_bits<I>(x + i));
-    if (i < cols) sum += __builtin_popcount(set_bits<I>(x + i, cols - i));
+    std::int64_t sum = 0;
+    each_32(x, cols,
+            [&](std::int64_t, const auto* p) __attribute__((always_inline)) { sum += __builtin_popcount(set_bits<I>(p)); });
     args.counts[r] = sum;
   });
 }
@@ -50,37 +56,35 @@ struct Values {
   S* end;
 };
 
-// The elements of x[0] ... that `bits` names.
+// The elements of x[0], ..., x[31] that `bits` names.
 template <class S>
-UNSWAG_INLINE void append(Values<S>& values, const S* x, std::uint32_t bits, std::int64_t n) {
-  constexpr int step = moved<S>;
-  for (std::int64_t i = 0; i < n; i += step) {
-    const std::uint32_t mask = bits >> i & ((1u << step) - 1);
-    if (i + step <= n && values.end - values.next >= step) {
-      move_together(values.next, x + i, mask);
-      values.next += __builtin_popcount(mask);
-    } else {
-      for (std::int64_t k = i; k < n && k < i + step; ++k)
-        if ((bits >> k & 1) && values.next < values.end) *values.next++ = x[k];
-    }
+UNSWAG_INLINE void append(Values<S>& values, const S* x, std::uint32_t bits) {
+  const std::int64_t count = __builtin_popcount(bits), room = values.end - values.next;
+  if (room >= 32) [[likely]] {
+    move_together(values.next, x, bits);
+    values.next += count;
+  } else {
+    S all[32];
+    move_together(all, x, bits);
+    const std::int64_t kept = count < room ? count : room;
+    memcpy(values.next, all, std::size_t(kept) * sizeof(S));
+    values.next += kept;
   }
 }
 
+// Thirty-two elements: those that `bits` names, in their places.
 template <class S>
-UNSWAG_INLINE void take(Values<const S>& values, S* x, std::uint32_t bits, std::int64_t n) {
-  constexpr int step = moved<S>;
-  for (std::int64_t i = 0; i < n; i += step) {
-    const std::uint32_t mask = bits >> i & ((1u << step) - 1);
-    if (i + step <= n && values.end - values.next >= step) {
-      move_apart(x + i, values.next, mask);
-      values.next += __builtin_popcount(mask);
-    } else {
-      for (std::int64_t k = i; k < n && k < i + step; ++k) {
-        x[k] = 0;
-        if (bits >> k & 1) x[k] = values.next < values.end ? *values.next++ : S(-1);
-      }
-    }
+UNSWAG_INLINE auto take(Values<const S>& values, std::uint32_t bits) {
+  const std::int64_t count = __builtin_popcount(bits), there = values.end - values.next;
+  const S* from = values.next;
+  S all[32];
+  if (there < 32) [[unlikely]] {
+    memset(all, 0xff, sizeof all);
+    memcpy(all, from, std::size_t(there) * sizeof(S));
+    from = all;
   }
+  values.next += count < there ? count : there;
+  return move_apart(from, bits);
 }
 
 template <class T>
@@ -93,17 +97,11 @@ void encode(const NonzeroEncode& args, Stream stream) {
     std::uint8_t* bitmap = args.bitmap.data + r * args.bitmap.stride;
     S* const all = static_cast<S*>(args.values.data);
     Values<S> values{all + args.offsets[r], all + args.offsets[r + 1]};
-    std::int64_t i = 0;
-    for (; i + 32 <= cols; i += 32) {
-      const std::uint32_t bits = set_bits<I>(x + i);
+    each_32(x, cols, [&](std::int64_t i, const S* p) __attribute__((always_inline)) {
+      const std::uint32_t bits = set_bits<I>(p);
       memcpy(bitmap + i / 8, &bits, 4);
-      append(values, x + i, bits, 32);
-    }
-    if (i < cols) {
-      const std::uint32_t bits = set_bits<I>(x + i, cols - i);
-      memcpy(bitmap + i / 8, &bits, 4);
-      append(values, x + i, bits, cols - i);
-    }
+      append(values, p, bits);
+    });
   });
 }
 
@@ -111,15 +109,27 @@ template <class T>
 void decode(const NonzeroDecode& args, Stream stream) {
   using S = typename ints32_t<T>::scalar;
   const std::int64_t cols = args.x.cols;
+  const bool large = args.x.rows * cols * std::int64_t(sizeof(T)) > stream_above;
   each_row(args.x.rows, cols, stream.threads, [&](std::int64_t r) __attribute__((always_inline)) {
     S* x = static_cast<S*>(args.x.data) + r * args.x.stride;
     const std::uint8_t* bitmap = args.bitmap.data + r * args.bitmap.stride;
     const S* const all = static_cast<const S*>(args.values.data);
     Values<const S> values{all + args.offsets[r], all + args.offsets[r + 1]};
-    for (std::int64_t i = 0; i < cols; i += 32) {
+    const auto next = [&](std::int64_t i) __attribute__((always_inline)) {
       std::uint32_t bits;
       memcpy(&bits, bitmap + i / 8, 4);
-      take(values, x + i, bits, cols - i < 32 ? cols - i : 32);
+      return take(values, bits);
+    };
+    std::int64_t i = 0;
+    if (large && aligned(x, 32)) {
+      for (; i + 32 <= cols; i += 32) next(i).stream(x + i);
+      stream_fence();
+    }
+    for (; i + 32 <= cols; i += 32) next(i).store(x + i);
+    if (i < cols) {
+      S rest[32];
+      next(i).store(rest);
+      memcpy(x + i, rest, std::size_t(cols - i) * sizeof(S));
     }
   });
 }

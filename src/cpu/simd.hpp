@@ -2,6 +2,7 @@
 //
 //   portable  array16<float>, an array (and array16<double>: this is the row that has f64)
 //   x86-64    4 registers of 4 (SSE2)      avx2  2 registers of 8      avx512  1 register of 16
+//   avx512-bf16   the same, where the processor has instructions for bf16 and moves 16-bit elements (avx512_vbmi2)
 //
 // Each instruction set brings one register type (src/cpu/simd/), and `twice` puts two of a kind together.  They all offer
 //
@@ -25,7 +26,7 @@
 #include "math/exp.hpp"
 
 #ifndef UNSWAG_ISA_NS
-#error "compile src/cpu once per instruction set, with -DUNSWAG_ISA_NS=portable, x86_64, avx2 or avx512"
+#error "compile src/cpu once per instruction set, with -DUNSWAG_ISA_NS=portable, x86_64, avx2, avx512 or avx512_bf16"
 #endif
 
 // A call for every operation is slow, but the portable row is the last resort, and takes minutes to compile without calls.
@@ -55,6 +56,13 @@ constexpr bool has_fast_loops = false;
 constexpr bool has_fast_loops = true;
 #endif
 
+// Whether a long formula fits into the registers together with the next one, which the processor then begins meanwhile.
+#ifdef __AVX512F__
+constexpr bool has_many_registers = true;
+#else
+constexpr bool has_many_registers = false;
+#endif
+
 using mask16 = f32x16::mask;
 static_assert(f32x16::size == 16);
 
@@ -81,15 +89,27 @@ UNSWAG_INLINE void store(T* p, V x) {
   x.store(p);
 }
 
-// The same with the lanes in an order of the row's own, and for numbers whose NaN, if any, comes from elements of type T and
-// from arithmetic, so that what T has no bits for is 0 in it: both are cheaper for bf16.
+// The lanes of a step of an elementwise loop: two registers, or four of SSE2.
 template <class T>
-UNSWAG_INLINE lanes_t<T> load_shuffled(const T* p) {
-  return load(p);
+struct wide_of {
+#ifdef __AVX512F__
+  using type = twice<f32x16>;
+#else
+  using type = lanes_t<T>;
+#endif
+};
+template <class T>
+using wide_t = typename wide_of<T>::type;
+
+// Loads and stores of a step, with the lanes in an order of the row's own, and for numbers whose NaN, if any, comes from
+// elements of type T and from arithmetic, so that what T has no bits for is 0 in it: both are cheaper for bf16.
+template <class T>
+UNSWAG_INLINE wide_t<T> load_shuffled(const T* p) {
+  return wide_t<T>::load(p);
 }
 template <class V, class T>
 UNSWAG_INLINE void store_shuffled(T* p, V x) {
-  store(p, x);
+  x.store(p);
 }
 template <class V, class T>
 UNSWAG_INLINE void stream_shuffled(T* p, V x) {

@@ -7,9 +7,9 @@
 // Symmetric: f(x) = x g(x) with g(x) + g(-x) = 1, so that
 //     f(x) - f(-x) = x     and     f'(x) + f'(-x) = 1
 // Up to |x| = Act::plain every step stays a normal number (Act::near); hardly any data lies outside.  near takes the result of
-// its first steps, Act::ahead(x): a loop computes these for a block of x beforehand, because two short chains of dependent
-// steps fill a processor's waits where one long chain does not (1.5 times the speed).  Outside only the left half is computed,
-// from u = |x| (Act::tail):
+// its first steps, Act::ahead(x): where registers are few, a loop computes these for a block of x beforehand, because two
+// short chains of dependent steps fill a processor's waits where one long chain does not (1.5 times the speed).  Outside only
+// the left half is computed, from u = |x| (Act::tail):
 //     value = -f(-u) >= 0,     slope = f'(-u),     both times 2^64, or times 2^192 from `far` on, where f is 0
 // The factor keeps them normal where f itself is subnormal, and the slope accurate where dy is large (dy f' is above 0 for
 // slopes down to 2^-262).
@@ -69,10 +69,11 @@ template <class T, class Act, class V>
 UNSWAG_HD inline Both<V> logistic_unit(V x, V t, V w) {
   const V d = V(1.f) + t, s = V(1.f) / d, g = s * t;
   const V left = s * fma(w, g, V(1.f));
+  const V y = x / d;
   if constexpr (coarse<T>) {
-    return {x * s, left};
+    return {y, left};
   } else {
-    const V y = x / d, square = x * x;
+    const V square = x * x;
     const V outer = select(negative(x), left, fma(g, fma(w, s, V(-1.f)), V(1.f)));
     const V core = core_slope_of<Act>(x, square, Act::core_slope(square));
     const V value = Act::refined ? select(x > V(1.f), fma(-y, t, x), y) : y;
@@ -220,7 +221,7 @@ struct Gelu : Symmetric {
     const V u = abs(x), square = x * x;
     const V e = exp_short<-1, 2>(square);
     const V left = e * fma(u, V(-0.3989422804014327), r);
-    const Both<V> outer{max(V(0.f), x) - u * e * r, select(negative(x), left, V(1.f) - left)};
+    const Both<V> outer{fma(u * e, -r, max(V(0.f), x)), select(negative(x), left, V(1.f) - left)};
     if constexpr (coarse<T>) {
       return outer;
     } else {
@@ -259,14 +260,15 @@ struct Gelu : Symmetric {
     p = fma(w, p, V(-0x1.3d18aap-1f));
     return fma(w, p, V(0x1.842936p-1f)) * q;
   }
-  // The same for u <= plain, shorter: outside the core right to 2^-24; for bf16 to 2^-19, and R(0) = 1/2 exactly.
+  // The same for u <= plain, shorter: outside the core right to 2^-24; for bf16, in powers of q, to 2^-20, and R(0) = 1/2
+  // exactly.
   template <class T, class V>
   UNSWAG_HD static V mills_short(V u) {
     const V k(coarse<T> ? 4.f : 5.5f);
     const V q = V(1.f) / (u + k);
     if constexpr (coarse<T>) {
-      return q * polynomial(u * q, 2.f, -0x1.1885ep+2f, 0x1.4f13d4p+2f, -0x1.99c858p+1f, 0x1.35e6d4p-2f, 0x1.94174ap-1f,
-                            -0x1.639114p-2f);
+      return q * polynomial(q, 0x1.9520ep-2f, 0x1.c58cfcp+0f, 0x1.0c68cp+1f, 0x1.0b07ecp+6f, -0x1.eb50bp+7f, 0x1.4b4b6ep+10f,
+                            -0x1.638e4cp+10f);
     } else {
       return q * polynomial((u - k) * q, 0x1.8c2b8ap-1f, -0x1.5ed05ep-1f, 0x1.1238d4p-1f, -0x1.77dc58p-2f, 0x1.be8802p-3f,
                             -0x1.c042ccp-4f, 0x1.6a45acp-5f, -0x1.120d8ep-6f);

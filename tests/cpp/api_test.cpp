@@ -536,7 +536,8 @@ struct Backend : testing::Test {
 };
 
 TEST_F(Backend, RowsStandFromSlowestToFastest) {
-  const std::vector<std::string_view> known{"portable", "cuda-emulated", "avx512-emulated", "x86-64", "avx2", "avx512"};
+  const std::vector<std::string_view> known{"portable", "cuda-emulated", "avx512-emulated", "x86-64",
+                                            "avx2",     "avx512",        "avx512-bf16"};
   const auto names = backend_names();
   EXPECT_EQ(names.front(), "portable");
   EXPECT_TRUE(std::ranges::includes(

@@ -134,6 +134,17 @@ TEST(DType, FloatsAllOverRoundAsTheFormatsSay) {
   }
 }
 
+// One in each place of a register: instructions that convert to bf16 take it for 0.
+TEST(DType, ASubnormalAmongNormalNumbersIsKept) {
+  for (const DType dtype : narrow_dtypes)
+    for (const Way& way : ways())
+      for (std::size_t place = 0; place < 64; ++place) {
+        Bits bits(64, std::uint16_t(infinity_bits(dtype) / 2));
+        bits[place] = 3;
+        ASSERT_EQ(way.narrow(dtype, way.widen(dtype, bits)), bits) << way.name << ' ' << name_of(dtype) << ' ' << place;
+      }
+}
+
 // A double beside the middle of two neighbours: its float is the middle, and would be rounded a second time, to even.
 TEST(DType, ADoubleOnItsWayToSixteenBitsRoundsOnce) {
   const auto infinity = double(inf);

@@ -130,6 +130,23 @@ TEST(Gated, ProductsOf16BitNumbersAreRoundedToNearestEven) {
   }
 }
 
+// One subnormal result in each place of a step: instructions that convert to bf16 take it for 0.
+TEST(Gated, ASubnormalAmongNormalNumbersIsKept) {
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    Matrix one(dtype, 1, 96), h(dtype, 1, 96), dgate(dtype, 1, 96), dup(dtype, 1, 96);
+    one.fill([](std::int64_t, std::int64_t) { return 1; });
+    for (std::int64_t place = 0; place < 96; ++place) {
+      Matrix x(dtype, 1, 96);
+      x.fill([&](std::int64_t, std::int64_t c) { return c == place ? 3 * ulp(dtype, 0) : Real(c); });
+      for (const Kernels* k : backends()) {
+        k->gated_forward({Activation::relu, one, x, h}, {});
+        k->gated_backward({Activation::relu, one, one, x, dgate, dup, {}}, {});
+        for (const Matrix* got : {&h, &dgate, &dup}) ASSERT_EQ(got->bytes(), x.bytes()) << k->name << ' ' << place;
+      }
+    }
+  }
+}
+
 TEST(Gated, TheSameBitsForAnyNumberOfThreadsAndAnyCut) {
   for (const DType dtype : float_dtypes) {
     const std::int64_t rows = 5, cols = 70001;

@@ -46,7 +46,7 @@ struct f32x16 {
   UNSWAG_INLINE void stream(f16* p) const { _mm256_stream_si256((__m256i*)p, to_f16()); }
   UNSWAG_INLINE void stream(bf16* p) const { _mm256_stream_si256((__m256i*)p, to_bf16()); }
 
-  UNSWAG_INLINE friend f32x16 operator-(f32x16 a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.f)); }
+  UNSWAG_INLINE friend f32x16 operator-(f32x16 a) { return -a.v; }  // may become part of an FMA
   UNSWAG_INLINE friend f32x16 operator+(f32x16 a, f32x16 b) { return _mm512_add_ps(a.v, b.v); }
   UNSWAG_INLINE friend f32x16 operator-(f32x16 a, f32x16 b) { return _mm512_sub_ps(a.v, b.v); }
   UNSWAG_INLINE friend f32x16 operator*(f32x16 a, f32x16 b) { return _mm512_mul_ps(a.v, b.v); }
@@ -82,9 +82,18 @@ struct f32x16 {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(m.v), n));
   }
 
+#ifdef __AVX512BF16__
+  // Lanes that the processor's own conversion to bf16 takes for zeros; all else it rounds as to_bf16 does.
+  UNSWAG_INLINE __mmask16 subnormal() const { return _mm512_fpclass_ps_mask(v, 0x20); }
+#endif
+
  private:
   UNSWAG_INLINE __m256i to_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   UNSWAG_INLINE __m256i to_bf16() const {
+#ifdef __AVX512BF16__
+    if (subnormal() == 0) [[likely]]
+      return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#endif
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -93,6 +102,32 @@ struct f32x16 {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16));
   }
 };
+
+// The even lanes, then the odd ones.
+UNSWAG_INLINE twice<f32x16> load_shuffled(const bf16* p) {
+  const __m512i all = _mm512_loadu_si512(p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(all, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(int(0xffff0000))))};
+}
+// Without a case for NaN: its lower half is 0, so rounding cannot carry into the exponent.
+UNSWAG_INLINE __m512i shuffled_bf16(twice<f32x16> x) {
+#ifdef __AVX512BF16__
+  if (_kortestz_mask16_u8(x.low.subnormal(), x.high.subnormal())) [[likely]] {
+    alignas(64) static constexpr std::int16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.high.v, x.low.v));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+  }
+#endif
+  const auto rounded = [](__m512 v) __attribute__((always_inline)) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  };
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(x.low.v), 16), rounded(x.high.v));
+}
+UNSWAG_INLINE void store_shuffled(bf16* p, twice<f32x16> x) { _mm512_storeu_si512(p, shuffled_bf16(x)); }
+UNSWAG_INLINE void stream_shuffled(bf16* p, twice<f32x16> x) { _mm512_stream_si512((__m512i*)p, shuffled_bf16(x)); }
 
 // 32-bit or 16-bit integers, for the masks.
 template <class I>

@@ -76,6 +76,22 @@ template <class T, int Relation>
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(narrow));
 }
 
+// The named lanes side by side, and apart again; zeros after and between them.
+[[gnu::always_inline]] inline __m512i compress(std::uint32_t mask, __m512i a) {
+  std::uint32_t from[16], to[16] = {};
+  __builtin_memcpy(from, &a, 64);
+  for (int i = 0, k = 0; i < 16; ++i)
+    if (mask >> i & 1) to[k++] = from[i];
+  return _mm512_loadu_si512(to);
+}
+[[gnu::always_inline]] inline __m512i expand(std::uint32_t mask, __m512i a) {
+  std::uint32_t from[16], to[16] = {};
+  __builtin_memcpy(from, &a, 64);
+  for (int i = 0, k = 0; i < 16; ++i)
+    if (mask >> i & 1) to[i] = from[k++];
+  return _mm512_loadu_si512(to);
+}
+
 }  // namespace unswag::emulated
 
 #define _mm512_cvtph_ps(a) \
@@ -88,6 +104,10 @@ template <class T, int Relation>
   unswag::emulated::ints(_mm256_cvtepu16_epi32(unswag::emulated::quarter<0>(a)), \
                          _mm256_cvtepu16_epi32(unswag::emulated::quarter<1>(a)))
 #define _mm512_cvtepi32_epi16(a) unswag::emulated::low_halves(a)
+#undef _mm512_maskz_compress_epi32
+#define _mm512_maskz_compress_epi32(mask, a) unswag::emulated::compress(mask, a)
+#undef _mm512_maskz_expand_epi32
+#define _mm512_maskz_expand_epi32(mask, a) unswag::emulated::expand(mask, a)
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps(a, which) unswag::emulated::half<which>(a)
 #undef _mm512_cmp_epi32_mask
