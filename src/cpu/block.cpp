@@ -13,16 +13,16 @@ namespace {
 
 constexpr int lanes = math::block_lanes;
 
-// f(first lane, type of a register) for each register of which V is made.
-template <class V, class F>
-UNSWAG_INLINE void each_register(const F& f, int lane = 0) {
-  if constexpr (requires(V v) { v.low; }) {
-    each_register<decltype(V::low)>(f, lane);
-    each_register<decltype(V::high)>(f, lane + V::size / 2);
+// The registers of which V is made.
+template <class V>
+constexpr auto register_of(V v) {
+  if constexpr (requires { v.low; }) {
+    return register_of(v.low);
   } else {
-    f(lane, math::type<V>());
+    return v;
   }
 }
+using Register = decltype(register_of(f32x16()));
 
 // f(0), ..., f(n - 1), each for itself.
 template <int n, class F>
@@ -48,7 +48,7 @@ UNSWAG_INLINE void rotate(R (&v)[radix]) {
 template <int n, class R, class Load, class Keep, class Again, class Done>
 UNSWAG_INLINE void rotate(const Load& load, const Keep& keep, const Again& again, const Done& done) {
   constexpr int near = n < registers_at_once ? n : registers_at_once, far = n / near;
-  static_assert(far <= registers_at_once);
+  static_assert(far <= registers_at_once, "a third pass would be needed");
 #pragma GCC unroll 1
   for (int first = 0; first < n; first += near) {
     R v[near];
@@ -94,21 +94,22 @@ struct Group {
   template <class T>
   UNSWAG_INLINE void load_rotated(const T* x, f32x16& greatest, f32x16& least) {
     alignas(64) float high[lanes], low[lanes];
-    each_register<f32x16>([&]<class R>(int lane, math::type<R>) __attribute__((always_inline)) {
-      R most(0.f), fewest(0.f);
-      rotate<n, R>(
+#pragma GCC unroll 1
+    for (int lane = 0; lane < lanes; lane += Register::size) {
+      Register top(0.f), bottom(0.f);
+      rotate<n, Register>(
           [&](int k) __attribute__((always_inline)) {
             if (lane == 0) prefetch(x + k * lanes);
-            return load_numbers<R>(x + k * lanes + lane);
+            return load_numbers<Register>(x + k * lanes + lane);
           },
-          [&](int k, R v) __attribute__((always_inline)) { v.store(t + k * lanes + lane); },
-          [&](int k) __attribute__((always_inline)) { return R::load(t + k * lanes + lane); },
-          [&](int k, R v) __attribute__((always_inline)) {
-            most = max(v, most), fewest = min(v, fewest);
+          [&](int k, Register v) __attribute__((always_inline)) { v.store(t + k * lanes + lane); },
+          [&](int k) __attribute__((always_inline)) { return Register::load(t + k * lanes + lane); },
+          [&](int k, Register v) __attribute__((always_inline)) {
+            top = max(v, top), bottom = min(v, bottom);
             v.store(t + k * lanes + lane);
           });
-      most.store(high + lane), fewest.store(low + lane);
-    });
+      top.store(high + lane), bottom.store(low + lane);
+    }
     greatest = f32x16::load(high), least = f32x16::load(low);
   }
 
@@ -133,7 +134,7 @@ template <class B, class T>
 void encode(const BlockEncode& args, Stream stream) {
   using G = Group<B>;
   // Scales are a long chain of dependent steps: those of several groups are made together.
-  constexpr int batch = 2048 / G::size;
+  constexpr int batch = G::size < 2048 ? 2048 / G::size : 1;
   const math::BlockRow<B> row_of{args.x.cols};
   const std::int64_t groups = row_of.groups();
   const Draws draws{args.seed, args.offset};
@@ -232,34 +233,29 @@ void decode(const BlockDecode& args, Stream stream) {
         unpack_codes<B::bits>(packed + row_of.code_byte(g), narrowed, blocks * B::n);
         widen<B::n>(code, narrowed, blocks);
       }
-      const auto write = [&](T* to) __attribute__((always_inline)) {
-        if constexpr (B::rotated) {
-          const Scale<T> scale(factors);
-          std::int16_t t[size];
-          rotate<B::n, i16x16>(
-              [&](int k) __attribute__((always_inline)) { return math::block_whole<B>(i16x16::load(code + k * lanes)); },
-              [&](int k, i16x16 v) __attribute__((always_inline)) { v.store(t + k * lanes); },
-              [&](int k) __attribute__((always_inline)) { return i16x16::load(t + k * lanes); },
-              [&](int k, i16x16 v) __attribute__((always_inline)) { scale.store(to + k * lanes, v); });
-        } else {
-          const f32x16 factor = f32x16::load(factors);
-          float value[size];
-          for (int k = 0; k < size; ++k) value[k] = math::fp8_value<B>(code[k]);
-          for (int k = 0; k < size; k += lanes) (f32x16::load(value + k) * factor).store(to + k);
-        }
-      };
       T* const x = row<T>(args.x, r) + g * row_of.group;
-      T wide[size];
-      if (row_of.elements(g) < size) {
+      const bool whole = row_of.elements(g) == size, streaming = whole && large && aligned(x, 16);
+      T wide[size], *const to = whole && !streaming ? x : wide;
+      if constexpr (B::rotated) {
+        const Scale<T> scale(factors);
+        std::int16_t t[size];
+        rotate<B::n, i16x16>(
+            [&](int k) __attribute__((always_inline)) { return math::block_whole<B>(i16x16::load(code + k * lanes)); },
+            [&](int k, i16x16 v) __attribute__((always_inline)) { v.store(t + k * lanes); },
+            [&](int k) __attribute__((always_inline)) { return i16x16::load(t + k * lanes); },
+            [&](int k, i16x16 v) __attribute__((always_inline)) { scale.store(to + k * lanes, v); });
+      } else {
+        const f32x16 factor = f32x16::load(factors);
+        float value[size];
+        for (int k = 0; k < size; ++k) value[k] = math::fp8_value<B>(code[k]);
+        for (int k = 0; k < size; k += lanes) (f32x16::load(value + k) * factor).store(to + k);
+      }
+      if (streaming) {
+        stream_copy(x, wide, size);
+      } else if (!whole) {
         T narrowed[size + lanes];
-        write(wide);
         narrow<B::n>(narrowed, wide, blocks);
         memcpy(x, narrowed, std::size_t(row_of.elements(g)) * sizeof(T));
-      } else if (large && aligned(x, 16)) {
-        write(wide);
-        stream_copy(x, wide, size);
-      } else {
-        write(x);
       }
     }
     if (large) stream_fence();
