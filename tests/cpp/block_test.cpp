@@ -256,9 +256,10 @@ TEST(Block, TheSameBitsForAnyNumberOfThreads) {
 // What is large goes past the cache, where its row is aligned for it: the same bits.
 TEST(Block, LargeEnoughToStream) {
   const std::int64_t cols = (std::int64_t{9} << 19) + 48;  // row 1 is aligned, row 0 is not
-  Matrix x(DType::bf16, 2, cols, cols + 27), all(DType::bf16, 2, cols, cols + 27), one(DType::bf16, 1, cols);
+  Matrix x(DType::bf16, 2, cols, cols + 27);
   fill_with_outliers(x, 6);
   for (const Kernels* k : {backends().front(), backends().back()}) {
+    Matrix all(DType::bf16, 2, cols, cols + 27), one(DType::bf16, 1, cols);
     PackedRows packed(Block::int4, 2, cols);
     k->block_encode({Block::int4, x, packed}, {});
     k->block_decode({Block::int4, packed, all}, {});
