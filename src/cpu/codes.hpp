@@ -97,7 +97,7 @@ UNSWAG_INLINE void read_factors(const table<bits, S>& levels, const std::uint8_t
   if (i < n) {
     std::uint8_t fields[2 * bits] = {};
     const std::int64_t left = packed_row_bytes(n, bits) - i / 8 * bits;
-    memcpy(fields, packed + i / 8 * bits, left < 2 * bits ? std::size_t(left) : sizeof fields);
+    memcpy(fields, packed + i / 8 * bits, left < std::int64_t{sizeof fields} ? std::size_t(left) : sizeof fields);
     levels[load_fields<bits>(fields)].store(factor + i);
   }
 }
