@@ -26,10 +26,12 @@ import torch  # noqa: E402
 from bench import smollm2  # noqa: E402
 from bench.native_copy import Copy  # noqa: E402
 from unswag import _core  # noqa: E402
-from unswag.torch.ops import ACTIVATIONS, DTYPES, MASKS  # noqa: E402
+from unswag.torch.ops import ACTIVATIONS, BLOCKS, DTYPES, MASKS  # noqa: E402
 
 F = torch.nn.functional
 aten = torch.ops.aten
+
+WHOLE = ("int8", "int4", "int2")  # block codecs of whole numbers
 
 # Bytes that must move, our call, PyTorch's calls.
 Row = tuple[float, Callable[[], object], dict[str, Callable[[], object]]]
@@ -214,6 +216,38 @@ class Case:
             ),
         }
 
+    def block_rows(self) -> dict[str, Row]:
+        """Block codecs of rows of 4096, both ways."""
+        n, code, here, cols = self.n, self.code, (-1, 0, self.threads), 4096
+        rows, a, x = n // cols, self.a, self.x
+        pa, px = a.data_ptr(), x.data_ptr()
+        self.blocks = {name: torch.zeros(rows, _core.block_row_bytes(BLOCKS[name], cols), dtype=torch.uint8) for name in WHOLE}
+
+        def encode(name: str, stochastic: bool) -> Row:
+            packed = self.blocks[name]
+            pp, stride = packed.data_ptr(), packed.shape[1]
+            return (
+                n * a.element_size() + packed.numel(),
+                lambda: _core.block_encode(BLOCKS[name], stochastic, 1, 2, code, rows, cols, pa, cols, pp, stride, *here),
+                {"copy_": lambda: x.copy_(a)},
+            )
+
+        def decode(name: str) -> Row:
+            packed = self.blocks[name]
+            pp, stride = packed.data_ptr(), packed.shape[1]
+            return (
+                n * a.element_size() + packed.numel(),
+                lambda: _core.block_decode(BLOCKS[name], code, rows, cols, pp, stride, px, cols, *here),
+                {"copy_": lambda: x.copy_(a)},
+            )
+
+        all_rows = {}
+        for name in WHOLE:
+            all_rows[f"{name} block encode"] = encode(name, False)
+            all_rows[f"{name} block encode, stochastic"] = encode(name, True)
+            all_rows[f"{name} block decode"] = decode(name)
+        return all_rows
+
     def norm_rows(self) -> dict[str, Row]:
         """RMSNorm of rows of 2048 and cross-entropy over 49,152 classes; PyTorch has no out= for these, its outputs come from
         memory that the process has touched before."""
@@ -300,7 +334,7 @@ def measure(dtype: torch.dtype, threads: int, size: int, repeat: int, compile: b
     case, copy = Case(dtype, size, threads), Copy(threads)
     rows = []
     compiled = case.compiled() if compile else {}
-    for name, (moved, ours, peers) in (case.rows() | case.codec_rows() | case.norm_rows()).items():
+    for name, (moved, ours, peers) in (case.rows() | case.codec_rows() | case.block_rows() | case.norm_rows()).items():
         if only not in name:
             continue
 

@@ -5,20 +5,20 @@
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
-constexpr std::int64_t stretch = 2048;
+constexpr std::int64_t stretch = 512;
 
 template <class T, int bits>
 void forward(const CodeForward& args, Stream stream) {
   using S = typename lanes_t<T>::scalar;
-  const auto bounds = math::bounds_of<S>(args.bounds, args.count);
+  const Search<bits, S> search(math::bounds_of<S>(args.bounds, args.count));
   encode_codes<T, bits, stretch>(args, stream,
                                  [&](std::int64_t, std::int64_t, const T* x, std::int64_t n, std::uint8_t* packed) {
                                    if (args.of_derivative) {
                                      S slope[stretch];
                                      activation_slopes(args.act, args.x.dtype, x, slope, n);
-                                     write_codes<bits>(slope, n, bounds, packed);
+                                     write_codes<bits>(slope, n, search, packed);
                                    } else {
-                                     write_codes<bits>(x, n, bounds, packed);
+                                     write_codes<bits>(x, n, search, packed);
                                    }
                                  });
 }
@@ -26,10 +26,10 @@ void forward(const CodeForward& args, Stream stream) {
 template <class T, int bits>
 void backward(const CodeBackward& args, Stream stream) {
   using S = typename lanes_t<T>::scalar;
-  const Factors<bits, S> factors(math::levels_of<S>(args.levels, args.count));
+  const table<bits, S> levels(math::levels_of<S>(args.levels, args.count).at);
   decode_codes<T, bits, stretch>(args, stream,
                                  [&](std::int64_t, std::int64_t, std::int64_t n, const std::uint8_t* packed, S* factor) {
-                                   factors.read(packed, n, factor);
+                                   read_factors(levels, packed, n, factor);
                                  });
 }
 

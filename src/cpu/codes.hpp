@@ -1,12 +1,13 @@
-// Codes of 1 to 4 bits beside an activation: many comparisons to a packed row, a packed row to factors, and the frames of the
-// ops that use them.  32 elements are `bits` words.
+// Codes of 1 to 4 bits beside an activation: searches among bounds to a packed row, a packed row to factors, and the frames of
+// the ops that use them.  32 elements are `bits` words.
 #pragma once
 
 #include "cpu/activation.hpp"
 #include "cpu/elementwise.hpp"
+#include "cpu/fields.hpp"
 #include "cpu/lanes.hpp"
+#include "cpu/simd/tables.hpp"
 #include "math/codes.hpp"
-#include "math/fields.hpp"
 
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
@@ -18,84 +19,88 @@ UNSWAG_INLINE void visit_bits(int wanted, const F& f) {
   if constexpr (bits < most_code_bits) visit_bits<bits + 1>(wanted, f);
 }
 
-// The bits of a byte, `bits` apart.
-struct Spread {
-  std::uint32_t of[256];
-};
-template <int bits>
-constexpr Spread make_spread() {
-  Spread s{};
-  for (unsigned byte = 0; byte < 256; ++byte)
-    for (int i = 0; i < 8; ++i) s.of[byte] |= (byte >> i & 1) << (i * bits);
-  return s;
-}
-template <int bits>
-constexpr Spread spread = make_spread<bits>();
-
-// The codes of 32 elements; those whose bit in `valid` is 0 are 0.
-template <int bits, class V, class S>
-UNSWAG_INLINE void write_word_of_codes(V low, V high, const math::Bounds<S>& bounds, std::uint32_t valid,
-                                       std::uint8_t* packed) {
-  std::uint32_t plane[bits];
-  math::code_planes<bits>(
-      [&](int i) __attribute__((always_inline)) {
-        const V bound(bounds.at[i]);
-        return ((low > bound).bits() | (high > bound).bits() << 16) & valid;
-      },
-      plane);
-  if constexpr (bits == 1) {
-    memcpy(packed, plane, 4);
-  } else {
-    for (std::int64_t byte = 0; byte < 4; ++byte) {
-      std::uint32_t fields = 0;
-      for (int k = 0; k < bits; ++k) fields |= spread<bits>.of[plane[k] >> (8 * byte) & 255] << k;
-      memcpy(packed + byte * bits, &fields, bits);
+// Ascending bounds, in the order in which a search by halves asks for them: the middle one, then that of the half, and so on.
+template <int bits, class S>
+class Search {
+ public:
+  explicit Search(const math::Bounds<S>& bounds) : middle_(bounds.at[(1 << (bits - 1)) - 1]) {
+    for (int asked = 1; asked < bits; ++asked) {
+      S bound[8] = {};
+      for (int code = 0; code < 1 << asked; ++code) bound[code] = bounds.at[((2 * code + 1) << (bits - 1 - asked)) - 1];
+      bound_[asked - 1] = table<3, S>(bound);
     }
+  }
+
+  // Whether the middle one is below x, in every lane.
+  template <class V>
+  UNSWAG_INLINE auto above(V x) const {
+    return x > V(middle_);
+  }
+  // How many are.
+  template <class V>
+  UNSWAG_INLINE whole16 code(V x) const {
+    whole16 code = twice_and(0, above(x));
+    UNSWAG_UNROLL
+    for (int asked = 1; asked < bits; ++asked) code = twice_and(code, x > bound_[asked - 1][code]);
+    return code;
+  }
+
+ private:
+  S middle_;
+  table<3, S> bound_[bits];  // by what has been found
+  static_assert(most_code_bits <= 4);
+};
+
+// The fields of n elements, a multiple of 32 up to 512.
+template <int bits, class T, class S>
+UNSWAG_INLINE void write_fields(const T* x, std::int64_t n, const Search<bits, S>& search, std::uint8_t* packed) {
+  using V = lanes_t<T>;
+  if constexpr (bits == 1) {
+    for (std::int64_t i = 0; i < n; i += 32) {
+      const std::uint32_t above = search.above(V::load(x + i)).bits() | search.above(V::load(x + i + 16)).bits() << 16;
+      memcpy(packed + i / 8, &above, sizeof above);
+    }
+  } else {
+    std::uint8_t code[512];
+    for (std::int64_t i = 0; i < n; i += 32)
+      store_bytes(code + i, search.code(V::load(x + i)), search.code(V::load(x + i + 16)));
+    pack_codes<bits>(code, packed, n);
   }
 }
 
 // The codes of n elements, from where a word begins to where the row is padded to one.
 template <int bits, class T, class S>
-UNSWAG_INLINE void write_codes(const T* x, std::int64_t n, const math::Bounds<S>& bounds, std::uint8_t* packed) {
-  using V = lanes_t<T>;
+UNSWAG_INLINE void write_codes(const T* x, std::int64_t n, const Search<bits, S> search, std::uint8_t* packed) {
   std::int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
-    write_word_of_codes<bits>(V::load(x + i), V::load(x + i + 16), bounds, ~0u, packed + i / 8 * bits);
+  while (n - i >= 32) {
+    const std::int64_t whole = (n - i < 512 ? n - i : 512) / 32 * 32;
+    write_fields(x + i, whole, search, packed + i / 8 * bits);
+    i += whole;
+  }
   if (i < n) {
+    const std::int64_t bytes = packed_row_bytes(n - i, bits), used = (n - i) * bits;
     T rest[32] = {};
     memcpy(rest, x + i, std::size_t(n - i) * sizeof(T));
-    std::uint8_t word[4 * bits];
-    write_word_of_codes<bits>(V::load(rest), V::load(rest + 16), bounds, (1u << (n - i)) - 1, word);
-    memcpy(packed + i / 8 * bits, word, std::size_t(packed_row_bytes(n - i, bits)));
+    std::uint8_t fields[4 * bits];
+    write_fields(rest, 32, search, fields);
+    if (used % 8 != 0) fields[used / 8] &= std::uint8_t((1 << used % 8) - 1);
+    memset(fields + (used + 7) / 8, 0, std::size_t(bytes - (used + 7) / 8));
+    memcpy(packed + i / 8 * bits, fields, std::size_t(bytes));
   }
 }
 
-// What several codes side by side stand for, by their fields.
+// What codes stand for: factor[0] ... factor[n - 1], and up to 15 more.  Reads no byte past the row's last.
 template <int bits, class S>
-struct Factors {
-  static constexpr int together = bits <= 2 ? 4 : 2;
-  S of[1 << (together * bits)][together];
-
-  explicit Factors(const math::Levels<S>& levels) {
-    for (int fields = 0; fields < 1 << (together * bits); ++fields)
-      for (int i = 0; i < together; ++i) of[fields][i] = levels.at[math::field(fields, i, bits)];
+UNSWAG_INLINE void read_factors(const table<bits, S>& levels, const std::uint8_t* packed, std::int64_t n, S* factor) {
+  std::int64_t i = 0;
+  for (; i + 16 <= n; i += 16) levels[load_fields<bits>(packed + i / 8 * bits)].store(factor + i);
+  if (i < n) {
+    std::uint8_t fields[2 * bits] = {};
+    const std::int64_t left = packed_row_bytes(n, bits) - i / 8 * bits;
+    memcpy(fields, packed + i / 8 * bits, left < std::int64_t{sizeof fields} ? std::size_t(left) : sizeof fields);
+    levels[load_fields<bits>(fields)].store(factor + i);
   }
-
-  // factor[0] ... factor[n - 1], and up to 7 more.  Reads no byte past the row's last.
-  UNSWAG_INLINE void read(const std::uint8_t* packed, std::int64_t n, S* factor) const {
-    std::int64_t i = 0;
-    for (; i + 8 <= n; i += 8) read_eight(packed + i / 8 * bits, bits, factor + i);
-    if (i < n) read_eight(packed + i / 8 * bits, std::size_t(packed_row_bytes(n, bits) - i / 8 * bits), factor + i);
-  }
-
- private:
-  UNSWAG_INLINE void read_eight(const std::uint8_t* packed, std::size_t bytes, S* factor) const {
-    std::uint32_t fields = 0;
-    memcpy(&fields, packed, bytes < bits ? bytes : bits);
-    for (int k = 0; k < 8; k += together)
-      memcpy(factor + k, of[fields >> (k * bits) & ((1u << (together * bits)) - 1)], sizeof of[0]);
-  }
-};
+}
 
 // dx = dy factor, rounded once.  streaming: past the cache, where dx is aligned to 32 elements.
 template <class T, class S>
@@ -113,7 +118,8 @@ UNSWAG_INLINE void multiply(const T* dy, const S* factor, T* dx, std::int64_t n,
 }
 
 // y = act(x), where it is asked for, and encode(r, i, x, n, packed) for stretches of n elements of row r, from column i on,
-// whose codes begin at `packed`.  A stretch is read for its values and again, from the first cache, for its codes.
+// whose codes begin at `packed`.  A stretch is read for its values and again, from the first cache, for its codes.  Values on
+// their way past the cache wait in it until the stretch is complete: a fence for each would stop the processor.
 template <class T, int bits, std::int64_t stretch, class Args, class Encode>
 void encode_codes(const Args& args, Stream stream, const Encode& encode) {
   const bool value = args.y.data != nullptr;
@@ -123,15 +129,24 @@ void encode_codes(const Args& args, Stream stream, const Encode& encode) {
   span.each(stream.threads, [&](std::int64_t r, std::int64_t begin, std::int64_t end) {
     const T* x = row<T>(args.x, r);
     std::uint8_t* packed = args.packed.data + r * args.packed.stride;
+    T* y = value ? row<T>(args.y, r) : nullptr;
+    const bool streaming = large && value && aligned(y + begin, 16);
     for (std::int64_t i = begin; i < end; i += stretch) {
       const std::int64_t n = end - i < stretch ? end - i : stretch;
-      if (value) activation_values(args.act, args.x.dtype, x + i, row<T>(args.y, r) + i, n, large);
+      if (streaming && n == stretch) {
+        alignas(64) T values[stretch];
+        activation_values(args.act, args.x.dtype, x + i, values, n, false);
+        stream_copy(y + i, values, n);
+      } else if (value) {
+        activation_values(args.act, args.x.dtype, x + i, y + i, n, false);
+      }
       encode(r, i, x + i, n, packed + i / 8 * bits);
     }
+    if (streaming) stream_fence();
   });
 }
 
-// dx = dy factor, with the factors that decode(r, i, n, packed, factor) makes of the codes of a stretch; it may write 7 more.
+// dx = dy factor, with the factors that decode(r, i, n, packed, factor) makes of the codes of a stretch; it may write 15 more.
 template <class T, int bits, std::int64_t stretch, class Args, class Decode>
 void decode_codes(const Args& args, Stream stream, const Decode& decode) {
   using S = typename lanes_t<T>::scalar;
@@ -144,7 +159,7 @@ void decode_codes(const Args& args, Stream stream, const Decode& decode) {
     const bool streaming = large && aligned(dx + begin, 32);
     for (std::int64_t i = begin; i < end; i += stretch) {
       const std::int64_t n = end - i < stretch ? end - i : stretch;
-      S factor[stretch + 8];
+      S factor[stretch + 16];
       decode(r, i, n, packed + i / 8 * bits, factor);
       multiply(dy + i, factor, dx + i, n, streaming);
     }

@@ -15,7 +15,7 @@ void forward(const DitherForward& args, Stream stream) {
   using V = lanes_t<T>;
   using S = typename V::scalar;
   const auto dither = math::dither_of<S>(args.act, bits);
-  const auto whole = math::whole_bounds<S>();
+  const Search<bits, S> whole(math::whole_bounds<S>());
   const Draws draws{args.seed, args.offset};
   encode_codes<T, bits, stretch>(
       args, stream, [&](std::int64_t r, std::int64_t i, const T* x, std::int64_t n, std::uint8_t* packed) {
@@ -35,15 +35,15 @@ void backward(const DitherBackward& args, Stream stream) {
   using V = lanes_t<T>;
   using S = typename V::scalar;
   const auto dither = math::dither_of<S>(args.act, bits);
-  double whole[1 << bits];
-  for (int code = 0; code < 1 << bits; ++code) whole[code] = code;
-  const Factors<bits, S> codes(math::levels_of<S>(whole, 1 << bits));
+  S whole[1 << bits];
+  for (int code = 0; code < 1 << bits; ++code) whole[code] = S(code);
+  const table<bits, S> codes(whole);
   const Draws draws{args.seed, args.offset};
   decode_codes<T, bits, stretch>(
       args, stream, [&](std::int64_t r, std::int64_t i, std::int64_t n, const std::uint8_t* packed, S* factor) {
         Window window;
         S v[stretch];
-        codes.read(packed, n, factor);
+        read_factors(codes, packed, n, factor);
         window.units(draws, r * args.dy.cols + i, n, v);
         each_lanes(n, [&](std::int64_t k, std::int64_t count) {
           store_lanes(factor + k, dither.factor(load_lanes<V>(factor + k, count), load_lanes<V>(v + k, count)), count);

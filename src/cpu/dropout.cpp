@@ -7,6 +7,12 @@
 namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
+template <class S>
+UNSWAG_INLINE void factors(const std::uint32_t* draw, std::int64_t n, std::uint32_t last_dropped, S scale,
+                           S* __restrict factor) {
+  for (std::int64_t k = 0; k < n; ++k) factor[k] = draw[k] > last_dropped ? scale : 0;
+}
+
 template <class T>
 void dropout_of(const Dropout& a, int threads) {
   using V = lanes_t<T>;
@@ -23,7 +29,7 @@ void dropout_of(const Dropout& a, int threads) {
       if (n > Window::kSize) n = Window::kSize;
       const std::uint32_t* draw = window.at(draws, i, n);
       S factor[Window::kSize];
-      for (std::int64_t k = 0; k < n; ++k) factor[k] = draw[k] > last_dropped ? scale : 0;
+      factors(draw, n, last_dropped, scale, factor);
       const T* x = row<T>(a.x, r) + c;
       T* y = row<T>(a.y, r) + c;
       each_lanes(n, [&](std::int64_t k, std::int64_t count) {

@@ -82,14 +82,13 @@ UNSWAG_HD inline void butterfly(V& a, V& b) {
   a = sum, b = difference;
 }
 
-template <class V>
-UNSWAG_HD inline V round_whole(V x) {  // to nearest even, |x| < 2^22
-  const V magic(12582912.f);
-  return (x + magic) - magic;
-}
+// x + whole_rest is x rounded to a whole number, to nearest even, and whole_rest more, for |x| < 2^22: where it lies, floats
+// are whole numbers.
+inline constexpr float whole_rest = 12582912.f;  // 1.5 2^23
+
 template <class V>
 UNSWAG_HD inline V floor_whole(V x) {
-  const V near = round_whole(x);
+  const V near = (x + V(whole_rest)) - V(whole_rest);
   return select(near > x, near - V(1.f), near);
 }
 
@@ -104,10 +103,11 @@ struct BlockScale {
 };
 
 // `of` is what the scale is made of; first: t[0], the sum of the block (of fp8: a sum of 0 x), by which NaN and infinity show.
+// Without a branch, so that compilers make lanes of a loop of it.
 template <class B>
 UNSWAG_HD inline BlockScale block_scale(float of, float first, bool stochastic) {
-  constexpr float huge = 3.402823466e+38f;
-  if (!(::fabsf(first) <= huge) || !(::fabsf(of) <= huge)) return {0x7fc0, 0.f};
+  constexpr float huge = 3.402823466e+38f, least = 0x1p-100f;  // whose inverse is a normal number, too
+  const bool finite = (::fabsf(first) <= huge) & (::fabsf(of) <= huge);
   float scale;
   if constexpr (!B::rotated) {
     scale = ::fabsf(of) / Fp8<B>::largest;
@@ -117,35 +117,45 @@ UNSWAG_HD inline BlockScale block_scale(float of, float first, bool stochastic) 
     constexpr float low = lowest_whole<B>;
     scale = stochastic ? ::fabsf(of) / (-low - 1.f) : of / low;
   }
-  if (scale == 0) return {0, 0.f};
-  if (::fabsf(scale) < 0x1p-100f) scale = scale < 0 ? -0x1p-100f : 0x1p-100f;  // whose inverse is a normal number, too
-  const std::uint32_t up = (bit_cast<std::uint32_t>(scale) + 0xffff) & 0xffff0000;
-  return {std::uint16_t(up >> 16), 1.f / bit_cast<float>(up)};
+  const float enough = ::fabsf(scale) < least ? (scale < 0 ? -least : least) : scale;
+  const std::uint32_t up = (bit_cast<std::uint32_t>(enough) + 0xffff) & 0xffff0000;
+  const float inverse = 1.f / bit_cast<float>(up);
+  const bool some = scale != 0;
+  return {std::uint16_t(finite ? (some ? up >> 16 : 0) : 0x7fc0), finite & some ? inverse : 0.f};
 }
 
-// The code of t.  u: stochastic rounding with a number of (0, 1), else nearest.
+// The code of t, and whole_rest more, so that it is the lowest byte.  u: stochastic rounding with a number of (0, 1), else
+// nearest.  No code is below 0: |t inverse| is at most -lowest_whole and two roundings.
 template <class B, class V, class... U>
-UNSWAG_HD inline V block_code(V t, V inverse, U... u) {
+UNSWAG_HD inline V block_code_and_rest(V t, V inverse, U... u) {
   const V v = t * inverse;
   if constexpr (B::bits == 2) {  // q = 2 code - 3
     if constexpr (sizeof...(U) == 0) {
-      return select(v > V(2.f), V(3.f), select(v > V(0.f), V(2.f), select(v > V(-2.f), V(1.f), V(0.f))));
+      return select(v > V(2.f), V(whole_rest + 3.f),
+                    select(v > V(0.f), V(whole_rest + 2.f), select(v > V(-2.f), V(whole_rest + 1.f), V(whole_rest))));
     } else {
-      return max(min(floor_whole((v + V(3.f)) * V(0.5f) + (u, ...)), V(3.f)), V(0.f));
+      return max(min(floor_whole((v + V(3.f)) * V(0.5f) + (u, ...)), V(3.f)), V(0.f)) + V(whole_rest);
     }
   } else {
-    const V low(lowest_whole<B>), high(-lowest_whole<B> - 1.f);
+    constexpr float low = lowest_whole<B>;
+    const V largest(whole_rest - 2.f * low - 1.f);
     if constexpr (sizeof...(U) == 0) {
-      return max(min(round_whole(v), high), low) - low;
+      return min(v + V(whole_rest - low), largest);
     } else {
-      return max(min(floor_whole(v + (u, ...)), high), low) - low;
+      return min(floor_whole(v + (u, ...)) + V(whole_rest - low), largest);
     }
   }
 }
-// q of a code.
+template <class B, class V, class... U>
+UNSWAG_HD inline V block_code(V t, V inverse, U... u) {
+  return block_code_and_rest<B>(t, inverse, u...) - V(whole_rest);
+}
+// q of a code, as a float or as a whole number of 16 bits, in which H q has room.
 template <class B, class V>
 UNSWAG_HD inline V block_whole(V code) {
-  return B::bits == 2 ? code + code - V(3.f) : code + V(lowest_whole<B>);
+  static_assert(B::n * -lowest_whole<B> < 32768.f);
+  using S = scalar_t<V>;
+  return B::bits == 2 ? code + code - V(S(3)) : code + V(S(lowest_whole<B>));
 }
 // What H q is multiplied by.
 template <class B>

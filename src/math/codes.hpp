@@ -40,16 +40,4 @@ UNSWAG_HD inline unsigned code_of(S x, const Bounds<S>& bounds, int bits) {
   return code;
 }
 
-// The same for 32 elements, a bit for each in a word: above(i) says which exceed bound i.  Where c bounds are below, bit k of c
-// is odd in number the multiples of 2^k among 1 ... c, so it is the parity of every 2^k-th comparison.
-template <int bits, class Above>
-UNSWAG_HD inline void code_planes(const Above& above, std::uint32_t (&plane)[bits]) {
-  for (int k = 0; k < bits; ++k) plane[k] = 0;
-  for (int i = 1; i < 1 << bits; ++i) {
-    const std::uint32_t exceed = above(i - 1);
-    for (int k = 0; k < bits; ++k)
-      if (i % (1 << k) == 0) plane[k] ^= exceed;
-  }
-}
-
 }  // namespace unswag::math

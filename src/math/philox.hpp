@@ -8,17 +8,24 @@
 
 namespace unswag::math {
 
-struct PhiloxBlock {
-  std::uint32_t word[4];
+// W: a word, or the words of many blocks (src/cpu/simd/words.hpp).
+template <class W>
+struct PhiloxWords {
+  W word[4];
 };
+using PhiloxBlock = PhiloxWords<std::uint32_t>;
 
-UNSWAG_HD inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0, std::uint32_t key1) {
-  PhiloxBlock c = counter;
+// The product of 64 bits, and its halves.
+UNSWAG_HD inline std::uint64_t wide_product(std::uint32_t word, std::uint32_t factor) { return std::uint64_t{factor} * word; }
+UNSWAG_HD inline std::uint32_t upper_word(std::uint64_t product) { return std::uint32_t(product >> 32); }
+UNSWAG_HD inline std::uint32_t lower_word(std::uint64_t product) { return std::uint32_t(product); }
+
+template <class W>
+UNSWAG_HD inline PhiloxWords<W> philox4x32(PhiloxWords<W> counter, std::uint32_t key0, std::uint32_t key1) {
+  PhiloxWords<W> c = counter;
   for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53} * c.word[0];
-    const std::uint64_t b = std::uint64_t{0xCD9E8D57} * c.word[2];
-    c = {{std::uint32_t(b >> 32) ^ c.word[1] ^ key0, std::uint32_t(b), std::uint32_t(a >> 32) ^ c.word[3] ^ key1,
-          std::uint32_t(a)}};
+    const auto a = wide_product(c.word[0], 0xD2511F53), b = wide_product(c.word[2], 0xCD9E8D57);
+    c = {{upper_word(b) ^ c.word[1] ^ W(key0), lower_word(b), upper_word(a) ^ c.word[3] ^ W(key1), lower_word(a)}};
     key0 += 0x9E3779B9;  // the golden ratio
     key1 += 0xBB67AE85;  // sqrt(3) - 1
   }
@@ -30,7 +37,8 @@ UNSWAG_HD inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0,
 UNSWAG_HD inline PhiloxBlock philox_block(std::uint64_t seed, std::uint64_t offset, std::uint64_t block) {
   const std::uint64_t low = offset + block;
   const std::uint32_t carry = low < offset;
-  return philox4x32({{std::uint32_t(low), std::uint32_t(low >> 32), carry, 0}}, std::uint32_t(seed), std::uint32_t(seed >> 32));
+  return philox4x32(PhiloxBlock{{std::uint32_t(low), std::uint32_t(low >> 32), carry, 0}}, std::uint32_t(seed),
+                    std::uint32_t(seed >> 32));
 }
 
 // A number in (0, 1) from half a draw, (2 half + 1) 2^-17: the mean of all 2^16 is 1/2, exactly.  Element i has half i % 2 of

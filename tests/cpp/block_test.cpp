@@ -253,6 +253,26 @@ TEST(Block, TheSameBitsForAnyNumberOfThreads) {
   }
 }
 
+// What is large goes past the cache, where its row is aligned for it: the same bits.
+TEST(Block, LargeEnoughToStream) {
+  const std::int64_t cols = (std::int64_t{9} << 19) + 48;  // row 1 is aligned, row 0 is not
+  Matrix x(DType::bf16, 2, cols, cols + 27);
+  fill_with_outliers(x, 6);
+  for (const Kernels* k : {backends().front(), backends().back()}) {
+    Matrix all(DType::bf16, 2, cols, cols + 27), one(DType::bf16, 1, cols);
+    PackedRows packed(Block::int4, 2, cols);
+    k->block_encode({Block::int4, x, packed}, {});
+    k->block_decode({Block::int4, packed, all}, {});
+    for (const std::int64_t r : {0, 1}) {
+      ConstPacked row = packed;
+      row.data += r * row.stride;
+      k->block_decode({Block::int4, row, one}, {});
+      ASSERT_EQ(std::memcmp(all.row(r), one.row(0), std::size_t(cols) * 2), 0) << k->name << ' ' << r;
+    }
+    ASSERT_TRUE(all.gaps_untouched());
+  }
+}
+
 TEST(Block, Float64IsRoundedToFloatFirst) {
   Matrix x(DType::f64, 3, 100), as_float(DType::f32, 3, 100), y(DType::f64, 3, 100), y_float(DType::f32, 3, 100);
   x.fill_normal(4);

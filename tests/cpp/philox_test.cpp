@@ -71,6 +71,17 @@ TEST(PhiloxFill, EveryRowDrawsTheStream) {
       }
 }
 
+// The counter's upper half is 0 before the 17th draw and 1 after it, in chunks that begin on either side.
+TEST(PhiloxFill, TheCarryReachesEveryChunk) {
+  constexpr std::int64_t n = 50000;
+  for (const Kernels* k : rows_here()) {
+    std::vector<std::uint32_t> words(n);
+    k->philox_fill(words.data(), n, 3, 0xFFFFFFFFFFFFFFFC, {});
+    for (std::int64_t i = 0; i < n; i += i < 64 ? 1 : 61)
+      ASSERT_EQ(words[std::size_t(i)], draw(3, 0xFFFFFFFFFFFFFFFC, std::uint64_t(i))) << k->name << " " << i;
+  }
+}
+
 TEST(PhiloxFill, ThreadsDoNotChangeTheDraws) {
   constexpr std::int64_t n = (1 << 20) + 3;
   for (const Kernels* k : rows_here()) {

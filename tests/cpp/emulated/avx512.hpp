@@ -92,6 +92,15 @@ template <class T, int Relation>
   return _mm512_loadu_si512(to);
 }
 
+// The lowest byte of each 32-bit lane, in order.
+[[gnu::always_inline]] inline __m128i low_bytes(__m512i a) {
+  std::uint32_t wide[16];
+  std::uint8_t narrow[16];
+  __builtin_memcpy(wide, &a, 64);
+  for (int i = 0; i < 16; ++i) narrow[i] = std::uint8_t(wide[i]);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow));
+}
+
 }  // namespace unswag::emulated
 
 #define _mm512_cvtph_ps(a) \
@@ -103,11 +112,17 @@ template <class T, int Relation>
 #define _mm512_cvtepu16_epi32(a)                                                 \
   unswag::emulated::ints(_mm256_cvtepu16_epi32(unswag::emulated::quarter<0>(a)), \
                          _mm256_cvtepu16_epi32(unswag::emulated::quarter<1>(a)))
+#define _mm512_cvtepi16_epi32(a)                                                 \
+  unswag::emulated::ints(_mm256_cvtepi16_epi32(unswag::emulated::quarter<0>(a)), \
+                         _mm256_cvtepi16_epi32(unswag::emulated::quarter<1>(a)))
+#define _mm512_cvtepi32_ps(a) \
+  unswag::emulated::floats(_mm256_cvtepi32_ps(unswag::emulated::half<0>(a)), _mm256_cvtepi32_ps(unswag::emulated::half<1>(a)))
 #define _mm512_cvtepi32_epi16(a) unswag::emulated::low_halves(a)
 #undef _mm512_maskz_compress_epi32
 #define _mm512_maskz_compress_epi32(mask, a) unswag::emulated::compress(mask, a)
 #undef _mm512_maskz_expand_epi32
 #define _mm512_maskz_expand_epi32(mask, a) unswag::emulated::expand(mask, a)
+#define _mm512_cvtepi32_epi8(a) unswag::emulated::low_bytes(a)
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps(a, which) unswag::emulated::half<which>(a)
 #undef _mm512_cmp_epi32_mask
