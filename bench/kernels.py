@@ -248,15 +248,20 @@ class Case:
             all_rows[f"{name} block decode"] = decode(name)
         return all_rows
 
-    def norm_rows(self) -> dict[str, Row]:
-        """RMSNorm of rows of 2048 and cross-entropy over 49,152 classes; PyTorch has no out= for these, its outputs come from
-        memory that the process has touched before."""
+    def norm_rows(self, compile: bool) -> dict[str, Row]:
+        """RMSNorm and LayerNorm of rows of 2048 and cross-entropy over 49,152 classes; PyTorch has no out= for these but
+        LayerNorm's forward, its outputs come from memory that the process has touched before."""
         code, here, item = self.code, (-1, 0, self.threads), self.a.element_size()
         cols, classes = 2048, 49152
         rows = self.n // cols
         a, b, x = (v[: rows * cols].view(rows, cols) for v in (self.a, self.b, self.x))
-        weight, rstd, dw = torch.ones(cols, dtype=a.dtype), torch.zeros(rows), torch.zeros(cols)
-        leaf, leaf_weight = a.detach().requires_grad_(), weight.clone().requires_grad_()
+        weight, bias = torch.ones(cols, dtype=a.dtype), torch.zeros(cols, dtype=a.dtype)
+        mean, rstd, dw, db = torch.zeros(rows), torch.zeros(rows), torch.zeros(cols), torch.zeros(cols)
+        leaf, leaf_weight, leaf_bias = (
+            a.detach().requires_grad_(),
+            weight.clone().requires_grad_(),
+            bias.clone().requires_grad_(),
+        )
 
         def huggingface(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             wide = v.float()
@@ -265,21 +270,35 @@ class Case:
         def builtin(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             return F.rms_norm(v, (cols,), w, 1e-6)
 
-        def backward_of(norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], object]:
-            y = norm(leaf, leaf_weight)
-            return lambda: torch.autograd.grad(y, (leaf, leaf_weight), b, retain_graph=True)
+        def layer_norm(v: torch.Tensor, w: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(v, (cols,), w, c, 1e-6)
 
-        self.kept = (weight, rstd, dw)  # the calls below hold addresses only
-        pw, pr, pd = (v.data_ptr() for v in (weight, rstd, dw))
+        def layer_norm_out() -> None:
+            aten.native_layer_norm.out(a, (cols,), weight, bias, 1e-6, out0=x, out1=self.statistics[0], out2=self.statistics[1])
+
+        def backward_of(norm: Callable[..., torch.Tensor], *leaves: torch.Tensor) -> Callable[[], object]:
+            y = norm(*leaves)
+            return lambda: torch.autograd.grad(y, leaves, b, retain_graph=True)
+
+        def compiled(make: Callable[[], Callable[[], object]]) -> dict[str, Callable[[], object]]:
+            return {"torch.compile": make()} if compile else {}
+
+        def into_x(norm: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> Callable[[], object]:
+            f = torch.compile(lambda to, *v: to.copy_(norm(*v)))
+            return torch.no_grad()(lambda: f(x, *arguments))
+
+        self.statistics = aten.native_layer_norm(a, (cols,), weight, bias, 1e-6)[1:]
+        self.kept = (weight, bias, mean, rstd, dw, db)  # the calls below hold addresses only
+        pw, pc, pm, pr, pd, pe = (v.data_ptr() for v in self.kept)
         pa, pb, px = (v.data_ptr() for v in (a, b, x))
         many = self.n // classes
         logits, labels = self.y[: many * classes].view(many, classes), torch.arange(many) * 7 % classes
         logits.copy_(self.a[: many * classes].view(many, classes))
         loss, lse = torch.zeros(many), torch.zeros(many)
 
-        def cross_entropy_of_torch() -> None:
+        def cross_entropy_of_torch(loss_of: Callable[..., torch.Tensor]) -> Callable[[], object]:
             scores = self.a[: many * classes].view(many, classes).detach().requires_grad_()
-            torch.autograd.grad(F.cross_entropy(scores, labels), scores)
+            return lambda: torch.autograd.grad(loss_of(scores, labels), scores)
 
         return {
             "rms_norm forward": (
@@ -290,6 +309,7 @@ class Case:
                 {
                     "F.rms_norm": torch.no_grad()(lambda: builtin(a, weight)),
                     "Llama's": torch.no_grad()(lambda: huggingface(a, weight)),
+                    **compiled(lambda: into_x(huggingface, a, weight)),
                 },
             ),
             "rms_norm backward": (
@@ -297,7 +317,28 @@ class Case:
                 lambda: _core.rms_norm_backward(
                     0.0, True, rows, cols, code, pa, cols, code, pw, pr, code, pb, cols, px, cols, pd, 0, *here
                 ),
-                {"F.rms_norm": backward_of(builtin), "Llama's": backward_of(huggingface)},
+                {
+                    "F.rms_norm": backward_of(builtin, leaf, leaf_weight),
+                    "Llama's": backward_of(huggingface, leaf, leaf_weight),
+                    **compiled(lambda: backward_of(torch.compile(huggingface), leaf, leaf_weight)),
+                },
+            ),
+            "layer_norm forward": (
+                rows * cols * 2 * item,
+                lambda: _core.layer_norm_forward(
+                    1e-6, False, rows, cols, code, pa, cols, code, pw, code, pc, code, px, cols, pm, pr, *here
+                ),
+                {"native_layer_norm.out": layer_norm_out, **compiled(lambda: into_x(layer_norm, a, weight, bias))},
+            ),
+            "layer_norm backward": (
+                rows * cols * 3 * item,
+                lambda: _core.layer_norm_backward(
+                    rows, cols, code, pa, cols, code, pw, pm, pr, code, pb, cols, px, cols, pd, pe, 0, *here
+                ),
+                {
+                    "F.layer_norm": backward_of(layer_norm, leaf, leaf_weight, leaf_bias),
+                    **compiled(lambda: backward_of(torch.compile(layer_norm), leaf, leaf_weight, leaf_bias)),
+                },
             ),
             "cross_entropy with gradient": (
                 many * classes * 3 * item,
@@ -305,7 +346,10 @@ class Case:
                     code, many, classes, logits.data_ptr(), classes, labels.data_ptr(), 0, 0, 1.0, -100, 0.0, 0.0, 1.0, True,
                     loss.data_ptr(), lse.data_ptr(), *here,
                 ),
-                {"F.cross_entropy, backward": cross_entropy_of_torch},
+                {
+                    "F.cross_entropy, backward": cross_entropy_of_torch(F.cross_entropy),
+                    **compiled(lambda: cross_entropy_of_torch(torch.compile(F.cross_entropy))),
+                },
             ),
         }  # fmt: skip
 
@@ -334,7 +378,7 @@ def measure(dtype: torch.dtype, threads: int, size: int, repeat: int, compile: b
     case, copy = Case(dtype, size, threads), Copy(threads)
     rows = []
     compiled = case.compiled() if compile else {}
-    for name, (moved, ours, peers) in (case.rows() | case.codec_rows() | case.block_rows() | case.norm_rows()).items():
+    for name, (moved, ours, peers) in (case.rows() | case.codec_rows() | case.block_rows() | case.norm_rows(compile)).items():
         if only not in name:
             continue
 

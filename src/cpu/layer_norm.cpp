@@ -8,117 +8,122 @@ namespace unswag::UNSWAG_ISA_NS {
 namespace {
 
 template <class X, class Y>
-void forward(const LayerNormForward& a, int threads) {
+class Forward {
   using V = compute_t<X, Y>;
   using S = typename V::scalar;
-  const std::int64_t cols = a.x.cols;
-  const VectorAsRow<V> weight(a.weight, 0), bias(a.bias, 0);
-  const S *w = weight.data(), *b = bias.data();
-  auto* means = static_cast<row_scalar<X>*>(a.mean.data);
-  auto* rstds = static_cast<row_scalar<X>*>(a.rstd.data);
-  const std::int64_t grain = 1 + 16384 / (cols + 1);
-  parallel_for(a.x.rows, grain, threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t r = begin; r < end; ++r) {
-      const X* x = row<X>(a.x, r);
-      Y* y = row<Y>(a.y, r);
-      if (!a.statistics_given) {
-        const double sum =
-            sum_lanes<V>(cols, [&](V sum, std::int64_t i, std::int64_t n) { return sum + load_lanes<V>(x + i, n); });
-        const V m0{S(sum / double(cols))};
-        const auto d = [&](std::int64_t i, std::int64_t n) { return first_lanes(load_lanes<V>(x + i, n) - m0, n); };
-        const double ds = sum_lanes<V>(cols, [&](V sum, std::int64_t i, std::int64_t n) { return sum + d(i, n); });
-        const double squares = sum_lanes<V>(cols, [&](V sum, std::int64_t i, std::int64_t n) {
-          const V v = d(i, n);
-          return fma(v, v, sum);
-        });
-        const auto found = math::layer_norm_statistics(double(S(sum / double(cols))), ds, squares, cols, a.eps);
-        means[r] = row_scalar<X>(found.mean);
-        rstds[r] = row_scalar<X>(found.rstd);
-      }
-      const V mean{S(means[r])}, rstd{S(rstds[r])};
-      each_lanes(cols, [&](std::int64_t i, std::int64_t n) {
-        const V h = math::layer_norm_xhat(load_lanes<V>(x + i, n), mean, rstd);
-        const V of_row =
-            math::layer_norm_y(h, w, b, [&] { return load_lanes<V>(w + i, n); }, [&] { return load_lanes<V>(b + i, n); });
-        store_lanes(y + i, of_row, n);
-      });
-    }
-  });
-}
-
-template <class X, class DY>
-class Backward {
-  using V = compute_t<X, DY>;
-  using S = typename V::scalar;
+  using O = steps_t<V, X, Y>;
 
  public:
-  Backward(const LayerNormBackward& a, const S* w) : a_(a), w_(w), cols_(a.x.cols) {}
+  explicit Forward(const LayerNormForward& a) : a_(a), cols_(a.x.cols), weight_(a.weight, 0), bias_(a.bias, 0) {}
 
-  // dx of R rows, and their part of dw and of db, those of the two that are wanted, added to sums.
-  template <int R>
-  void together(std::int64_t first, double* sums) const {
-    const X* x[R];
-    const DY* dy[R];
-    X* dx[R];
-    V mean[R], rstd[R], mean_of_g[R], slope[R];
-    for (int k = 0; k < R; ++k) {
-      x[k] = row<X>(a_.x, first + k);
-      dy[k] = row<DY>(a_.dy, first + k);
-      dx[k] = a_.dx.data ? row<X>(a_.dx, first + k) : nullptr;
-      const double s = double(static_cast<const row_scalar<X>*>(a_.rstd.data)[first + k]);
-      mean[k] = V(S(static_cast<const row_scalar<X>*>(a_.mean.data)[first + k]));
-      rstd[k] = V(S(s));
-      mean_of_g[k] = V(S(dx[k] ? sum_of_g(dy[k]) / double(cols_) : 0));
-      slope[k] = V(S(dx[k] ? math::layer_norm_slope(sum_of_gd(x[k], dy[k], mean[k]), cols_, s) : 0));
+  template <bool Streaming>
+  void row(std::int64_t r) const {
+    const X *x = UNSWAG_ISA_NS::row<X>(a_.x, r), *next = UNSWAG_ISA_NS::row<X>(a_.x, r + 1 < a_.x.rows ? r + 1 : r);
+    Y* y = UNSWAG_ISA_NS::row<Y>(a_.y, r);
+    auto* means = static_cast<row_scalar<X>*>(a_.mean.data);
+    auto* rstds = static_cast<row_scalar<X>*>(a_.rstd.data);
+    if (!a_.statistics_given) {
+      const auto found = statistics(x);
+      means[r] = row_scalar<X>(found.mean);
+      rstds[r] = row_scalar<X>(found.rstd);
     }
-    double* db_sums = a_.db.data ? sums + (a_.dw.data ? cols_ : 0) : nullptr;
-    each_lanes(cols_, [&](std::int64_t i, std::int64_t n) {
-      V dw(0), db(0);
-      for (int k = 0; k < R; ++k) {
-        const V xv = load_lanes<V>(x[k] + i, n), dyv = load_lanes<V>(dy[k] + i, n);
-        if (dx[k]) {
-          const V g = math::layer_norm_centred(dyv, w_, [&] { return load_lanes<V>(w_ + i, n); }, mean_of_g[k]);
-          store_lanes(dx[k] + i, math::layer_norm_dx(xv, mean[k], g, rstd[k], slope[k]), n);
-        }
-        if (a_.dw.data) dw = fma(dyv, math::layer_norm_xhat(xv, mean[k], rstd[k]), dw);
-        if (a_.db.data) db = db + dyv;
-      }
-      if (a_.dw.data) add(dw, sums + i, n);
-      if (a_.db.data) add(db, db_sums + i, n);
+    const S mean = plain_nan(S(means[r])), rstd = plain_nan(S(rstds[r]));
+    each_step<O, V>(cols_, [&](auto how, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      using L = typename decltype(how)::Lanes;
+      prefetch_step(next + i);
+      const L h = math::layer_norm_xhat(how.load(x + i, n), L(mean), L(rstd));
+      const L of_row = math::layer_norm_y(
+          h, bool(weight_), bool(bias_), [&]() __attribute__((always_inline)) { return weight_.load(how, i, n); },
+          [&]() __attribute__((always_inline)) { return bias_.load(how, i, n); });
+      write<Streaming>(how, y + i, of_row, n);
     });
   }
 
  private:
-  UNSWAG_INLINE V times_weight(V dy, std::int64_t i, std::int64_t n) const { return w_ ? dy * load_lanes<V>(w_ + i, n) : dy; }
-  double sum_of_g(const DY* dy) const {
-    return sum_lanes<V>(
-        cols_, [&](V sum, std::int64_t i, std::int64_t n) { return sum + times_weight(load_lanes<V>(dy + i, n), i, n); });
+  math::LayerNormStatistics statistics(const X* x) const {
+    const double sum = sum_steps<O, V>(cols_, [&](auto how, auto sum, std::int64_t i, std::int64_t n)
+                                                  __attribute__((always_inline)) { return sum + how.load(x + i, n); });
+    const S m0 = S(sum / double(cols_));
+    double sums[2];  // of d and of its squares
+    sum_steps<O, V>(sums, cols_, [&](auto how, auto& sum, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      const auto d = first_elements(how.load(x + i, n) - typename decltype(how)::Lanes(m0), n);
+      sum[0] = sum[0] + d;
+      sum[1] = fma(d, d, sum[1]);
+    });
+    return math::layer_norm_statistics(double(m0), sums[0], sums[1], cols_, a_.eps);
   }
-  double sum_of_gd(const X* x, const DY* dy, V mean) const {
-    return sum_lanes<V>(cols_, [&](V sum, std::int64_t i, std::int64_t n) {
-      return fma(times_weight(load_lanes<V>(dy + i, n), i, n), first_lanes(load_lanes<V>(x + i, n) - mean, n), sum);
+
+  const LayerNormForward& a_;
+  std::int64_t cols_;
+  VectorAsRow<V, O> weight_, bias_;
+};
+
+template <class X, class Y>
+void forward(const LayerNormForward& a, int threads) {
+  each_row<Y>(Forward<X, Y>(a), a.y, threads);
+}
+
+template <class X, class DY>
+class Backward {
+ public:
+  using V = compute_t<X, DY>;
+  using S = typename V::scalar;
+  using O = steps_t<V, X, DY>;
+
+  explicit Backward(const LayerNormBackward& a) : a_(a), weight_(a.weight, 0), cols_(a.x.cols) {}
+
+  // dx of row r, and its parts of dw and of db, those of the two that are wanted, added to sums.
+  void row(std::int64_t r, S* sums, bool streaming) const {
+    const std::int64_t near = r + 1 < a_.x.rows ? r + 1 : r;
+    const X *x = UNSWAG_ISA_NS::row<X>(a_.x, r), *next_x = UNSWAG_ISA_NS::row<X>(a_.x, near);
+    const DY *dy = UNSWAG_ISA_NS::row<DY>(a_.dy, r), *next_dy = UNSWAG_ISA_NS::row<DY>(a_.dy, near);
+    X* dx = a_.dx.data ? UNSWAG_ISA_NS::row<X>(a_.dx, r) : nullptr;
+    S* dw = a_.dw.data ? sums : nullptr;
+    S* db = a_.db.data ? sums + (dw ? padded(cols_) : 0) : nullptr;
+    const auto s = plain_nan(static_cast<const row_scalar<X>*>(a_.rstd.data)[r]);
+    const S mean = S(plain_nan(static_cast<const row_scalar<X>*>(a_.mean.data)[r])), rstd = S(s);
+    double found[2] = {};  // sums of g and of g (x - mean)
+    if (dx) sums_of_g(x, dy, mean, found);
+    const S mean_of_g = S(dx ? found[0] / double(cols_) : 0);
+    const S slope = S(dx ? math::layer_norm_slope(found[1], cols_, double(s)) : 0);
+    each_step<O, V>(cols_, [&](auto how, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      using L = typename decltype(how)::Lanes;
+      prefetch_step(next_x + i);
+      prefetch_step(next_dy + i);
+      const L xv = how.load(x + i, n), dyv = how.load(dy + i, n);
+      if (dx) {
+        const L g = math::layer_norm_centred(
+            dyv, bool(weight_), [&]() __attribute__((always_inline)) { return weight_.load(how, i, n); }, L(mean_of_g));
+        const L of_x = math::layer_norm_dx(xv, L(mean), g, L(rstd), L(slope));
+        streaming ? write<true>(how, dx + i, of_x, n) : write<false>(how, dx + i, of_x, n);
+      }
+      if (dw) fma(dyv, math::layer_norm_xhat(xv, L(mean), L(rstd)), L::load(dw + i)).store(dw + i);
+      if (db) (L::load(db + i) + dyv).store(db + i);
     });
   }
-  UNSWAG_INLINE static void add(V x, double* sums, std::int64_t n) {
-    S part[16];
-    x.store(part);
-    for (std::int64_t l = 0; l < n; ++l) sums[l] += double(part[l]);
+
+ private:
+  void sums_of_g(const X* x, const DY* dy, S mean, double (&sums)[2]) const {
+    sum_steps<O, V>(sums, cols_, [&](auto how, auto& sum, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      using L = typename decltype(how)::Lanes;
+      L g = how.load(dy + i, n);
+      if (weight_) g = g * weight_.load(how, i, n);
+      sum[0] = sum[0] + g;
+      sum[1] = fma(g, first_elements(how.load(x + i, n) - L(mean), n), sum[1]);
+    });
   }
 
   const LayerNormBackward& a_;
-  const S* w_;
+  VectorAsRow<V, O> weight_;
   std::int64_t cols_;
 };
 
 template <class X, class DY>
 void backward(const LayerNormBackward& a, int threads) {
-  const std::int64_t cols = a.x.cols;
-  const VectorAsRow<compute_t<X, DY>> weight(a.weight, 0);
-  const Backward<X, DY> kernel(a, weight.data());
   auto* dw = static_cast<row_scalar<X>*>(a.dw.data);
   auto* db = static_cast<row_scalar<X>*>(a.db.data);
-  over_rows(kernel, a.x.rows, cols, (dw ? 1 : 0) + (db ? 1 : 0), threads,
-            [&](std::int64_t i, double sum) { (dw && i < cols ? dw[i] : db[dw ? i - cols : i]) = row_scalar<X>(sum); });
+  over_rows(Backward<X, DY>(a), a.x.rows, a.x.cols, streams<X>(a.dx), (dw ? 1 : 0) + (db ? 1 : 0), threads,
+            [&](int v, std::int64_t i, double sum) { (dw && v == 0 ? dw : db)[i] = row_scalar<X>(sum); });
 }
 
 }  // namespace

@@ -17,90 +17,98 @@ UNSWAG_INLINE V xhat(V x, V rstd) {
 }
 
 template <class X, class Y, bool Cast>
-void forward(const RmsNormForward& a, int threads) {
+class Forward {
   using V = compute_t<X, Y>;
   using S = typename V::scalar;
-  const std::int64_t cols = a.x.cols;
-  const VectorAsRow<V> weight(a.weight, a.weight_offset);
-  const S* w = weight.data();
-  auto* rstds = static_cast<row_scalar<X>*>(a.rstd.data);
-  const std::int64_t grain = 1 + 16384 / (cols + 1);
-  parallel_for(a.x.rows, grain, threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t r = begin; r < end; ++r) {
-      const X* x = row<X>(a.x, r);
-      Y* y = row<Y>(a.y, r);
-      if (!a.rstd_given) {
-        const double squares = sum_lanes<V>(cols, [&](V sum, std::int64_t i, std::int64_t n) {
-          const V v = load_lanes<V>(x + i, n);
-          return fma(v, v, sum);
-        });
-        rstds[r] = row_scalar<X>(math::rms_norm_rstd(squares, cols, a.eps));
-      }
-      const V rstd{S(rstds[r])};
-      each_lanes(cols, [&](std::int64_t i, std::int64_t n) {
-        const V h = xhat<X, Cast>(load_lanes<V>(x + i, n), rstd);
-        store_lanes(y + i, w ? h * load_lanes<V>(w + i, n) : h, n);
-      });
-    }
-  });
-}
-
-template <class X, class DY, bool Cast>
-class Backward {
-  using V = compute_t<X, DY>;
-  using S = typename V::scalar;
+  using O = steps_t<V, X, Y>;
 
  public:
-  Backward(const RmsNormBackward& a, const S* w) : a_(a), w_(w), cols_(a.x.cols) {}
+  explicit Forward(const RmsNormForward& a) : a_(a), cols_(a.x.cols), weight_(a.weight, a.weight_offset) {}
 
-  // dx of R rows, and their part of dw added to sums.
-  template <int R>
-  void together(std::int64_t first, double* sums) const {
-    const X* x[R];
-    const DY* dy[R];
-    X* dx[R];
-    V rstd[R], slope[R];
-    for (int k = 0; k < R; ++k) {
-      x[k] = row<X>(a_.x, first + k);
-      dy[k] = row<DY>(a_.dy, first + k);
-      dx[k] = a_.dx.data ? row<X>(a_.dx, first + k) : nullptr;
-      const double s = double(static_cast<const row_scalar<X>*>(a_.rstd.data)[first + k]);
-      rstd[k] = V(S(s));
-      slope[k] = V(S(dx[k] ? math::rms_norm_slope(sum_of_gx(x[k], dy[k]), cols_, s) : 0));
+  template <bool Streaming>
+  void row(std::int64_t r) const {
+    const X *x = UNSWAG_ISA_NS::row<X>(a_.x, r), *next = UNSWAG_ISA_NS::row<X>(a_.x, r + 1 < a_.x.rows ? r + 1 : r);
+    Y* y = UNSWAG_ISA_NS::row<Y>(a_.y, r);
+    auto* rstds = static_cast<row_scalar<X>*>(a_.rstd.data);
+    if (!a_.rstd_given) {
+      const double squares =
+          sum_steps<O, V>(cols_, [&](auto how, auto sum, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+            const auto v = how.load(x + i, n);
+            return fma(v, v, sum);
+          });
+      rstds[r] = row_scalar<X>(math::rms_norm_rstd(squares, cols_, a_.eps));
     }
-    each_lanes(cols_, [&](std::int64_t i, std::int64_t n) {
-      V dw(0);
-      for (int k = 0; k < R; ++k) {
-        const V xv = load_lanes<V>(x[k] + i, n), dyv = load_lanes<V>(dy[k] + i, n);
-        if (dx[k]) store_lanes(dx[k] + i, math::rms_norm_dx(xv, times_weight(dyv, i, n), rstd[k], slope[k]), n);
-        if (sums) dw = fma(dyv, xhat<X, Cast>(xv, rstd[k]), dw);
-      }
-      if (!sums) return;
-      S part[16];
-      dw.store(part);
-      for (std::int64_t l = 0; l < n; ++l) sums[i + l] += double(part[l]);
+    const S rstd = plain_nan(S(rstds[r]));
+    each_step<O, V>(cols_, [&](auto how, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      prefetch_step(next + i);
+      auto h = xhat<X, Cast>(how.load(x + i, n), typename decltype(how)::Lanes(rstd));
+      if (weight_) h = h * weight_.load(how, i, n);
+      write<Streaming>(how, y + i, h, n);
     });
   }
 
  private:
-  UNSWAG_INLINE V times_weight(V dy, std::int64_t i, std::int64_t n) const { return w_ ? dy * load_lanes<V>(w_ + i, n) : dy; }
+  const RmsNormForward& a_;
+  std::int64_t cols_;
+  VectorAsRow<V, O> weight_;
+};
+
+template <class X, class Y, bool Cast>
+void forward(const RmsNormForward& a, int threads) {
+  each_row<Y>(Forward<X, Y, Cast>(a), a.y, threads);
+}
+
+template <class X, class DY, bool Cast>
+class Backward {
+ public:
+  using V = compute_t<X, DY>;
+  using S = typename V::scalar;
+  using O = steps_t<V, X, DY>;
+
+  explicit Backward(const RmsNormBackward& a) : a_(a), weight_(a.weight, a.weight_offset), cols_(a.x.cols) {}
+
+  // dx of row r, and its part of dw added to dw.
+  void row(std::int64_t r, S* dw, bool streaming) const {
+    const std::int64_t near = r + 1 < a_.x.rows ? r + 1 : r;
+    const X *x = UNSWAG_ISA_NS::row<X>(a_.x, r), *next_x = UNSWAG_ISA_NS::row<X>(a_.x, near);
+    const DY *dy = UNSWAG_ISA_NS::row<DY>(a_.dy, r), *next_dy = UNSWAG_ISA_NS::row<DY>(a_.dy, near);
+    X* dx = a_.dx.data ? UNSWAG_ISA_NS::row<X>(a_.dx, r) : nullptr;
+    const auto s = plain_nan(static_cast<const row_scalar<X>*>(a_.rstd.data)[r]);
+    const S rstd = S(s), slope = S(dx ? math::rms_norm_slope(sum_of_gx(x, dy), cols_, double(s)) : 0);
+    each_step<O, V>(cols_, [&](auto how, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      using L = typename decltype(how)::Lanes;
+      prefetch_step(next_x + i);
+      prefetch_step(next_dy + i);
+      const L xv = how.load(x + i, n), dyv = how.load(dy + i, n);
+      if (dx) {
+        const L of_x = math::rms_norm_dx(xv, times_weight(how, dyv, i, n), L(rstd), L(slope));
+        streaming ? write<true>(how, dx + i, of_x, n) : write<false>(how, dx + i, of_x, n);
+      }
+      if (dw) fma(dyv, xhat<X, Cast>(xv, L(rstd)), L::load(dw + i)).store(dw + i);
+    });
+  }
+
+ private:
+  template <class How, class L>
+  UNSWAG_INLINE L times_weight(How how, L dy, std::int64_t i, std::int64_t n) const {
+    return weight_ ? dy * weight_.load(how, i, n) : dy;
+  }
   double sum_of_gx(const X* x, const DY* dy) const {
-    return sum_lanes<V>(cols_, [&](V sum, std::int64_t i, std::int64_t n) {
-      return fma(times_weight(load_lanes<V>(dy + i, n), i, n), load_lanes<V>(x + i, n), sum);
+    return sum_steps<O, V>(cols_, [&](auto how, auto sum, std::int64_t i, std::int64_t n) __attribute__((always_inline)) {
+      return fma(times_weight(how, how.load(dy + i, n), i, n), how.load(x + i, n), sum);
     });
   }
 
   const RmsNormBackward& a_;
-  const S* w_;
+  VectorAsRow<V, O> weight_;
   std::int64_t cols_;
 };
 
 template <class X, class DY, bool Cast>
 void backward(const RmsNormBackward& a, int threads) {
-  const VectorAsRow<compute_t<X, DY>> weight(a.weight, a.weight_offset);
-  const Backward<X, DY, Cast> kernel(a, weight.data());
   auto* dw = static_cast<row_scalar<X>*>(a.dw.data);
-  over_rows(kernel, a.x.rows, a.x.cols, dw ? 1 : 0, threads, [&](std::int64_t i, double sum) { dw[i] = row_scalar<X>(sum); });
+  over_rows(Backward<X, DY, Cast>(a), a.x.rows, a.x.cols, streams<X>(a.dx), dw ? 1 : 0, threads,
+            [&](int, std::int64_t i, double sum) { dw[i] = row_scalar<X>(sum); });
 }
 
 }  // namespace

@@ -16,7 +16,8 @@
 
 namespace unswag::math {
 
-// z of a logit: two kinds, over float, double or lanes.
+// z of a logit: two kinds, over float, double or lanes.  z rises with the logit, or falls where logit_scale is negative, also
+// as it is rounded: tanh does for every float.
 template <class V>
 struct LinearLogit {
   V scale;
@@ -38,6 +39,10 @@ struct SoftcapLogit {
     return gradient * fma(-t, t, V(1));
   }
 };
+
+// Whether e^x is a normal number, which exp_normal computes as exp does, for x and all above it that are not above 0.
+UNSWAG_HD inline bool exp_is_normal(float x) { return x > -87.f; }
+UNSWAG_HD inline bool exp_is_normal(double) { return false; }  // exp_normal is for floats
 
 // sum of exp(z - max) over some classes.  No class, or only classes with z = -inf: max = -inf and sum = 0.
 struct ExpSum {

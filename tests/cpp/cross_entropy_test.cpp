@@ -109,6 +109,7 @@ std::vector<Options> options() {
   std::vector<Options> all{{},
                            {.softcap = 30},
                            {.logit_scale = 0.0625},
+                           {.logit_scale = -1.7},
                            {.softcap = 5, .logit_scale = -1.7},
                            {.label_smoothing = 0.1},
                            {.gradient_scale = 1.0 / 512},
@@ -291,6 +292,45 @@ TEST(CrossEntropy, ExtremesDoNotOverflow) {
       EXPECT_NEAR(double(lowest.loss.get(0, 0)), std::log(40.0), 1e-6) << k->name;
       EXPECT_NEAR(double(lowest.logits.get(0, (lowest.labels[0] + 1) % 40)), 1 / 40.0, 1e-4) << k->name;
     }
+}
+
+// From normal numbers to subnormal ones and to 0, in tiles that have them all and in tiles that do not.
+TEST(CrossEntropy, ExponentialsAreRightToTheEndOfTheirRange) {
+  for (DType dtype : test::float_dtypes)
+    for (const Kernels* k : test::backends())
+      for (const double scale : {1.0, 0.75, -0.75})
+        for (const std::int64_t classes : {40, 67, 5003}) {
+          SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype) + " " + std::to_string(classes));
+          Loss loss(dtype, 3, classes, {.logit_scale = scale});
+          for (std::int64_t c = 0; c < 30; ++c) loss.logits.set(1, c, (-86 - c / 4.0L) / scale);
+          for (std::int64_t c = 0; c < 30; ++c) loss.logits.set(2, classes - 1 - c, (-86 - c / 4.0L) / scale);
+          loss.labels = {1, 31, 2};
+          loss.run(k);
+          loss.expect_right();
+        }
+}
+
+TEST(CrossEntropy, NanOfAnyBitsStaysNan) {
+  for (const Kernels* k : test::backends())
+    for (const std::int64_t where : {0, 40, 4099}) {
+      Loss loss(DType::f32, 2, 4100);
+      loss.logits.set_odd_nan(1, where);
+      loss.run(k);
+      EXPECT_TRUE(std::isfinite(loss.loss.get(0, 0)) && std::isnan(loss.loss.get(0, 1))) << k->name << " " << where;
+      for (std::int64_t c = 0; c < 4100; ++c) ASSERT_TRUE(std::isnan(loss.logits.get(1, c))) << k->name << " " << c;
+    }
+  for (const Kernels* k : test::backends()) {  // of a row's scale
+    Loss loss(DType::bf16, 2, 100, {.row_scale = true});
+    CrossEntropy a = loss.args();
+    Matrix scale(DType::f32, 1, 2);
+    scale.set(0, 0, 1), scale.set_odd_nan(0, 1);
+    a.row_scale = static_cast<const Matrix&>(scale).vector();
+    k->cross_entropy(a, {});
+    for (std::int64_t c = 0; c < 100; ++c) {
+      EXPECT_TRUE(std::isfinite(loss.logits.get(0, c))) << k->name << " " << c;
+      EXPECT_TRUE(std::isnan(loss.logits.get(1, c))) << k->name << " " << c;
+    }
+  }
 }
 
 TEST(CrossEntropy, ThreadsDoNotChangeTheBits) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -321,6 +322,62 @@ TEST(LayerNormBackward, NoRowsGiveZeroDwAndDb) {
     k->layer_norm_backward(empty.args(), {});
     for (std::int64_t i = 0; i < 21; ++i) EXPECT_TRUE(none.dw.get(0, i) == 0 && none.db.get(0, i) == 0) << k->name;
   }
+}
+
+// More than 16 MiB go past the cache, where rows begin on cache lines.
+TEST(LayerNorm, WritingPastTheCacheChangesNoBits) {
+  constexpr std::int64_t cols = 1056;
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    const std::int64_t rows = (std::int64_t{1} << 24) / (cols * test::size_of(dtype)) + 3;
+    Matrix x(dtype, rows, cols), weight(DType::f32, 1, cols), mean(DType::f32, 1, rows), rstd(DType::f32, 1, rows);
+    x.fill([](std::int64_t r, std::int64_t c) { return (r * 7919 + c * 104729) % 257 / 64.0L - 2; });
+    weight.fill_normal(1);
+    for (const Kernels* k : test::backends()) {
+      if (test::is_cuda(*k)) continue;
+      SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype));
+      Matrix past(dtype, rows, cols), through(dtype, rows, cols, cols + 1);
+      LayerNormForward f{.x = x, .weight = std::as_const(weight).vector(), .eps = 1e-5};
+      f.mean = mean.vector(), f.rstd = rstd.vector();
+      f.y = past, k->layer_norm_forward(f, {});
+      f.y = through, k->layer_norm_forward(f, {});
+      for (std::int64_t r = 0; r < rows; ++r)
+        ASSERT_EQ(std::memcmp(past.row(r), through.row(r), std::size_t(cols * test::size_of(dtype))), 0) << "y, row " << r;
+      LayerNormBackward b{.x = x, .weight = f.weight};
+      b.mean = std::as_const(mean).vector(), b.rstd = std::as_const(rstd).vector(), b.dy = x;
+      b.dx = past, k->layer_norm_backward(b, {});
+      b.dx = through, k->layer_norm_backward(b, {});
+      for (std::int64_t r = 0; r < rows; ++r)
+        ASSERT_EQ(std::memcmp(past.row(r), through.row(r), std::size_t(cols * test::size_of(dtype))), 0) << "dx, row " << r;
+      ASSERT_TRUE(through.gaps_untouched());
+    }
+  }
+}
+
+TEST(LayerNorm, NanOfAnyBitsStaysNan) {
+  constexpr std::int64_t cols = 83;
+  for (DType dtype : test::float_dtypes)
+    for (const Kernels* k : test::backends()) {
+      SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype));
+      Matrix x(dtype, 4, cols), y(dtype, 4, cols), dx(dtype, 4, cols);
+      Matrix weight(DType::f32, 1, cols), bias(DType::f32, 1, cols), mean(DType::f32, 1, 4), rstd(DType::f32, 1, 4);
+      x.fill_normal(1), weight.fill_normal(2), bias.fill_normal(3), mean.fill_normal(4), rstd.fill_normal(5);
+      mean.set_odd_nan(0, 1), rstd.set_odd_nan(0, 2), weight.set_odd_nan(0, 5);
+      weight.set_odd_nan(0, cols - 1), bias.set_odd_nan(0, 7);
+      LayerNormForward f{.x = x, .weight = std::as_const(weight).vector(), .bias = std::as_const(bias).vector()};
+      f.statistics_given = true, f.y = y, f.mean = mean.vector(), f.rstd = rstd.vector();
+      k->layer_norm_forward(f, {});
+      LayerNormBackward b{.x = x};
+      b.mean = std::as_const(mean).vector(), b.rstd = std::as_const(rstd).vector(), b.dy = x, b.dx = dx;
+      k->layer_norm_backward(b, {});
+      for (std::int64_t r = 0; r < 4; ++r)
+        for (std::int64_t i = 0; i < cols; ++i) {
+          EXPECT_EQ(std::isnan(y.get(r, i)), r == 1 || r == 2 || i == 5 || i == 7 || i == cols - 1) << r << " " << i;
+          EXPECT_EQ(std::isnan(dx.get(r, i)), r == 1 || r == 2) << r << " " << i;
+        }
+      b.weight = f.weight;
+      k->layer_norm_backward(b, {});
+      for (std::int64_t i = 0; i < cols; ++i) EXPECT_TRUE(std::isnan(dx.get(0, i))) << i;
+    }
 }
 
 // Rows more than 2^31 bytes apart.

@@ -25,6 +25,12 @@ class Matrix {
   long double get(std::int64_t r, std::int64_t c) const { return read(dtype_, row(r), c); }
   void set(std::int64_t r, std::int64_t c, long double v) { write(dtype_, row(r), c, v); }
 
+  // A float NaN whose bits are not those that arithmetic gives: all of them are set.
+  void set_odd_nan(std::int64_t r, std::int64_t c) {
+    if (dtype_ != DType::f32) std::abort();
+    std::memset(static_cast<char*>(row(r)) + 4 * c, 0xff, 4);
+  }
+
   template <class F>
   void fill(F value) {
     for (std::int64_t r = 0; r < rows_; ++r)

@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <memory>
 #include <tuple>
+#include <utility>
 
 #include "matrix.hpp"
 
@@ -295,6 +297,59 @@ TEST(RmsNormBackward, NoRowsGiveZeroDw) {
     k->rms_norm_backward(empty.args(), {});
     for (std::int64_t i = 0; i < 21; ++i) EXPECT_EQ(none.dw.get(0, i), 0) << k->name;
   }
+}
+
+// More than 16 MiB go past the cache, where rows begin on cache lines.
+TEST(RmsNorm, WritingPastTheCacheChangesNoBits) {
+  constexpr std::int64_t cols = 1056;
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    const std::int64_t rows = (std::int64_t{1} << 24) / (cols * test::size_of(dtype)) + 3;
+    Matrix x(dtype, rows, cols), weight(DType::f32, 1, cols), rstd(DType::f32, 1, rows);
+    x.fill([](std::int64_t r, std::int64_t c) { return (r * 7919 + c * 104729) % 257 / 64.0L - 2; });
+    weight.fill_normal(1);
+    for (const Kernels* k : test::backends()) {
+      if (test::is_cuda(*k)) continue;
+      SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype));
+      Matrix past(dtype, rows, cols), through(dtype, rows, cols, cols + 1);
+      Matrix dw_past(DType::f32, 1, cols), dw_through(DType::f32, 1, cols);
+      RmsNormForward f{.x = x, .weight = std::as_const(weight).vector(), .eps = 1e-5};
+      f.rstd = rstd.vector();
+      f.y = past, k->rms_norm_forward(f, {});
+      f.y = through, k->rms_norm_forward(f, {});
+      for (std::int64_t r = 0; r < rows; ++r)
+        ASSERT_EQ(std::memcmp(past.row(r), through.row(r), std::size_t(cols * test::size_of(dtype))), 0) << "y, row " << r;
+      RmsNormBackward b{.x = x, .weight = f.weight, .rstd = std::as_const(rstd).vector(), .dy = x};
+      b.dx = past, b.dw = dw_past.vector(), k->rms_norm_backward(b, {});
+      b.dx = through, b.dw = dw_through.vector(), k->rms_norm_backward(b, {});
+      for (std::int64_t r = 0; r < rows; ++r)
+        ASSERT_EQ(std::memcmp(past.row(r), through.row(r), std::size_t(cols * test::size_of(dtype))), 0) << "dx, row " << r;
+      EXPECT_EQ(dw_past.bytes(), dw_through.bytes());
+      ASSERT_TRUE(through.gaps_untouched());
+    }
+  }
+}
+
+TEST(RmsNorm, NanOfAnyBitsStaysNan) {
+  constexpr std::int64_t cols = 83;
+  for (DType dtype : test::float_dtypes)
+    for (const Kernels* k : test::backends()) {
+      SCOPED_TRACE(std::string(k->name) + " " + test::name_of(dtype));
+      Matrix x(dtype, 3, cols), y(dtype, 3, cols), weight(DType::f32, 1, cols), rstd(DType::f32, 1, 3), dx(dtype, 3, cols);
+      x.fill_normal(1), weight.fill_normal(2), rstd.fill_normal(3);
+      rstd.set_odd_nan(0, 1);
+      RmsNormBackward b{.x = x, .weight = std::as_const(weight).vector(), .rstd = std::as_const(rstd).vector(), .dy = x};
+      b.dx = dx, k->rms_norm_backward(b, {});
+      for (std::int64_t i : {std::int64_t{5}, cols - 1}) weight.set_odd_nan(0, i);
+      RmsNormForward f{.x = x, .weight = std::as_const(weight).vector(), .cast_before_weight = true, .rstd_given = true};
+      f.y = y, f.rstd = rstd.vector(), k->rms_norm_forward(f, {});
+      for (std::int64_t r = 0; r < 3; ++r)
+        for (std::int64_t i = 0; i < cols; ++i) {
+          EXPECT_EQ(std::isnan(y.get(r, i)), r == 1 || i == 5 || i == cols - 1) << r << " " << i;
+          EXPECT_EQ(std::isnan(dx.get(r, i)), r == 1) << r << " " << i;
+        }
+      k->rms_norm_backward(b, {});
+      for (std::int64_t i = 0; i < cols; ++i) EXPECT_TRUE(std::isnan(dx.get(0, i))) << i;
+    }
 }
 
 // 2^31 + 64 elements, and rows more than 2^31 bytes apart.  Untouched pages of x are zeros and cost nothing; y is bf16.

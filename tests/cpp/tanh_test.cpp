@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cstdlib>
 
 #include "unfused.hpp"
 #include "values.hpp"
@@ -25,6 +26,23 @@ TYPED_TEST(Tanh, IsOddAndRightToTwoUlp) {
     ASSERT_LE(y, 1) << x;
     ASSERT_EQ(tanh(-x), -y) << x;
   }
+}
+
+// The cross-entropy takes the largest z from the largest logit.  All floats with UNSWAG_EXHAUSTIVE; else runs of them, and
+// those around the seam at 0.6.
+TYPED_TEST(Tanh, DoesNotFall) {
+  const auto check = [](std::uint32_t first, std::uint32_t last) {
+    float before = 0;
+    for (std::uint32_t bits = first; bits <= last; ++bits) {
+      const float x = std::bit_cast<float>(bits), y = to_scalar(math::tanh(TypeParam(x)));
+      ASSERT_GE(y, before) << x;
+      before = y;
+    }
+  };
+  if (std::getenv("UNSWAG_EXHAUSTIVE")) return check(0, 0x7F800000);
+  for (std::uint32_t bits = 0; bits < 0x7F800000; bits += 0x20000) check(bits, bits + 127);
+  const auto seam = std::bit_cast<std::uint32_t>(0.6f);
+  check(seam - 0x8000, seam + 0x8000);
 }
 
 TYPED_TEST(Tanh, SpecialValues) {
