@@ -1,5 +1,5 @@
-// Softmax cross-entropy by src/math/cross_entropy.hpp: a block takes a row, once in tiles, which it reads into shared memory for
-// their maximum and their sum of exponentials, and once more when the gradient is written over it.
+// Softmax cross-entropy by src/math/cross_entropy.hpp: a block takes a row, once in tiles, which it reads into shared memory
+// for their maximum and their sum of exponentials, and once more when the gradient is written over it.
 #include "backend.hpp"
 #include "cuda/eight.hpp"
 #include "cuda/tree.hpp"

@@ -1,8 +1,9 @@
 // How the kernels of src/cuda run: as CUDA, or, for the tests, as plain C++ in which a team of host threads plays the block
 // (tests/cpp/emulated/cuda.hpp).
 //
-// A kernel is a struct: its members are the arguments, `threads` the size of its block at most, `resident` how many blocks a processor
-// is to hold at least (0: what the compiler thinks best; it may spill registers for more), Shared what a block shares, and
+// A kernel is a struct: its members are the arguments, `threads` the size of its block at most, `resident` how many blocks a
+// processor is to hold at least (0: what the compiler thinks best; it may spill registers for more), Shared what a block
+// shares, and
 //   template <class Group> UNSWAG_HD void operator()(Group g, Shared& shared) const
 // the work of worker g.rank() of g.size() in block g.block() of g.blocks().  Whatever the group and the grid, the result has
 // the same bits.  g.sync() waits for all of a block; a kernel without a Shared of its own (Nothing) never waits.  g.memory() is

@@ -88,7 +88,8 @@ struct Forward {
 // dx, and the sums of dy xhat and of dy over each block of math::RowTree, into scratch.
 template <class T, class V>
 struct Backward {
-  static constexpr int threads = holds_rows<T, V> ? 384 : 256, resident = sizeof(V) == 8 ? 1 : 2;
+  static constexpr bool same = std::is_same_v<typename T::X, typename T::Y>;  // else more registers are needed
+  static constexpr int threads = !holds_rows<T, V> ? 256 : same ? 384 : 320, resident = sizeof(V) == 8 ? 1 : 2;
   struct Shared {
     RowSums<V> sums;
     V mean[together], rstd[together], mean_of_g[together], slope[together];
@@ -208,14 +209,8 @@ void backward(const LayerNormBackward& a, Stream stream) {
   auto* dw = a.dw.data ? static_cast<double*>(a.scratch) : nullptr;
   auto* db = a.db.data ? static_cast<double*>(a.scratch) + (dw ? (tree.blocks() + tree.groups()) * a.x.cols : 0) : nullptr;
   const Held held = a.dx.data ? rows_held<T, V>({a.x, a.dy}, Backward<T, V>::threads) : Held{};
-  const Backward<T, V> kernel{a,
-                              {a.weight, 0},
-                              dw,
-                              db,
-                              aligned_as_it_is(a.x),
-                              aligned_as_it_is(a.dy),
-                              a.dx.data && aligned_as_it_is(a.dx),
-                              held.rows};
+  const Backward<T, V> kernel{
+      a, {a.weight, 0}, dw, db, aligned_as_it_is(a.x), aligned_as_it_is(a.dy), a.dx.data && aligned_as_it_is(a.dx), held.rows};
   if (a.x.rows) launch(kernel, tree.blocks(), stream, held.threads, held.bytes);
   if (dw) sum_blocks(dw, a.dw, tree, stream);
   if (db) sum_blocks(db, a.db, tree, stream);

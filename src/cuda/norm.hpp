@@ -195,8 +195,8 @@ UNSWAG_HD inline void walk_tree(const Group& g, std::int64_t count, const Rows& 
     }
   }
 }
-// `count` rows of `per_row` eights: find(r, n) makes what rows r ... r + n - 1 have in common, columns(r, n, u, part) takes their
-// eight u and adds to what add(u, part) then adds to the sums over rows.  All rows at once,
+// `count` rows of `per_row` eights: find(r, n) makes what rows r ... r + n - 1 have in common, columns(r, n, u, part) takes
+// their eight u and adds to what add(u, part) then adds to the sums over rows.  All rows at once,
 template <class Part, class Group, class Find, class Columns, class Add>
 UNSWAG_HD inline void rows_at_once(const Group& g, int count, std::int64_t per_row, const Find& find, const Columns& columns,
                                    const Add& add) {
@@ -241,8 +241,8 @@ UNSWAG_HD inline void add_columns(double* sums, std::int64_t u, std::int64_t col
   }
 }
 
-// to[part][col] = from[part * per_part][col] + from[part * per_part + 1][col] + ..., for `parts` parts of `count` rows in all; of
-// `placed` columns, which to has in their order.
+// to[part][col] = from[part * per_part][col] + from[part * per_part + 1][col] + ..., for `parts` parts of `count` rows in all;
+// of `placed` columns, which to has in their order.
 template <class To>
 struct SumOfRows {
   static constexpr int threads = 256, resident = 0;

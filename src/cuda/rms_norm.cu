@@ -187,12 +187,9 @@ template <class T, class V, bool Cast>
 void backward(const RmsNormBackward& a, Stream stream) {
   const math::RowTree tree{a.x.rows};
   const Held held = a.dx.data ? rows_held<T, V>({a.x, a.dy}, Backward<T, V, Cast>::threads) : Held{};
-  const Backward<T, V, Cast> kernel{a,
-                                    {a.weight, a.weight_offset},
-                                    aligned_as_it_is(a.x),
-                                    aligned_as_it_is(a.dy),
-                                    a.dx.data && aligned_as_it_is(a.dx),
-                                    held.rows};
+  const Backward<T, V, Cast> kernel{
+      a,        {a.weight, a.weight_offset}, aligned_as_it_is(a.x), aligned_as_it_is(a.dy), a.dx.data && aligned_as_it_is(a.dx),
+      held.rows};
   if (a.x.rows) launch(kernel, tree.blocks(), stream, held.threads, held.bytes);
   if (a.dw.data) sum_blocks(static_cast<double*>(a.scratch), a.dw, tree, stream);
 }

@@ -119,7 +119,8 @@ std::vector<NormTypes> norm_types() {
   return types;
 }
 std::string text(const NormTypes& t, std::int64_t rows, std::int64_t cols) {
-  return name_of(t.x) + " " + name_of(t.weight) + " " + name_of(t.y) + " " + std::to_string(rows) + " x " + std::to_string(cols);
+  return name_of(t.x) + " " + name_of(t.weight) + " " + name_of(t.y) + " " + std::to_string(rows) + " x " +
+         std::to_string(cols);
 }
 
 void compare_rms_norms(const Kernels* cuda, const Kernels* cpu, const NormTypes& t, int rows, int cols, bool cast,
@@ -153,8 +154,8 @@ void compare_layer_norms(const Kernels* cuda, const Kernels* cpu, const NormType
   Matrix x(t.x, rows, cols, cols + 5), weight(t.weight, 1, cols), bias(t.weight, 1, cols), dy(t.y, rows, cols);
   x.fill_normal(1), weight.fill_normal(2), dy.fill_normal(3), bias.fill_normal(4);
   for (std::int64_t i = 0; i < cols; ++i) x.set(0, i, x.get(0, i) + 50);
-  Matrix y(t.y, rows, cols), mean(DType::f32, 1, rows), rstd(DType::f32, 1, rows), dx(t.x, rows, cols),
-      dw(DType::f32, 1, cols), db(DType::f32, 1, cols);
+  Matrix y(t.y, rows, cols), mean(DType::f32, 1, rows), rstd(DType::f32, 1, rows), dx(t.x, rows, cols), dw(DType::f32, 1, cols),
+      db(DType::f32, 1, cols);
   Matrix y_cpu(t.y, rows, cols), mean_cpu(DType::f32, 1, rows), rstd_cpu(DType::f32, 1, rows), dx_cpu(t.x, rows, cols),
       dw_cpu(DType::f32, 1, cols), db_cpu(DType::f32, 1, cols);
   LayerNormForward f{.x = x};

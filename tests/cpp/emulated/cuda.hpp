@@ -57,8 +57,9 @@ void launch(const Kernel& kernel, std::int64_t blocks, Stream stream, int = Kern
     std::int64_t bytes;
     void* memory;
     Shared shared;
-  } context{kernel, blocks < 3 ? blocks : 3, waits ? (stream.threads ? stream.threads + 1 : 3) : blocks > 100 ? 2 : 1, bytes,
-            nullptr, {}};
+  } context{
+      kernel, blocks < 3 ? blocks : 3, waits ? (stream.threads ? stream.threads + 1 : 3) : blocks > 100 ? 2 : 1, bytes, nullptr,
+      {}};
   test::with_memory(
       bytes,
       [](void* memory, void* p) {
