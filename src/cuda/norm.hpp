@@ -324,7 +324,7 @@ Held rows_held(std::initializer_list<ConstRows> tensors) {
 // The same for a backward with at most `threads` workers, one for each eight of a row.
 template <class T, class V>
 Held rows_held(std::initializer_list<ConstRows> tensors, int threads) {
-  const std::int64_t workers = 32 * divided_up(tensors.begin()->cols, 8 * 32);
+  const std::int64_t workers = 32 * divided_up(tensors.begin()->cols, 256);
   Held held = workers > threads ? Held{} : rows_held<T, V>(tensors);
   if (held.rows && workers > held.threads) held.threads = int(workers);
   return held;
