@@ -111,7 +111,7 @@ def test_the_share_of_a_copy_is_bound_by_the_slowest():
 @pytest.mark.parametrize(
     "registers, shared, threads, warps",
     [(32, 0, 256, 64), (33, 0, 256, 48), (64, 0, 256, 32), (64, 40 << 10, 256, 32), (64, 70 << 10, 256, 24), (64, 0, 512, 32),
-     (96, 0, 256, 16), (16, 1024, 32, 32)],
+     (96, 0, 256, 16), (16, 1024, 32, 32), (32, 57856, 256, 24)],  # the last: 1 KiB of each block is the device's
 )  # fmt: skip
 def test_warps_that_a_processor_holds(registers, shared, threads, warps):
     kernel = cuda_code.Kernel("", "sm_90", "", registers=registers, shared=shared)
