@@ -185,6 +185,7 @@ TEST_F(Cuda, NormsHaveTheBitsOfTheCpu) {
                                         {18, 65}, {33, 2047}, {21, 2048}, {2, 2049}, {1, 20000}, {5000, 24}};
   for (const NormTypes& t : norm_types()) {
     for (const auto& [rows, cols] : shapes) {
+      if (t.weight != t.y && rows * cols > 2000) continue;  // the types of y change nothing about rows
       for (const bool cast : {true, false}) compare_rms_norms(cuda, cpu, t, rows, cols, cast, {});
       for (const int vectors : {0, 1, 2, 3}) compare_layer_norms(cuda, cpu, t, rows, cols, vectors, {});
     }
@@ -195,8 +196,8 @@ TEST_F(Cuda, NormsHaveTheBitsOfTheCpu) {
 TEST_F(Cuda, RowsInSharedMemoryHaveTheBitsOfTheCpu) {
   for (const NormTypes& t : norm_types()) {
     for (const int cols : {900, 1800, 2100, 12000}) {
-      compare_rms_norms(cuda, cpu, t, 9, cols, true, {.threads = 270});
-      compare_layer_norms(cuda, cpu, t, 9, cols, 3, {.threads = 270});
+      compare_rms_norms(cuda, cpu, t, 5, cols, true, {.threads = 270});
+      compare_layer_norms(cuda, cpu, t, 5, cols, 3, {.threads = 270});
     }
   }
 }
