@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup configured module native test test-cpp test-python test-exhaustive test-isa sanitize lint format demo demo-all bench architectures peers tpu-check gpu-check gpu-wheels clean
+.PHONY: help setup configured module native test test-cpp test-python test-exhaustive test-isa sanitize lint format demo demo-all bench bench-compare architectures peers tpu-check gpu-check gpu-wheels clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -71,6 +71,9 @@ demo-all: module ## the demo with full training as well
 
 bench: native ## the benchmarks whose results are committed
 	python -m bench
+
+bench-compare: setup ## what got faster or slower between two result files of one benchmark: A=old.json B=new.json
+	python -m bench.compare $(or $(A),$(error bench-compare needs A=old.json B=new.json)) $(or $(B),$(error bench-compare needs A=old.json B=new.json))
 
 architectures: module ## surgery on every model type of transformers, small, against stock and float64: results and docs/supported.md
 	python -m bench.architectures

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 _MEMBER = re.compile(r"^member .*:([^:]+):$")
@@ -22,12 +22,27 @@ _KIND = re.compile(r"^Fatbin (elf|ptx) code:$")
 _ARCH = re.compile(r"^arch = sm_(\w+)$")
 _CODE_FOR = re.compile(r"^\s*code for (sm_\w+)$")  # a bare cubin has no `arch`
 _FUNCTION = re.compile(r"^\s*Function\s?(?:: )?(\S+?):?$")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
-_RESOURCES = re.compile(r"^\s+REG:(\d+) STACK:(\d+) ")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)(.*)")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*;")
+_RESOURCES = re.compile(r"^\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
 _WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128|256)\b")
 _ATOMIC = re.compile(r"^(RED|REDG|REDS|ATOM|ATOMG|ATOMS|SURED|SUATOM)\b")
 _FLOAT = re.compile(r"\.B?F(16|32|64)\w*\b")
 _SWAP = re.compile(r"\.CAST?\b")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # LDG.E.128.CONSTANT
+    conditional: bool  # under a predicate
+    target: int | None = None  # of a branch or a call
+
+    @property
+    def bits(self) -> int:
+        """The width of an access."""
+        width = _WIDTH.search(self.opcode)
+        return int(width[1]) if width else 32
 
 
 @dataclass
@@ -39,18 +54,18 @@ class Kernel:
     name: str  # as in C++, without parameters
     registers: int = 0
     stack: int = 0  # bytes per thread in local memory
+    shared: int = 0  # bytes per block, without what a launch asks for
     local_loads: int = 0  # of spilled registers and of arrays that are indexed at run time
     local_stores: int = 0
     loads: Counter[int] = field(default_factory=Counter)  # of global (or unknown) memory, by width in bits
     stores: Counter[int] = field(default_factory=Counter)
     float_atomics: Counter[str] = field(default_factory=Counter)  # compare-and-swap too: a float atomic may be a loop of it
     barriers: int = 0  # of a block
+    listing: list[Instruction] = field(default_factory=list)  # where it was asked for
 
-    def count(self, opcode: str) -> None:
-        """Takes one instruction into account, such as ``LDG.E.128.CONSTANT``."""
+    def count(self, instruction: Instruction) -> None:
+        opcode, bits = instruction.opcode, instruction.bits
         base = opcode.partition(".")[0]
-        width = _WIDTH.search(opcode)
-        bits = int(width[1]) if width else 32
         if base in ("LDG", "LD", "LDGSTS"):
             self.loads[bits] += 1
         elif base in ("STG", "ST"):
@@ -71,8 +86,9 @@ class Code:
     ptx: dict[str, set[str]] = field(default_factory=dict)  # source: {"compute_90"}
 
 
-def read(path: str | Path) -> Code:
-    """The kernels in a library, an object, a cubin or a shared object.
+def read(path: str | Path, listed: Callable[[str, str], bool] = lambda source, name: False) -> Code:
+    """The kernels in a library, an object, a cubin or a shared object; with their instructions those for whose source and name
+    `listed` is true.
 
     Raises ``FileNotFoundError`` when a tool is missing, ``RuntimeError`` with the tool's output when it fails.
     """
@@ -85,20 +101,46 @@ def read(path: str | Path) -> Code:
             found[key] = Kernel(*key)
         return found[key]
 
+    for source, _, architecture, name, line in _walk(path, "-res-usage"):
+        if name and (match := _RESOURCES.match(line)):
+            one = kernel(source, architecture, name)
+            one.registers, one.stack, one.shared = (int(number) for number in match.groups())
+            if architecture == "sm_90" and one.shared:
+                one.shared -= 1024  # what the device takes for itself
+    names = sorted({(one.source, one.name) for one in found.values()})
+    in_full = {key for key, name in zip(names, _demangled([name for _, name in names]), strict=True) if listed(key[0], name)}
     for source, kind, architecture, name, line in _walk(path, "-sass"):
         if kind == "ptx" and architecture:
             code.ptx.setdefault(source, set()).add(architecture.replace("sm_", "compute_"))
         elif name and line.startswith("        /*") and (match := _INSTRUCTION.match(line)):
-            kernel(source, architecture, name).count(match[1])
-    only = next((architecture for _, architecture, _ in found), "")  # for a bare cubin, whose resources are listed without it
-    for source, _, architecture, name, line in _walk(path, "-res-usage"):
-        if name and (match := _RESOURCES.match(line)):
-            one = kernel(source, architecture or only, name)
-            one.registers, one.stack = int(match[1]), int(match[2])
+            if (source, "", name) in found:  # the resources in a bare cubin are listed without its architecture
+                found[source, architecture, name] = replace(found.pop((source, "", name)), architecture=architecture)
+            instruction = _instruction(match)
+            kernel(source, architecture, name).count(instruction)
+            if (source, name) in in_full:
+                kernel(source, architecture, name).listing.append(instruction)
     code.kernels = list(found.values())
     for one, name in zip(code.kernels, _demangled([one.name for one in code.kernels]), strict=True):
         one.name = name
     return code
+
+
+def compiler() -> str:
+    """nvcc's release: 13.0.88; "" where there is none."""
+    if not shutil.which("nvcc"):
+        return ""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"\bV([\d.]+)", said)
+    return match[1] if match else ""
+
+
+def _instruction(match: re.Match[str]) -> Instruction:
+    address, predicate, opcode, rest = match.groups()
+    target = None
+    if opcode.startswith(("BRA", "CALL")) and (to := _TARGET.search(rest)):
+        target = int(to[1], 16)
+        predicate = predicate or re.match(r"\s+[!~]?U?[PR]", rest)  # BRA P1, 0x990
+    return Instruction(int(address, 16), opcode, bool(predicate), target)
 
 
 def _walk(path: str | Path, what: str) -> Iterator[tuple[str, str, str, str, str]]:

@@ -1,5 +1,5 @@
-// Softmax cross-entropy by src/math/cross_entropy.hpp: a block takes a row, once in tiles for their maximum and their sum of
-// exponentials, and once more when the gradient is written over it.
+// Softmax cross-entropy by src/math/cross_entropy.hpp: a block takes a row, once in tiles, which it reads into shared memory
+// for their maximum and their sum of exponentials, and once more when the gradient is written over it.
 #include "backend.hpp"
 #include "cuda/eight.hpp"
 #include "cuda/tree.hpp"
@@ -13,11 +13,13 @@ template <class T, template <class> class Logit, bool Smooth>
 struct CrossEntropyRows {
   using V = compute_t<T>;
   static constexpr int threads = 256, resident = sizeof(V) == 8 ? 2 : 4;
+  static constexpr int near = sizeof(V) == 8 ? 1 : 4;  // tiles in shared memory
 
   struct Shared {
     Tiles<V> tiles;
-    V top[items];
-    double sum[items];              // of the tiles' exponentials, while tiles.sum is used for z
+    Sixteen logits[near * tile_size * sizeof(T) / sizeof(Sixteen)];
+    V top[near];
+    double sum[near];               // of the tiles' exponentials, while tiles.sum is used for z
     double others_max, others_sum;  // of math::LabelSplit
     double weighted_z;
     T of_label;
@@ -86,6 +88,24 @@ struct CrossEntropyRows {
     return total;
   }
 
+  // Copies the eights c, c + chains, ... of a tile of n logits; returns the largest z among them.
+  UNSWAG_HD V read_tile(const T* from, T* to, int n, int c) const {
+    V top(-V(HUGE_VAL));
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+    for (int j = 0; j < tile_size / 8 / chains; ++j) {
+      const int at = 8 * (c + j * chains), left = n - at < 8 ? n - at : 8;
+      if (left <= 0) break;
+      const Eight<T> x = load_eight(from + at, left, wide);
+      store_eight(to + at, x, 8, true);
+      UNSWAG_UNROLL
+      for (int k = 0; k < 8; ++k)
+        if (k < left) top = math::max(top, logit.z(value<V>(x.e[k])));
+    }
+    return top;
+  }
+
   template <class Group>
   UNSWAG_HD void row(const Group& g, Shared& shared, std::int64_t r, std::int64_t label, double total_weight) const {
     const std::int64_t classes = a.logits.cols, all = divided_up(classes, tile_size);
@@ -94,15 +114,15 @@ struct CrossEntropyRows {
       set(shared, {});
       shared.weighted_z = 0;
     }
-    for (std::int64_t first = 0; first < all; first += items) {
-      const int count = int(all - first < items ? all - first : items);
+    T* tiles = reinterpret_cast<T*>(shared.logits);
+    for (std::int64_t first = 0; first < all; first += near) {
+      const int count = int(all - first < near ? all - first : near);
       const auto length = [&](int k) { return tile_length(first + k, classes); };
-      const auto z = [&](int k, int i) { return logit.z(value<V>(logits[(first + k) * tile_size + i])); };
+      const auto z = [&](int k, int i) { return logit.z(value<V>(tiles[k * tile_size + i])); };
       share(g, std::int64_t{count} * chains, [&](std::int64_t u) {
-        const int k = int(u / chains), n = length(k);
-        V top(-V(HUGE_VAL));
-        for (int i = int(u % chains); i < n; i += chains) top = math::max(top, z(k, i));
-        shared.tiles.part[k][u % chains] = top;
+        const int k = int(u / chains), c = int(u % chains);
+        const V top = read_tile(logits + (first + k) * tile_size, tiles + k * tile_size, length(k), c);
+        shared.tiles.part[k][c] = top;
       });
       g.sync();
       share(g, count, [&](std::int64_t k) {
@@ -111,11 +131,11 @@ struct CrossEntropyRows {
         shared.top[k] = top;
       });
       g.sync();
+      const std::int64_t own = label - first * tile_size;
       sum_tiles(g, shared.tiles, count, length, [&](int k, int i, V sum) {
-        const std::int64_t c = (first + k) * tile_size + i;
-        if (c == label) return sum;
+        if (k * tile_size + i == own) return sum;
         const V top = shared.top[k];
-        return sum + math::exp(logit.z_minus(value<V>(logits[c]), top > lowest() ? top : lowest()));
+        return sum + math::exp(logit.z_minus(value<V>(tiles[k * tile_size + i]), top > lowest() ? top : lowest()));
       });
       if constexpr (Smooth) {
         share(g, count, [&](std::int64_t k) { shared.sum[k] = shared.tiles.sum[k]; });

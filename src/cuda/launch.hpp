@@ -1,11 +1,13 @@
 // How the kernels of src/cuda run: as CUDA, or, for the tests, as plain C++ in which a team of host threads plays the block
 // (tests/cpp/emulated/cuda.hpp).
 //
-// A kernel is a struct: its members are the arguments, `threads` the size of its block, `resident` how many blocks a processor
-// is to hold at least (0: what the compiler thinks best; it may spill registers for more), Shared what a block shares, and
+// A kernel is a struct: its members are the arguments, `threads` the size of its block at most, `resident` how many blocks a
+// processor is to hold at least (0: what the compiler thinks best; it may spill registers for more), Shared what a block
+// shares, and
 //   template <class Group> UNSWAG_HD void operator()(Group g, Shared& shared) const
 // the work of worker g.rank() of g.size() in block g.block() of g.blocks().  Whatever the group and the grid, the result has
-// the same bits.  g.sync() waits for all of a block; a kernel without a Shared of its own (Nothing) never waits.
+// the same bits.  g.sync() waits for all of a block; a kernel without a Shared of its own (Nothing) never waits.  g.memory() is
+// what else a block shares: as many bytes as the launch asks for, from a multiple of sixteen on.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +43,10 @@ struct Block {
   __device__ __forceinline__ std::int64_t block() const { return blockIdx.x; }
   __device__ __forceinline__ std::int64_t blocks() const { return gridDim.x; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
+  __device__ __forceinline__ void* memory() const {
+    extern __shared__ __align__(16) char memory_of_block[];
+    return memory_of_block;
+  }
 };
 
 template <class Kernel>
@@ -64,13 +70,14 @@ class OnDevice {
   int before_ = -1;
 };
 
-// Queues the kernel with `blocks` blocks, or with fewer, which then do the work of several.
+// Queues the kernel with `blocks` blocks, or with fewer, which then do the work of several; each has `threads` workers and
+// `bytes` of memory, which with its Shared may be 48 KiB.
 template <class Kernel>
-void launch(const Kernel& kernel, std::int64_t blocks, Stream stream) {
+void launch(const Kernel& kernel, std::int64_t blocks, Stream stream, int threads = Kernel::threads, std::int64_t bytes = 0) {
   const OnDevice here(stream);
-  const std::int64_t most = most_blocks(Kernel::threads);
-  run<Kernel>
-      <<<unsigned(blocks < most ? blocks : most), Kernel::threads, 0, static_cast<cudaStream_t>(stream.handle)>>>(kernel);
+  const std::int64_t most = most_blocks(threads);
+  run<Kernel><<<unsigned(blocks < most ? blocks : most), unsigned(threads), std::size_t(bytes),
+                static_cast<cudaStream_t>(stream.handle)>>>(kernel);
 }
 
 }  // namespace unswag::UNSWAG_ISA_NS

@@ -1,8 +1,8 @@
-"""The compiled CUDA kernels: no local memory, no float atomics, sixteen-byte accesses; and the tool that reads them."""
+"""The compiled CUDA kernels: no local memory, no float atomics, sixteen-byte accesses, the table of docs/gpu.md; and the tool
+that reads them."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_code  # noqa: E402
+import cuda_model  # noqa: E402
+
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 PTX = "compute_90"
 
@@ -25,18 +30,6 @@ NOT_STREAMING = {
 }
 NO_LOADS = r"::Fill\b"  # writes random draws
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("cuda_code", ROOT / "tools" / "cuda_code.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # dataclasses look their module up
-    spec.loader.exec_module(tool)
-    return tool
-
-
-cuda_code = load_tool()
 
 
 # ---- the tool ------------------------------------------------------------------------------------------------------------
@@ -182,7 +175,7 @@ def test_barriers_are_counted(sample_code):
 )
 def test_widths_of_opcodes(opcode, what, bits):
     k = cuda_code.Kernel("", "", "")
-    k.count(opcode)
+    k.count(cuda_code.Instruction(0, opcode, False))
     expected = cuda_code.Kernel("", "", "")
     getattr(expected, what)[bits] = 1
     assert k == expected
@@ -193,7 +186,7 @@ def test_widths_of_opcodes(opcode, what, bits):
 )
 def test_opcodes_that_count_for_nothing(opcode):
     k = cuda_code.Kernel("", "", "")
-    k.count(opcode)
+    k.count(cuda_code.Instruction(0, opcode, False))
     assert k == cuda_code.Kernel("", "", "")
 
 
@@ -210,7 +203,7 @@ def test_opcodes_that_count_for_nothing(opcode):
 )
 def test_float_atomics_among_opcodes(opcode):
     k = cuda_code.Kernel("", "", "")
-    k.count(opcode)
+    k.count(cuda_code.Instruction(0, opcode, False))
     assert dict(k.float_atomics) == {opcode: 1}
 
 
@@ -315,7 +308,7 @@ def library():
 
 def test_the_compiled_kernels_are_as_promised():
     """One test, because reading the library takes most of a minute."""
-    code = cuda_code.read(library())
+    code = cuda_code.read(library(), cuda_model.wanted)
     kernels = {a: {(k.source, k.name) for k in code.kernels if k.architecture == a} for a in ARCHITECTURES}
     assert {k.architecture for k in code.kernels} == set(ARCHITECTURES)
     assert kernels["sm_75"] == kernels["sm_80"] == kernels["sm_90"]
@@ -329,3 +322,9 @@ def test_the_compiled_kernels_are_as_promised():
     assert {(bits, *shape) for bits in (16, 32, 64) for shape in [(1, 1), (2, 1), (3, 2), (3, 3)]} <= shapes
     for pattern in [*NOT_STREAMING, NO_LOADS]:
         assert any(re.search(pattern, k.name) for k in code.kernels), pattern
+
+    # What docs/gpu.md says of them, if it was written with this nvcc.
+    release, page = cuda_code.compiler(), cuda_model.current()
+    if f"nvcc {release} makes" in page:
+        made = cuda_model.table(code, release)
+        assert made == page, "docs/gpu.md is not current; python tools/cuda_model.py --write build/release/libunswag_cuda.a"

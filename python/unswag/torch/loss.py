@@ -36,6 +36,10 @@ NumItems = Tensor | float | None
 # A chunk holds at most this many logits: 64 MiB in float32, 32 MiB in 16 bits.  Smaller chunks cost time (dweight is read and
 # written once per chunk), larger ones memory.
 CHUNK_LOGITS = 1 << 24
+# On a GPU at least so many rows, because there a chunk's products take less time than dweight: 6 operations for each row and
+# weight, while 8 bytes of each weight's sum are read and written.  An H100 does 300 operations in the time of a byte, so that
+# the two meet at 400 rows.
+GPU_ROWS = 1024
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -81,7 +85,7 @@ def linear_cross_entropy(
         reduction: "mean" (over labels that count, weighted by `class_weight`), "sum" or "none" ([...] losses).
         num_items: with "mean", the number to divide the sum by: the labels of a whole gradient accumulation window.  0 divides
             like any number, as in transformers: the loss is inf, or NaN when every label is ignored.
-        chunk_rows: rows per chunk; by default as many as make 2^24 logits.
+        chunk_rows: rows per chunk; by default as many as make 2^24 logits, on a GPU at least 1024.
 
     Returns a scalar (for "none": [...]) in float32 (float64 when the products are in float64).  When every label is ignored it
     is NaN for "mean" without `num_items`, else 0, and the gradients are zero, as in PyTorch.
@@ -266,7 +270,7 @@ class _LinearSweep:
         if self.dx is not None:
             self.dx[rows] = torch.mm(dlogits, self.weight)
         if self.dweight is not None:
-            self.dweight.addmm_(dlogits.T.to(self.sum_dtype), self.chunk.to(self.sum_dtype))
+            _add_product(self.dweight, dlogits.T, self.chunk)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.sum_dtype)
 
@@ -328,6 +332,14 @@ class _HeadSweep:
         return [self.dx, *(_finished(t, scale, p.dtype) for t, p in zip(self.sums, self.parameters, strict=True))]
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, summed in the dtype of total."""
+    if total.is_cuda and a.dtype != total.dtype:  # 16-bit numbers go through the tensor cores as they are
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 def _finished(total: Tensor | None, scale: float, dtype: torch.dtype | None) -> Tensor | None:
     if total is None or dtype is None:
         return None
@@ -342,21 +354,30 @@ def _kept_for_the_chunk() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t)
 
 
+def _rows_with_label(labels: Tensor, options: LossOptions) -> Tensor:
+    return (labels != options.ignore_index).nonzero().squeeze(1)
+
+
+def _rows_of_chunk(classes: int, device: torch.device) -> int:
+    rows = max(1, CHUNK_LOGITS // max(1, classes))
+    return max(rows, GPU_ROWS) if device.type == "cuda" else rows
+
+
 def _sweep(
     sweep: _LinearSweep | _HeadSweep,
     labels: Tensor,
+    kept: Tensor,
     options: LossOptions,
     *,
     gradient_scale: float = 1.0,
     row_scale: Tensor | None = None,
     write_gradient: bool = False,
 ) -> Tensor:
-    """Visits the rows that have a label in chunks; returns the loss of each row, 0 for those without one."""
+    """Visits the rows `kept`, which have a label, in chunks; returns the loss of each row, 0 for the others."""
     losses = sweep.x.new_zeros(labels.shape, dtype=sweep.sum_dtype)
     class_weight = None if options.class_weight is None else options.class_weight.to(sweep.sum_dtype)
-    kept = (labels != options.ignore_index).nonzero().squeeze(1)
     everything = kept.numel() == labels.numel()
-    limit = options.chunk_rows or max(1, CHUNK_LOGITS // max(1, sweep.classes))
+    limit = options.chunk_rows or _rows_of_chunk(sweep.classes, labels.device)
     chunks = math.ceil(kept.numel() / limit)
     for i in range(chunks):  # of nearly equal size; the borders depend on the labels and the limit alone
         begin, end = i * kept.numel() // chunks, (i + 1) * kept.numel() // chunks
@@ -397,14 +418,13 @@ def _formula(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
     return loss.view(labels.shape) if options.reduction == "none" else loss
 
 
-def _denominator(labels: Tensor, options: LossOptions) -> float:
+def _denominator(labels: Tensor, kept: Tensor, options: LossOptions) -> float:
     if options.reduction != "mean":
         return 1.0
     if options.num_items is not None:
         return float(options.num_items)
-    kept = labels[labels != options.ignore_index]
     if options.class_weight is not None:
-        return float(options.class_weight[kept].sum(dtype=torch.float64))
+        return float(options.class_weight[labels[kept]].sum(dtype=torch.float64))
     return float(kept.numel())
 
 
@@ -420,13 +440,14 @@ def _loss(
 ) -> Tensor:
     shape = labels.shape
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    denominator = _denominator(labels, options)
+    kept = _rows_with_label(labels, options)
+    denominator = _denominator(labels, kept, options)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, *parameters)):
-        losses = _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
+        losses = _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, kept, options)
         return losses.view(shape) if options.reduction == "none" else reduced(losses, denominator)
     if options.reduction == "none":
-        return _RowLosses.apply(make, labels, options, hidden, *parameters).view(shape)
-    return _ReducedLoss.apply(make, labels, options, denominator, hidden, *parameters)
+        return _RowLosses.apply(make, labels, kept, options, hidden, *parameters).view(shape)
+    return _ReducedLoss.apply(make, labels, kept, options, denominator, hidden, *parameters)
 
 
 def reduced(losses: Tensor, denominator: float) -> Tensor:
@@ -442,17 +463,18 @@ class _ReducedLoss(torch.autograd.Function):
         ctx: Any,
         make: Callable[..., _LinearSweep | _HeadSweep],
         labels: Tensor,
+        kept: Tensor,
         options: LossOptions,
         denominator: float,
         hidden: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
         with loss_buffers.inside_loss():
-            sweep = make(hidden, parameters, ctx.needs_input_grad[4:])
+            sweep = make(hidden, parameters, ctx.needs_input_grad[5:])
             scale = 1 / denominator if denominator else math.inf
             # In float16, softmax / rows is below the smallest number for most classes: there the division comes last.
             late = scale if sweep.dtype == torch.float16 and math.isfinite(scale) else 1.0
-            losses = _sweep(sweep, labels, options, gradient_scale=scale / late, write_gradient=True)
+            losses = _sweep(sweep, labels, kept, options, gradient_scale=scale / late, write_gradient=True)
             buffers = sweep.gradients(late)
         for buffer in buffers:
             if buffer is not None:
@@ -469,7 +491,7 @@ class _ReducedLoss(torch.autograd.Function):
         dhidden, *dparameters = ctx.saved_tensors
         scale = float(dloss)
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             _scaled(dhidden, scale * ctx.late),
             *(_scaled(gradient, scale) for gradient in dparameters),
         )
@@ -499,6 +521,7 @@ class _RowLosses(torch.autograd.Function):
         ctx: Any,
         make: Callable[..., _LinearSweep | _HeadSweep],
         labels: Tensor,
+        kept: Tensor,
         options: LossOptions,
         hidden: Tensor,
         *parameters: Tensor | None,
@@ -507,16 +530,17 @@ class _RowLosses(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, hidden, *parameters)
         with loss_buffers.inside_loss():
-            return _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, options)
+            return _sweep(make(hidden, parameters, [False] * (1 + len(parameters))), labels, kept, options)
 
     @staticmethod
     @once_differentiable
     @loss_buffers.inside_loss()
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         labels, hidden, *parameters = ctx.saved_tensors
-        sweep = ctx.make(hidden, parameters, ctx.needs_input_grad[3:])
-        _sweep(sweep, labels, ctx.options, row_scale=dlosses.contiguous(), write_gradient=True)
-        return (None, None, None, *sweep.gradients(1.0))
+        sweep = ctx.make(hidden, parameters, ctx.needs_input_grad[4:])
+        kept = _rows_with_label(labels, ctx.options)
+        _sweep(sweep, labels, kept, ctx.options, row_scale=dlosses.contiguous(), write_gradient=True)
+        return (None, None, None, None, *sweep.gradients(1.0))
 
 
 # ---- whether a model in training makes its logits ---------------------------------------------------------------------------

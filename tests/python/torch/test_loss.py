@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from near import SEED, assert_as_near
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -398,6 +399,24 @@ def test_chunks_hold_at_most_the_limit(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 10 * CLASSES + 50)
     linear_cross_entropy(hidden, weight, labels)
     assert sum(sizes) == ROWS * CLASSES and max(sizes) <= 10 * CLASSES and len(sizes) == 4
+
+
+def test_chunks_of_a_gpu_are_larger():
+    assert [loss_module._rows_of_chunk(128256, torch.device(name)) for name in ("cpu", "cuda:0")] == [130, 1024]
+    assert [loss_module._rows_of_chunk(1000, torch.device(name)) for name in ("cpu", "cuda:0")] == [16777, 16777]
+
+
+def test_sums_of_16_bit_products_take_no_float32_copies_on_a_gpu(monkeypatch):
+    """On tensors that say they are on a GPU; that the call works there is for `make gpu-check`."""
+    calls = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: calls.append((args, options)))
+    with FakeTensorMode():
+        a, b = (torch.zeros(3, n, dtype=torch.bfloat16, device="cuda") for n in (5, 4))
+        total = torch.zeros(5, 4, device="cuda")
+        loss_module._add_product(total, a.T, b)
+    ((args, options),) = calls
+    assert args[0] is total and options["out"] is total and options["out_dtype"] == torch.float32
+    assert all(tensor.dtype == torch.bfloat16 for tensor in args[1:])
 
 
 # ---- a head that is called -------------------------------------------------------------------------------------------------
