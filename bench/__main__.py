@@ -15,6 +15,7 @@ ALL = (
     "memory",
     "process_memory",
     "step_time",
+    "host_time",
     "gradients",
     "convergence",
     "kernels",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import time
 import timeit
@@ -139,9 +140,9 @@ def door_costs(number: int = 2000) -> dict[str, float]:
             y = functional.rms_norm(x, weight)
             t = {"parameter": weight, "reference": x, "recipe": y}[case]
             handle = pack(t)
-            costs[f"{case}, pack"] = 1e6 * min(timeit.repeat(lambda t=t: pack(t), number=number, repeat=7)) / number
+            costs[f"{case}, pack"] = 1e6 * min(timeit.repeat(functools.partial(pack, t), number=number, repeat=7)) / number
             if case != "recipe":  # there it is the op that is recomputed
-                call = lambda: unpack(handle)  # noqa: B023, E731
+                call = functools.partial(unpack, handle)
                 costs[f"{case}, unpack"] = 1e6 * min(timeit.repeat(call, number=number, repeat=7)) / number
     return costs
 

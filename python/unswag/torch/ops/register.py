@@ -22,6 +22,8 @@ class Op(NamedTuple):
     outputs: Callable[..., Any]
 
 
+_core.eager.is_eager()  # the core looks PyTorch up here, where one thread imports, and not when the first op is called
+
 OPS: dict[str, Op] = {}  # every op by its name, in the order of definition
 
 
