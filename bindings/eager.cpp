@@ -2,11 +2,11 @@
 // short sequence.  Each does what the kernel of the same name in unswag/torch/ops does, and says NotImplemented wherever
 // something is out of the ordinary (`Torch::rows`, `Torch::is_eager`, shapes that do not fit): then that kernel runs, and it
 // says what is wrong.
+#include <nanobind/stl/string_view.h>
+
 #include <algorithm>
 #include <optional>
 #include <string_view>
-
-#include <nanobind/stl/string_view.h>
 
 #include "common.hpp"
 #include "torch.hpp"
@@ -66,8 +66,7 @@ nb::object rms_norm(nb::handle x_, nb::handle rstd_, nb::handle weight_, double 
   const std::optional<DType> y_dtype = out_dtype.is_none() ? x->dtype : torch.dtype(out_dtype);
   if (!y_dtype) return not_implemented();
   const bool given = rstd_.is_valid();
-  const nb::object rstd =
-      given ? nb::borrow(rstd_) : torch.empty(x->shape().first(x->shape().size() - 1), wide(x->dtype), x_);
+  const nb::object rstd = given ? nb::borrow(rstd_) : torch.empty(x->shape().first(x->shape().size() - 1), wide(x->dtype), x_);
   const std::optional<ConstVector> per_row = statistic(torch, rstd, *x);
   if (!per_row) return not_implemented();
   const nb::object y = *y_dtype == x->dtype ? torch.empty_like(x_) : torch.empty_like(x_, out_dtype);
@@ -259,7 +258,8 @@ nb::object gated_backward_product_(nb::handle gate, nb::handle up, nb::handle dh
 
 void bind_eager(nb::module_& m) {
   nb::module_ eager = m.def_submodule(
-      "eager", "Ops of unswag.torch.ops on PyTorch's tensors; each returns NotImplemented where the op itself is to be called.");
+      "eager",
+      "Ops of unswag.torch.ops on PyTorch's tensors; each returns NotImplemented where the op itself is to be called.");
   eager.def(
       "is_eager", [] { return Torch::get().is_eager(); },
       "Whether no mode, transform, tracer or profiler would see a call of an op, and no graph is being recorded.");
@@ -274,19 +274,19 @@ void bind_eager(nb::module_& m) {
       "takes",
       [](const nb::args& values) {
         const Torch& torch = Torch::get();
-        return torch.is_reverse_mode() && std::ranges::all_of(values, [&](nb::handle x) {
-                 return x.is_none() || torch.dtype_of(x).has_value();
-               });
+        return torch.is_reverse_mode() &&
+               std::ranges::all_of(values, [&](nb::handle x) { return x.is_none() || torch.dtype_of(x).has_value(); });
       },
       "Whether a function of unswag.torch.functional needs no look at these tensors (or None): they are ordinary, of a dtype\n"
       "with kernels, on the CPU or on CUDA, and neither torch.func nor forward mode is on.");
-  eager.def("rms_norm_forward", &rms_norm_forward_, "x"_a, "weight"_a.none(), "eps"_a, "weight_offset"_a, "cast_before_weight"_a,
-            "out_dtype"_a.none());
+  eager.def("rms_norm_forward", &rms_norm_forward_, "x"_a, "weight"_a.none(), "eps"_a, "weight_offset"_a,
+            "cast_before_weight"_a, "out_dtype"_a.none());
   eager.def("rms_norm_apply", &rms_norm_apply_, "x"_a, "rstd"_a, "weight"_a.none(), "weight_offset"_a, "cast_before_weight"_a,
             "out_dtype"_a.none());
   eager.def("rms_norm_backward", &rms_norm_backward_, "x"_a, "rstd"_a, "weight"_a.none(), "dy"_a, "weight_offset"_a,
             "cast_before_weight"_a, "need_dx"_a, "need_dw"_a);
-  eager.def("layer_norm_forward", &layer_norm_forward_, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "out_dtype"_a.none());
+  eager.def("layer_norm_forward", &layer_norm_forward_, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a,
+            "out_dtype"_a.none());
   eager.def("layer_norm_apply", &layer_norm_apply_, "x"_a, "mean"_a, "rstd"_a, "weight"_a.none(), "bias"_a.none(),
             "out_dtype"_a.none());
   eager.def("layer_norm_backward", &layer_norm_backward_, "x"_a, "mean"_a, "rstd"_a, "weight"_a.none(), "dy"_a, "need_dx"_a,

@@ -108,8 +108,8 @@ void release(PyObject* self) {
   Py_DECREF(type);
 }
 
-// ---- leases: one for each storage that is held by reference.  A lease lives as long as a handle that holds the storage, so
-// the address of a storage cannot be that of another one while its lease is here.
+// ---- leases: one for each storage that is held by reference.  A lease holds the storage too (under a mode, the alias that a
+// handle holds may have another one), so its address cannot be that of another storage while the lease is here.
 
 struct Lease;
 using Table = std::unordered_map<Key, Lease*>;
@@ -118,6 +118,7 @@ struct Lease {
   PyObject_HEAD PyObject* weak;
   PyObject* replaceable;
   PyObject* writers;
+  PyObject* storage;  // none for a lease that was made without a table
   char checked;
   std::shared_ptr<Table> table;
   Key key;
@@ -149,6 +150,7 @@ PyObject* lease_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   return guarded([&] { return cast<PyObject>(reinterpret_cast<PyObject*>(new_lease(type, checked != 0))); });
 }
 void lease_clear(PyObject* self) {
+  Py_CLEAR(cast<Lease>(self)->storage);
   Py_CLEAR(cast<Lease>(self)->replaceable);
   Py_CLEAR(cast<Lease>(self)->writers);
 }
@@ -199,8 +201,9 @@ Lease* find(PyObject* leases, Key key) {
   const auto found = table.find(key);
   return found == table.end() ? nullptr : found->second;
 }
-nb::object add(PyObject* leases, Key key, bool checked) {
+nb::object add(PyObject* leases, nb::object storage, Key key, bool checked) {
   Lease* lease = new_lease(lease_type, checked);
+  lease->storage = storage.release().ptr();
   lease->table = cast<Leases>(leases)->table;
   lease->key = key;
   (*lease->table)[key] = lease;
@@ -215,10 +218,13 @@ PyObject* leases_get(PyObject* self, PyObject* key) {
   return lease;
 }
 PyObject* leases_add(PyObject* self, PyObject* args) {
-  Key key = 0;
+  PyObject* storage = nullptr;
   int checked = 0;
-  if (PyArg_ParseTuple(args, "Lp", &key, &checked) == 0) return nullptr;
-  return guarded([&] { return add(self, key, checked != 0).release().ptr(); });
+  if (PyArg_ParseTuple(args, "Op", &storage, &checked) == 0) return nullptr;
+  return guarded([&] {
+    const Key key = PyLong_AsLongLong(attribute(storage, names().address).ptr());
+    return add(self, nb::borrow(storage), key, checked != 0).release().ptr();
+  });
 }
 PyObject* leases_clear(PyObject* self, PyObject*) {
   cast<Leases>(self)->table = std::make_shared<Table>();
@@ -270,9 +276,7 @@ PyObject* reference_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject *t = nullptr, *tier = nullptr, *role = nullptr, *model = nullptr, *lease = Py_None;
   if (PyArg_ParseTupleAndKeywords(args, kwargs, "OUOO|O", const_cast<char**>(keywords), &t, &tier, &role, &model, &lease) == 0)
     return nullptr;
-  return guarded([&] {
-    return new_reference(type, alias_of(t), version_of(t), tier, role, model, nb::borrow(lease));
-  });
+  return guarded([&] { return new_reference(type, alias_of(t), version_of(t), tier, role, model, nb::borrow(lease)); });
 }
 void reference_clear(PyObject* self) {
   Reference* r = cast<Reference>(self);
@@ -310,8 +314,7 @@ PyMethodDef reference_methods[] = {{"open", reference_open, METH_NOARGS, nullptr
 
 struct Recipe;
 struct Results {
-  PyObject_HEAD
-  Recipe* older;
+  PyObject_HEAD Recipe* older;
   Recipe* younger;
 };
 struct Recipe {
@@ -383,7 +386,8 @@ void recipe_dealloc(PyObject* self) {
   Recipe* recipe = cast<Recipe>(self);
   if (recipe->weak != nullptr) PyObject_ClearWeakRefs(self);
   forget(cast<Results>(recipe->results), recipe);
-  for (PyObject** held : {&recipe->result, &recipe->function, &recipe->inputs, &recipe->constants, &recipe->layout, &recipe->results})
+  for (PyObject** held :
+       {&recipe->result, &recipe->function, &recipe->inputs, &recipe->constants, &recipe->layout, &recipe->results})
     Py_CLEAR(*held);
   release(self);
 }
@@ -405,8 +409,8 @@ bool equal(PyObject* a, PyObject* b) {
 }
 nb::object opened(PyObject* handle);
 
-// function(*inputs, **constants), as Recipe._run, which does what is left: modes other than that of a backward, results that are
-// not what they should be.
+// function(*inputs, **constants), as Recipe._run, which does what is left: modes other than that of a backward, results that
+// are not what they should be.
 nb::object run(Recipe* recipe) {
   PyObject* self = reinterpret_cast<PyObject*>(recipe);
   if (Torch::get().needs_a_mode()) return method(self, names().run);
@@ -458,7 +462,8 @@ nb::object read(Recipe* recipe, Recomputed* reader) {
   return result;
 }
 
-nb::object new_recomputed(PyTypeObject* type, PyObject* recipe_, PyObject* size, PyObject* stride, long long offset, bool whole) {
+nb::object new_recomputed(PyTypeObject* type, PyObject* recipe_, PyObject* size, PyObject* stride, long long offset,
+                          bool whole) {
   nb::object self = steal(PyType_GenericAlloc(type, 0));
   Recomputed* handle = cast<Recomputed>(self.ptr());
   Recipe* recipe = cast<Recipe>(recipe_);
@@ -505,7 +510,8 @@ PyObject* recomputed_open(PyObject* self, PyObject*) {
     if (handle->whole == 0) {
       const nb::object start = method(result.ptr(), names().storage_offset);
       const nb::object offset = steal(PyLong_FromLongLong(PyLong_AsLongLong(start.ptr()) + handle->offset));
-      result = steal(PyObject_CallMethodObjArgs(result.ptr(), names().as_strided, handle->size, handle->stride, offset.ptr(), nullptr));
+      result = steal(
+          PyObject_CallMethodObjArgs(result.ptr(), names().as_strided, handle->size, handle->stride, offset.ptr(), nullptr));
     }
     return result.release().ptr();
   });
@@ -526,8 +532,7 @@ void results_dealloc(PyObject* self) { release(self); }
 
 // A weak reference to a storage, as torch.multiprocessing.reductions.StorageWeakRef.
 struct WeakStorage {
-  PyObject_HEAD
-  PyObject* cdata;
+  PyObject_HEAD PyObject* cdata;
 };
 PyTypeObject* weak_storage_type = nullptr;
 
@@ -589,7 +594,8 @@ PyObject* output_new(PyTypeObject* type, PyObject*, PyObject*) { return PyType_G
 void output_dealloc(PyObject* self) {
   Output* output = cast<Output>(self);
   if (output->weak != nullptr) PyObject_ClearWeakRefs(self);
-  for (PyObject** held : {&output->storage, &output->counter, &output->layout, &output->stream, &output->recipe, &output->casts})
+  for (PyObject** held :
+       {&output->storage, &output->counter, &output->layout, &output->stream, &output->recipe, &output->casts})
     Py_CLEAR(*held);
   release(self);
 }
@@ -612,8 +618,8 @@ PyMemberDef output_members[] = {
 
 struct Door {
   PyObject_HEAD
-  // Held: the stash's own door, its method for tensors with a recipe, its registries, and what it marks handles with.
-  PyObject* slow;
+      // Held: the stash's own door, its method for tensors with a recipe, its registries, and what it marks handles with.
+      PyObject* slow;
   PyObject* recompute;
   PyObject* leases;
   PyObject* results;
@@ -625,12 +631,12 @@ struct Door {
   PyObject* by_reference;  // the types ByReference, Recomputed and RememberedOutput
   PyObject* recomputed;
   PyObject* remembered;
-  PyObject* recipe;  // the type Recipe
-  PyObject* layout;  // the type Layout
-  PyObject* version_counter;   // stash.layout.version_counter
-  PyObject* unusual;       // globals of the code whose saved tensors need a look: PyTorch's checkpoint and autograd.Function
-  PyObject* collect;       // None, or what is told of each tensor in the recompute of a checkpoint
-  PyObject* placeholder;   // what it is told: a type
+  PyObject* recipe;           // the type Recipe
+  PyObject* layout;           // the type Layout
+  PyObject* version_counter;  // stash.layout.version_counter
+  PyObject* unusual;          // globals of the code whose saved tensors need a look: PyTorch's checkpoint and autograd.Function
+  PyObject* collect;          // None, or what is told of each tensor in the recompute of a checkpoint
+  PyObject* placeholder;      // what it is told: a type
 };
 constexpr Py_ssize_t kHeld = 18;
 
@@ -640,9 +646,9 @@ PyTypeObject* door_type = nullptr;
 
 PyObject* door_new(PyTypeObject* type, PyObject* args, PyObject*) {
   PyObject* values[kHeld] = {};
-  PyTypeObject* const types[kHeld] = {nullptr,     nullptr,      leases_type,  results_type, &PyDict_Type, &PyDict_Type, &PyDict_Type,
-                                      nullptr,     nullptr,      &PyType_Type, &PyType_Type, &PyType_Type, &PyType_Type, &PyType_Type,
-                                      nullptr,     &PyTuple_Type, nullptr,     nullptr};
+  PyTypeObject* const types[kHeld] = {nullptr,      nullptr,      leases_type, results_type,  &PyDict_Type, &PyDict_Type,
+                                      &PyDict_Type, nullptr,      nullptr,     &PyType_Type,  &PyType_Type, &PyType_Type,
+                                      &PyType_Type, &PyType_Type, nullptr,     &PyTuple_Type, nullptr,      nullptr};
   if (PyTuple_Size(args) != kHeld) {
     PyErr_SetString(PyExc_TypeError, "Door: wrong number of arguments");
     return nullptr;
@@ -680,13 +686,13 @@ void door_dealloc(PyObject* self) {
   release(self);
 }
 
-// The key of a tensor's storage, or none where it has none of its own.
-bool key_of(PyObject* t, Key* key) {
+// A tensor's storage and its key; none where it has none of its own.
+nb::object storage_of(PyObject* t, Key* key) {
   static PyObject* const strided = nb::object(nb::module_::import_("torch").attr("strided")).release().ptr();
-  if (attribute(t, names().layout).ptr() != strided) return false;
-  const nb::object storage = method(t, names().storage);
+  if (attribute(t, names().layout).ptr() != strided) return {};
+  nb::object storage = method(t, names().storage);
   *key = PyLong_AsLongLong(attribute(storage.ptr(), names().address).ptr());
-  return true;
+  return storage;
 }
 
 // Whether t, or what it is a view of, was made by a cast: it may be autocast's copy of a parameter, or of an output.
@@ -697,7 +703,8 @@ bool is_cast(PyObject* t, PyObject* base) {
   if (Py_TYPE(node.ptr()) == cast_node) return true;
   const nb::object name = method(node.ptr(), names().name);
   if (PyUnicode_CompareWithASCIIString(name.ptr(), "ToCopyBackward0") != 0) return false;
-  if (cast_node == nullptr) cast_node = reinterpret_cast<PyTypeObject*>(borrowed(reinterpret_cast<PyObject*>(Py_TYPE(node.ptr()))));
+  if (cast_node == nullptr)
+    cast_node = reinterpret_cast<PyTypeObject*>(borrowed(reinterpret_cast<PyObject*>(Py_TYPE(node.ptr()))));
   return true;
 }
 
@@ -714,6 +721,7 @@ nb::object make(const Door& door, PyObject* t, PyObject* tier, nb::object lease)
 struct Found {
   nb::object handle;
   nb::object base;
+  nb::object storage;
   Key key = 0;
   bool plain = false;
 };
@@ -730,7 +738,8 @@ Found find_held(const Door& door, PyObject* t, Fits lease_fits) {
     return found;
   }
   if (!found.base.is_none() && !torch.is_tensor(found.base)) return found;
-  if (!key_of(t, &found.key)) return found;
+  found.storage = storage_of(t, &found.key);
+  if (!found.storage.is_valid()) return found;
   found.plain = true;
   if (Lease* lease = find(door.leases, found.key)) {
     found.plain = false;
@@ -764,7 +773,8 @@ nb::object recomputed(const Door& door, PyObject* t, PyObject* output_) {
   const long long elements = product(shape.ptr());
   if (elements == 0 || offset < 0 || offset + elements > product(size)) return {};
   const bool whole = offset == 0 && equal(shape.ptr(), size) && equal(stride.ptr(), PyTuple_GetItem(output.layout, 1));
-  return new_recomputed(reinterpret_cast<PyTypeObject*>(door.recomputed), output.recipe, shape.ptr(), stride.ptr(), offset, whole);
+  return new_recomputed(reinterpret_cast<PyTypeObject*>(door.recomputed), output.recipe, shape.ptr(), stride.ptr(), offset,
+                        whole);
 }
 
 // What the pack hook returns for t; nothing where Stash.door is to say.
@@ -788,7 +798,7 @@ nb::object fast(const Door& door, PyObject* t) {
     }
   }
   if (PyDict_Size(door.marks) != 0 || PyDict_Size(door.pending) != 0 || is_cast(t, found.base.ptr())) return {};
-  return make(door, t, names().device_tier, add(door.leases, found.key, true));
+  return make(door, t, names().device_tier, add(door.leases, std::move(found.storage), found.key, true));
 }
 
 PyObject* door_call(PyObject* self, PyObject* args, PyObject*) {
@@ -799,9 +809,9 @@ PyObject* door_call(PyObject* self, PyObject* args, PyObject*) {
     nb::object handle = fast(door, t);
     if (!handle.is_valid()) handle = steal(PyObject_CallFunctionObjArgs(door.slow, t, nullptr));
     if (door.collect != Py_None) {
-      const nb::object told = steal(PyObject_CallFunctionObjArgs(
-          door.placeholder, handle.ptr(), attribute(t, names().shape).ptr(), attribute(t, names().dtype).ptr(),
-          attribute(t, names().device).ptr(), nullptr));
+      const nb::object told =
+          steal(PyObject_CallFunctionObjArgs(door.placeholder, handle.ptr(), attribute(t, names().shape).ptr(),
+                                             attribute(t, names().dtype).ptr(), attribute(t, names().device).ptr(), nullptr));
       steal(PyObject_CallFunctionObjArgs(door.collect, told.ptr(), nullptr));
     }
     return handle.release().ptr();
@@ -846,15 +856,17 @@ nb::object version_counter(const Door& door, PyObject* t, PyObject* dtype) {
   return counter;
 }
 
-// Does the work of Stash.register for an output of the common kind: contiguous, on the CPU, all of whose inputs are None, parameters
-// or held by ops that protect them.  False, and nothing done, for any other.
+// Does the work of Stash.register for an output of the common kind: contiguous, on the CPU, all of whose inputs are None,
+// parameters or held by ops that protect them.  False, and nothing done, for any other.
 bool remember(const Door& door, PyObject* output, PyObject* function, PyObject* inputs, PyObject* constants) {
   Key key = 0;
   if (PyDict_Size(door.marks) != 0 || PyDict_Size(door.pending) != 0) return false;
   prune(door.outputs);
   if (!Torch::get().is_tensor(output) || attribute(output, names().is_cuda).is(nb::bool_(true)) ||
-      !method(output, names().is_contiguous).is(nb::bool_(true)) || !key_of(output, &key))
+      !method(output, names().is_contiguous).is(nb::bool_(true)))
     return false;
+  const nb::object storage = storage_of(output, &key);
+  if (!storage.is_valid()) return false;
   const nb::object node = attribute(output, names().grad_fn);
   const Py_ssize_t n = PyTuple_Size(inputs);
   const nb::object handles = steal(PyTuple_New(n));
@@ -867,15 +879,16 @@ bool remember(const Door& door, PyObject* output, PyObject* function, PyObject* 
     }
     PyTuple_SetItem(handles.ptr(), i, handle.release().ptr());
   }
-  const nb::object fields = steal(PyTuple_Pack(4, attribute(output, names().shape).ptr(), method(output, names().stride).ptr(),
-                                               attribute(output, names().dtype).ptr(), attribute(output, names().device).ptr()));
-  const nb::object layout = steal(PyObject_CallMethodObjArgs(reinterpret_cast<PyObject*>(&PyTuple_Type), names().make, door.layout,
-                                                             fields.ptr(), nullptr));
+  const nb::object fields =
+      steal(PyTuple_Pack(4, attribute(output, names().shape).ptr(), method(output, names().stride).ptr(),
+                         attribute(output, names().dtype).ptr(), attribute(output, names().device).ptr()));
+  const nb::object layout = steal(
+      PyObject_CallMethodObjArgs(reinterpret_cast<PyObject*>(&PyTuple_Type), names().make, door.layout, fields.ptr(), nullptr));
   nb::object recipe =
       steal(PyObject_CallFunctionObjArgs(door.recipe, function, handles.ptr(), constants, layout.ptr(), door.results, nullptr));
   const nb::object entry = steal(PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(door.remembered), 0));
   Output* remembered = cast<Output>(entry.ptr());
-  remembered->storage = new_weak_storage(weak_storage_type, method(output, names().storage).ptr());
+  remembered->storage = new_weak_storage(weak_storage_type, storage.ptr());
   remembered->counter = version_counter(door, output, PyTuple_GetItem(layout.ptr(), 2)).release().ptr();
   remembered->layout = borrowed(layout.ptr());
   remembered->stream = borrowed(Py_None);
@@ -888,19 +901,23 @@ bool remember(const Door& door, PyObject* output, PyObject* function, PyObject* 
   if (PyDict_SetItem(door.outputs, address.ptr(), entry.ptr()) != 0) throw nb::python_error();
   if (!node.is_none()) {
     const nb::object weak = steal(PyWeakref_NewRef(entry.ptr(), nullptr));
-    if (PyObject_SetItem(attribute(node.ptr(), names().metadata).ptr(), names().entry, weak.ptr()) != 0) throw nb::python_error();
+    if (PyObject_SetItem(attribute(node.ptr(), names().metadata).ptr(), names().entry, weak.ptr()) != 0)
+      throw nb::python_error();
   }
   return true;
 }
 PyObject* door_remember(PyObject* self, PyObject* args) {
   PyObject *output = nullptr, *function = nullptr, *inputs = nullptr, *constants = nullptr;
-  if (PyArg_ParseTuple(args, "OOO!O!", &output, &function, &PyTuple_Type, &inputs, &PyDict_Type, &constants) == 0) return nullptr;
-  return guarded([&] { return borrowed(remember(*cast<Door>(self), output, function, inputs, constants) ? Py_True : Py_False); });
+  if (PyArg_ParseTuple(args, "OOO!O!", &output, &function, &PyTuple_Type, &inputs, &PyDict_Type, &constants) == 0)
+    return nullptr;
+  return guarded(
+      [&] { return borrowed(remember(*cast<Door>(self), output, function, inputs, constants) ? Py_True : Py_False); });
 }
 
-PyMethodDef door_methods[] = {
-    {"input", door_input, METH_VARARGS, nullptr}, {"remember", door_remember, METH_VARARGS, nullptr},
-    {"prune", door_prune, METH_NOARGS, nullptr},   {}};
+PyMethodDef door_methods[] = {{"input", door_input, METH_VARARGS, nullptr},
+                              {"remember", door_remember, METH_VARARGS, nullptr},
+                              {"prune", door_prune, METH_NOARGS, nullptr},
+                              {}};
 
 // The unpack hook of every stash.
 PyObject* unpack(PyObject*, PyObject* handle) {
@@ -977,8 +994,12 @@ void bind_stash(nb::module_& core) {
       {Py_tp_new, slot(output_new)}, {Py_tp_dealloc, slot(output_dealloc)}, {Py_tp_members, output_members}, {}};
   output_type = add_type(m, "unswag._core.stash.Output", sizeof(Output), Py_TPFLAGS_BASETYPE, output_slots);
   PyType_Slot door_slots[] = {
-      {Py_tp_new, slot(door_new)},     {Py_tp_dealloc, slot(door_dealloc)}, {Py_tp_traverse, slot(door_traverse)},
-      {Py_tp_clear, slot(door_clear)}, {Py_tp_call, slot(door_call)},       {Py_tp_methods, door_methods},
+      {Py_tp_new, slot(door_new)},
+      {Py_tp_dealloc, slot(door_dealloc)},
+      {Py_tp_traverse, slot(door_traverse)},
+      {Py_tp_clear, slot(door_clear)},
+      {Py_tp_call, slot(door_call)},
+      {Py_tp_methods, door_methods},
       {},
   };
   door_type = add_type(m, "unswag._core.stash.Door", sizeof(Door), Py_TPFLAGS_HAVE_GC, door_slots);

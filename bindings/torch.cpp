@@ -10,8 +10,8 @@ using namespace nb::literals;
 
 namespace {
 
-constexpr std::size_t kTransforms = 2;         // in counts_
-constexpr std::int32_t kCpu = 1, kCuda = 2;    // DLDeviceType
+constexpr std::size_t kTransforms = 2;           // in counts_
+constexpr std::int32_t kCpu = 1, kCuda = 2;      // DLDeviceType
 constexpr std::uint8_t kFloat = 2, kBfloat = 4;  // DLDataTypeCode
 
 std::optional<DType> dtype_in(const dlpack::Tensor& t) {
@@ -66,9 +66,10 @@ Torch::Torch() {
   empty_ = torch.attr("empty");
   is_neg_ = tensor_.attr("is_neg");
   threads_ = torch.attr("get_num_threads");
-  for (std::size_t i = 0; i < dtypes.size(); ++i) dtypes_[i] = torch.attr(nb::str(dtypes[i].name.data(), dtypes[i].name.size()));
-  counts_ = {c.attr("_len_torch_dispatch_stack"), c.attr("_len_torch_function_stack"), c.attr("_are_functorch_transforms_active"),
-             c.attr("_autograd").attr("_profiler_enabled")};
+  for (std::size_t i = 0; i < dtypes.size(); ++i)
+    dtypes_[i] = torch.attr(nb::str(dtypes[i].name.data(), dtypes[i].name.size()));
+  counts_ = {c.attr("_len_torch_dispatch_stack"), c.attr("_len_torch_function_stack"),
+             c.attr("_are_functorch_transforms_active"), c.attr("_autograd").attr("_profiler_enabled")};
   nones_ = {c.attr("_get_tracing_state"), c.attr("_functorch").attr("peek_interpreter_stack")};
   is_wrapped_ = c.attr("_functorch").attr("is_functorch_wrapped_tensor");
   forward_mode_ = torch.attr("autograd").attr("forward_ad");
@@ -126,7 +127,8 @@ std::optional<TensorRows> Torch::rows(nb::handle x) const {
   std::int64_t numel = 1;
   for (const std::int64_t n : r.shape()) numel *= n;
   // No memory behind elements: a tensor of zeros in forward mode, or a shard that is not there.
-  if ((numel != 0 && t.data == nullptr) || reinterpret_cast<std::uintptr_t>(t.data) % (t.type_bits / 8U) != 0) return std::nullopt;
+  if ((numel != 0 && t.data == nullptr) || reinterpret_cast<std::uintptr_t>(t.data) % (t.type_bits / 8U) != 0)
+    return std::nullopt;
   if (t.ndim == 0) {
     r.rows = r.cols = r.stride = 1;
     return r;

@@ -97,9 +97,9 @@ class Torch {
 
   nb::object tensor_, parameter_, contiguous_;
   nb::object empty_like_, empty_, is_neg_, threads_;
-  std::array<nb::object, 4> dtypes_;     // in the order of `dtypes`
-  std::array<nb::object, 4> counts_;     // functions that say how many modes are in place
-  std::array<nb::object, 2> nones_;      // functions that say None where there is nothing
+  std::array<nb::object, 4> dtypes_;  // in the order of `dtypes`
+  std::array<nb::object, 4> counts_;  // functions that say how many modes are in place
+  std::array<nb::object, 2> nones_;   // functions that say None where there is nothing
   nb::object is_grad_enabled_, is_inference_, is_wrapped_, forward_mode_;
   const dlpack::Exchange* exchange_ = nullptr;
 };

@@ -81,8 +81,9 @@ UNSWAG_INLINE void prefetch(const T* p) {
 // The same of the lines of n elements.
 template <std::int64_t n, class T>
 UNSWAG_INLINE void prefetch_lines(const T* p) {
+  constexpr std::int64_t line = 64 / std::int64_t{sizeof(T)};
   prefetch(p);
-  if constexpr (n * sizeof(T) > 64) prefetch_lines<n - 64 / std::int64_t(sizeof(T))>(p + 64 / sizeof(T));
+  if constexpr (n > line) prefetch_lines<n - line>(p + line);
 }
 
 // A kernel F maps lanes, of any number of lanes, to arrays of them by F::apply(x...).  Where F::has_near, and F::plain(x) is in

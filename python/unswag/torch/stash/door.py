@@ -229,7 +229,7 @@ class Stash:
             return handle
         handle = self._coded(t, key)
         if handle is None:
-            lease = self.lease(t, key, checked=not checkpoint)
+            lease = self.lease(t, checked=not checkpoint)
             if saver.f_code is _APPLY:
                 lease.writers += _writers(saver)
             if self._pending:
@@ -268,9 +268,9 @@ class Stash:
         output = self._outputs.get(key)
         return self._from_recipe(t, key) if output is None or output.recomputable else None
 
-    def lease(self, t: torch.Tensor, key: int, checked: bool = True) -> Lease:
+    def lease(self, t: torch.Tensor, checked: bool = True) -> Lease:
         """A new lease on the storage of `t`, which is held by reference from now on, until the last handle under it dies."""
-        return self._leases.add(key, checked)
+        return self._leases.add(t.untyped_storage(), checked)
 
     def reliable(self, t: torch.Tensor, key: int, node: Any = None) -> Handle | None:
         """A handle for `t`, an input of the op of `node`, that no program which PyTorch accepts can invalidate: another op

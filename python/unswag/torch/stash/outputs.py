@@ -34,7 +34,7 @@ class OpenStash(Protocol):
     results: Results
     awaited: set[PendingOutput]
 
-    def lease(self, t: torch.Tensor, key: int, checked: bool = True) -> Lease: ...
+    def lease(self, t: torch.Tensor, checked: bool = True) -> Lease: ...
 
     def by_reference(self, t: torch.Tensor, lease: Lease, tier: str) -> ByReference: ...
 
@@ -164,7 +164,7 @@ class PendingOutput(RememberedOutput):
             handles = list(self.inputs)
             for i, x in enumerate(handles):
                 if isinstance(x, UnsavedInput) and (copy := x.copy()) is not None:
-                    lease = self.stash.lease(copy, copy.untyped_storage()._cdata)
+                    lease = self.stash.lease(copy)
                     handles[i] = self.stash.by_reference(copy, lease, "device")
                     self.copied[i] = weakref.ref(handles[i])
                     x.alias = None

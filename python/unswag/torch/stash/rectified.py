@@ -163,7 +163,7 @@ class _RectifiedOutput(RememberedOutput):
     def _hold(self, t: Tensor) -> ByReference:
         """Holds y by reference, for both."""
         whole = t.detach().as_strided(self.layout.size, self.layout.stride, self.offset)
-        lease = self.stash.lease(t, t.untyped_storage()._cdata)
+        lease = self.stash.lease(t)
         reference = self.stash.by_reference(whole, lease, "device")
         own = _alive(self.own)
         if own is not None:
