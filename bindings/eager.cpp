@@ -77,7 +77,7 @@ nb::object rms_norm(nb::handle x_, nb::handle rstd_, nb::handle weight_, double 
                        .weight_offset = how.weight_offset,
                        .cast_before_weight = how.cast_before_weight,
                        .rstd_given = given,
-                       .y = torch.rows(y)->out(),
+                       .y = torch.made(y).out(),
                        .rstd = {const_cast<void*>(per_row->data), per_row->dtype, per_row->size}},
                       torch.stream(*x));
   return given ? y : nb::make_tuple(y, rstd);
@@ -114,8 +114,8 @@ nb::object rms_norm_backward_(nb::handle x_, nb::handle rstd, nb::handle weight_
                        .dy = dy->in(),
                        .weight_offset = weight_offset,
                        .cast_before_weight = cast_before_weight};
-  args.dx = need_dx ? torch.rows(dx)->out() : Rows{nullptr, x->dtype, x->rows, x->cols, x->cols};
-  args.dw = need_dw ? written(*torch.rows(dw), x->cols) : Vector{nullptr, wide(x->dtype), x->cols};
+  args.dx = need_dx ? torch.made(dx).out() : Rows{nullptr, x->dtype, x->rows, x->cols, x->cols};
+  args.dw = need_dw ? written(torch.made(dw), x->cols) : Vector{nullptr, wide(x->dtype), x->cols};
   run<RmsNormBackward>(rms_norm_backward, args, stream);
   return nb::make_tuple(dx, dw);
 }
@@ -144,7 +144,7 @@ nb::object layer_norm(nb::handle x_, nb::handle mean_, nb::handle rstd_, nb::han
                          .bias = bias.vector,
                          .eps = eps,
                          .statistics_given = given,
-                         .y = torch.rows(y)->out(),
+                         .y = torch.made(y).out(),
                          .mean = {const_cast<void*>(m->data), m->dtype, m->size},
                          .rstd = {const_cast<void*>(r->data), r->dtype, r->size}},
                         torch.stream(*x));
@@ -175,12 +175,12 @@ nb::object layer_norm_backward_(nb::handle x_, nb::handle mean, nb::handle rstd,
   const std::int64_t none = 0;
   const auto sums = [&](bool needed) { return torch.empty({needed ? &x->cols : &none, 1}, wide(x->dtype), x_); };
   const auto sum = [&](const nb::object& v, bool needed) {
-    return needed ? written(*torch.rows(v), x->cols) : Vector{nullptr, wide(x->dtype), x->cols};
+    return needed ? written(torch.made(v), x->cols) : Vector{nullptr, wide(x->dtype), x->cols};
   };
   const nb::object dx = need_dx ? torch.empty_like(x_) : torch.empty({&none, 1}, x->dtype, x_);
   const nb::object dw = sums(need_dw), db = sums(need_db);
   LayerNormBackward args{.x = x->in(), .weight = weight.vector, .mean = *m, .rstd = *r, .dy = dy->in()};
-  args.dx = need_dx ? torch.rows(dx)->out() : Rows{nullptr, x->dtype, x->rows, x->cols, x->cols};
+  args.dx = need_dx ? torch.made(dx).out() : Rows{nullptr, x->dtype, x->rows, x->cols, x->cols};
   args.dw = sum(dw, need_dw);
   args.db = sum(db, need_db);
   run<LayerNormBackward>(layer_norm_backward, args, stream);
@@ -196,7 +196,7 @@ nb::object activation_forward_(nb::handle x_, std::string_view act) {
   const std::optional<TensorRows> x = torch.rows(x_);
   if (!x) return not_implemented();
   nb::object y = torch.empty_like(x_);
-  run<ActivationForward>(activation_forward, {.act = *code, .x = x->in(), .y = torch.rows(y)->out()}, torch.stream(*x));
+  run<ActivationForward>(activation_forward, {.act = *code, .x = x->in(), .y = torch.made(y).out()}, torch.stream(*x));
   return y;
 }
 
@@ -207,7 +207,7 @@ nb::object activation_backward_(nb::handle x_, nb::handle dy_, std::string_view 
   const std::optional<TensorRows> x = torch.rows(x_), dy = torch.rows(dy_);
   if (!x || !dy || !dy->is_like(*x)) return not_implemented();
   nb::object dx = torch.empty_like(x_);
-  run<ActivationBackward>(activation_backward, {.act = *code, .x = x->in(), .dy = dy->in(), .dx = torch.rows(dx)->out()},
+  run<ActivationBackward>(activation_backward, {.act = *code, .x = x->in(), .dy = dy->in(), .dx = torch.made(dx).out()},
                           torch.stream(*x));
   return dx;
 }
@@ -221,7 +221,7 @@ nb::object gated_forward_(nb::handle gate_, nb::handle up_, std::string_view act
   const std::optional<TensorRows> gate = torch.rows(gate_), up = torch.rows(up_);
   if (!gate || !up || !up->is_like(*gate)) return not_implemented();
   nb::object h = torch.empty_like(gate_);
-  run<GatedForward>(gated_forward, {.act = *code, .gate = gate->in(), .up = up->in(), .h = torch.rows(h)->out()},
+  run<GatedForward>(gated_forward, {.act = *code, .gate = gate->in(), .up = up->in(), .h = torch.made(h).out()},
                     torch.stream(*gate));
   return h;
 }
@@ -239,9 +239,9 @@ nb::object gated_gradients(nb::handle gate_, nb::handle up_, nb::handle dh_, std
                       .gate = gate->in(),
                       .up = up->in(),
                       .dh = dh->in(),
-                      .dgate = torch.rows(dgate)->out(),
-                      .dup = torch.rows(dup)->out(),
-                      .h = product ? torch.rows(h)->out() : Rows{nullptr, gate->dtype, gate->rows, gate->cols, gate->cols}},
+                      .dgate = torch.made(dgate).out(),
+                      .dup = torch.made(dup).out(),
+                      .h = product ? torch.made(h).out() : Rows{nullptr, gate->dtype, gate->rows, gate->cols, gate->cols}},
                      torch.stream(*gate));
   return product ? nb::make_tuple(dgate, dup, h) : nb::make_tuple(dgate, dup);
 }

@@ -430,7 +430,7 @@ nb::object run(Recipe* recipe) {
 
 // The tensor, for `reader`.  Python code runs here, so that another thread may come in between.
 nb::object read(Recipe* recipe, Recomputed* reader) {
-  const nb::object before = nb::borrow(recipe->result);
+  nb::object before = nb::borrow(recipe->result);
   const bool had = !before.is_none();
   const auto has_read = [&] {
     if (reader->seen != recipe->epoch) {

@@ -1,6 +1,7 @@
 #include "torch.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "common.hpp"
 
@@ -145,6 +146,12 @@ std::optional<TensorRows> Torch::rows(nb::handle x) const {
   if (!stride) return std::nullopt;
   r.stride = *stride;
   return r;
+}
+
+TensorRows Torch::made(nb::handle x) const {
+  const std::optional<TensorRows> r = rows(x);
+  if (!r) throw std::runtime_error("unswag: PyTorch made an output that is no dense tensor");
+  return *r;
 }
 
 nb::object Torch::empty_like(nb::handle x) const { return empty_like_(x, "memory_format"_a = contiguous_); }

@@ -78,6 +78,8 @@ class Torch {
   // devices and dtypes, elements that are no rows or not aligned, and tensors whose values are not what their memory holds.
   std::optional<TensorRows> rows(nb::handle x) const;
 
+  TensorRows made(nb::handle x) const;  // of a tensor that `empty_like` or `empty` has just made
+
   nb::object empty_like(nb::handle x) const;  // contiguous
   nb::object empty_like(nb::handle x, nb::handle dtype) const;
   nb::object empty(std::span<const std::int64_t> shape, DType dtype, nb::handle device_of) const;
