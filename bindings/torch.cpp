@@ -69,17 +69,22 @@ Torch::Torch() {
   threads_ = torch.attr("get_num_threads");
   for (std::size_t i = 0; i < dtypes.size(); ++i)
     dtypes_[i] = torch.attr(nb::str(dtypes[i].name.data(), dtypes[i].name.size()));
-  counts_ = {c.attr("_len_torch_dispatch_stack"), c.attr("_len_torch_function_stack"),
-             c.attr("_are_functorch_transforms_active"), c.attr("_autograd").attr("_profiler_enabled")};
-  nones_ = {c.attr("_get_tracing_state"), c.attr("_functorch").attr("peek_interpreter_stack")};
-  is_wrapped_ = c.attr("_functorch").attr("is_functorch_wrapped_tensor");
-  forward_mode_ = torch.attr("autograd").attr("forward_ad");
   is_grad_enabled_ = torch.attr("is_grad_enabled");
   is_inference_ = torch.attr("is_inference_mode_enabled");
-  exchange_ = static_cast<const dlpack::Exchange*>(
-      PyCapsule_GetPointer(nb::object(tensor_.attr("__dlpack_c_exchange_api__")).ptr(), "dlpack_exchange_api"));
-  if (exchange_ == nullptr) throw nb::python_error();
-  if (exchange_->major != 1 || exchange_->tensor_from_object == nullptr) exchange_ = nullptr;
+  try {
+    counts_ = {c.attr("_len_torch_dispatch_stack"), c.attr("_len_torch_function_stack"),
+               c.attr("_are_functorch_transforms_active"), c.attr("_autograd").attr("_profiler_enabled")};
+    nones_ = {c.attr("_get_tracing_state"), c.attr("_functorch").attr("peek_interpreter_stack")};
+    is_wrapped_ = c.attr("_functorch").attr("is_functorch_wrapped_tensor");
+    forward_mode_ = torch.attr("autograd").attr("forward_ad");
+    nb::cast<long>(forward_mode_.attr("_current_level"));
+    const nb::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
+    exchange_ = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (exchange_ == nullptr) throw nb::python_error();
+    if (exchange_->major != 1 || exchange_->tensor_from_object == nullptr) exchange_ = nullptr;
+  } catch (const nb::python_error&) {  // a PyTorch that has no such name: its dispatcher is never passed by
+    exchange_ = nullptr;
+  }
 }
 
 bool Torch::is_eager() const {

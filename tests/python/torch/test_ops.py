@@ -8,6 +8,8 @@ import itertools
 import math
 import mmap
 import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -786,3 +788,17 @@ def test_core_refuses_codes_and_backends_that_do_not_exist():
 def test_the_core_has_the_dtypes_of_the_tests_threads_and_a_version():
     assert set(ops.DTYPES) == set(DTYPES)
     assert _core.default_threads() >= 1 and _core.version()[0].isdigit()
+
+
+def test_a_pytorch_without_its_private_names_is_called_through_its_dispatcher():
+    code = """
+import torch
+del torch._C._functorch.is_functorch_wrapped_tensor
+from unswag import _core
+from unswag.torch import functional
+x = torch.randn(3, 4, requires_grad=True)
+functional.rms_norm(x, torch.ones(4)).sum().backward()
+with torch.no_grad():
+    assert x.grad is not None and not _core.eager.is_eager() and not _core.eager.takes(x)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
