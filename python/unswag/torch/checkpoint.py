@@ -40,8 +40,9 @@ def prepare(model: nn.Module) -> list[str]:
     Returns one sentence for each kind of checkpoint function that was not wrapped, with the reason, for the report.
     """
     notes: dict[str, None] = {}
-    for ref in _modules_of(model):
-        if (module := ref()) is None or (plain := module.__dict__.get(ATTRIBUTE)) is None or type(plain) is StashedCheckpoint:
+    for module in _modules_of(model):
+        plain = module.__dict__.get(ATTRIBUTE)
+        if plain is None or type(plain) is StashedCheckpoint:
             continue
         reason = _reason_to_leave(plain)
         if reason is None:
@@ -51,14 +52,16 @@ def prepare(model: nn.Module) -> list[str]:
     return list(notes)
 
 
-def _modules_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
+def _modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules of `model`; walked anew only after one of them got another child, because this runs before each forward."""
+    if torch.compiler.is_compiling():  # which would guard what is remembered here
+        return list(model.modules())
     known = _walks.get(model)
     if known is None or known[0] != _changes[0]:
         modules = list(model.modules())
         _walked.update(modules)
         known = _walks[model] = _changes[0], [weakref.ref(module) for module in modules]
-    return known[1]
+    return [module for ref in known[1] if (module := ref()) is not None]
 
 
 _walks: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[weakref.ref[nn.Module]]]] = weakref.WeakKeyDictionary()

@@ -312,3 +312,26 @@ def test_evaluation_and_generation_are_plain():
     with torch.no_grad():
         assert torch.allclose(model.train()(ids).logits, plain(ids).logits, atol=1e-5)
     assert not made
+
+
+def test_modules_that_come_later_are_prepared_too():
+    """The modules of a model are walked anew after one of them got a child, in a list of its own or not."""
+    model, function = (
+        nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])),
+        functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False),
+    )
+
+    def later() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        vars(layer)[checkpoint.ATTRIBUTE] = function
+        return layer
+
+    checkpoint.prepare(model)
+    first, second, third = later(), later(), later()
+    model[0].append(first)
+    model.add_module("second", second)
+    checkpoint.prepare(model)
+    model[0][0] = third
+    nn.ModuleList(model[0])  # a list that a forward makes: no child of the model's own
+    checkpoint.prepare(model)
+    assert all(isinstance(vars(m)[checkpoint.ATTRIBUTE], checkpoint.StashedCheckpoint) for m in (first, second, third))
