@@ -70,7 +70,8 @@ _changes = [0]  # how often a module of `_walked` got a child
 
 
 def _count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if parent in _walked:  # not the lists that a forward makes of some of its layers
+    # Not the lists that a forward makes of some of its layers; in a traced forward, whose guards would hold _walked, none
+    if not torch.compiler.is_dynamo_compiling() and parent in _walked:
         _changes[0] += 1
 
 
