@@ -33,14 +33,9 @@ class Wiring:
         return self.gate, self.up, self.down
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        children: dict[str, Any] = module._modules
-        if self.up_first:
-            up = children[self.up](x)
-            gate = children[self.gate](x)
-        else:
-            gate = children[self.gate](x)
-            up = children[self.up](x)
-        return finish(module, self, gated(gate, up, self.act, codes_of(module)))
+        names = (self.up, self.gate) if self.up_first else (self.gate, self.up)
+        made = {name: getattr(module, name)(x) for name in names}
+        return finish(module, self, gated(made[self.gate], made[self.up], self.act, codes_of(module)))
 
 
 class GatedMlp:

@@ -22,7 +22,7 @@ from unswag.torch.patterns.pattern import (
     stock,
     stock_class,
 )
-from unswag.torch.patterns.probing import Drawn, Writes, distance, own_forward, twin, ulps, value_and_gradients
+from unswag.torch.patterns.probing import Drawn, Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
 from unswag.torch.patterns.proof import Proof, others_global_hooks
 
 ROWS = 32  # of each probe
@@ -120,9 +120,7 @@ def _forward(module: Any, x: Tensor, how: How) -> Tensor:
 
 def _parts_of(module: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A, B and dropout of each adapter, by its name."""
-    a, b, dropout = ADAPTERS
-    parts = module._modules
-    return parts[a]._modules, parts[b]._modules, parts[dropout]._modules
+    return module.lora_A._modules, module.lora_B._modules, module.lora_dropout._modules
 
 
 def _drops(dropout: nn.Module) -> float:
@@ -167,11 +165,10 @@ def _unlike(module: Any, name: str) -> str | None:
     if getattr(dropout, "inplace", False):
         return f"its adapter {name!r} has a dropout that writes to x (inplace=True)"
     for part in (a, b, dropout):
-        own = part.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        if has_hooks(part):
             return f"its adapter {name!r} has hooks, which would not run"
         cls = stock_class(part)
-        if "forward" in own or cls.forward is not FORWARDS[cls]:
+        if "forward" in vars(part) or cls.forward is not FORWARDS[cls]:
             return f"its adapter {name!r} has a part with a replaced forward, which would not run"
     if type(a.weight) not in WEIGHTS or type(b.weight) not in WEIGHTS:
         return f"its adapter {name!r} has weights of type {type(a.weight).__name__}, which only their own module can use"

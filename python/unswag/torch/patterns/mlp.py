@@ -128,10 +128,9 @@ class AnyWiring(Protocol):
 
 
 def finish(module: nn.Module, wiring: AnyWiring, h: Tensor) -> Tensor:
-    children = module._modules
     for name in (wiring.on_h, wiring.linears[-1], wiring.on_y):
         if name:
-            h = children[name](h)  # type: ignore[misc]
+            h = getattr(module, name)(h)
     return h
 
 

@@ -354,3 +354,15 @@ def test_the_linears_are_called_in_the_modules_order(kind, first):
         getattr(module, name).register_forward_hook(lambda *_, name=name: called.append(name))
     module(torch.randn(3, H))
     assert called[0] == first and called[2:] == ["down"]
+
+
+@pytest.mark.parametrize("name", ["up_proj", "gate_proj", "down_proj"])
+def test_what_stands_in_the_instance_in_place_of_a_linear_is_called(name):
+    """As in the module's own forward, which reads attributes: the instance's come before its children."""
+    stock, x = Mlp(), torch.randn(3, H)
+    mlp = alone.patched(copy.deepcopy(stock))
+    for module in (mlp, stock):
+        linear = getattr(module, name)
+        vars(module)[name] = lambda h, linear=linear: 2 * linear(h)
+    assert replaced(mlp)
+    torch.testing.assert_close(mlp(x), stock(x))
