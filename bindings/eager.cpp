@@ -46,7 +46,32 @@ std::optional<ConstVector> statistic(const Torch& torch, nb::handle vector, cons
   return ConstVector{v->tensor.data, v->dtype, x.rows};
 }
 
-Vector written(const TensorRows& x, std::int64_t n) { return {x.tensor.data, x.dtype, n}; }
+// y of a norm: like x, in `out_dtype` if that is not None; none for a dtype without kernels.
+std::optional<nb::object> new_y(const Torch& torch, nb::handle x_, const TensorRows& x, nb::handle out_dtype) {
+  const std::optional<DType> dtype = out_dtype.is_none() ? x.dtype : torch.dtype(out_dtype);
+  if (!dtype) return std::nullopt;
+  return *dtype == x.dtype ? torch.empty_like(x_) : torch.empty_like(x_, out_dtype);
+}
+
+// A gradient of a norm: of no elements where it is not needed, as the ops return it.
+struct Gradient {
+  nb::object tensor;
+  bool needed;
+};
+Gradient new_dx(const Torch& torch, nb::handle x_, const TensorRows& x, bool needed) {
+  const std::int64_t none = 0;
+  return {needed ? torch.empty_like(x_) : torch.empty({&none, 1}, x.dtype, x_), needed};
+}
+Gradient new_sum(const Torch& torch, nb::handle x_, const TensorRows& x, bool needed) {
+  const std::int64_t cols = needed ? x.cols : 0;
+  return {torch.empty({&cols, 1}, wide(x.dtype), x_), needed};
+}
+Rows rows_of(const Torch& torch, const Gradient& dx, const TensorRows& x) {
+  return dx.needed ? torch.made(dx.tensor).out() : Rows{nullptr, x.dtype, x.rows, x.cols, x.cols};
+}
+Vector vector_of(const Torch& torch, const Gradient& sum, const TensorRows& x) {
+  return {sum.needed ? torch.made(sum.tensor).tensor.data : nullptr, wide(x.dtype), x.cols};
+}
 
 // ---- RMSNorm
 
@@ -63,13 +88,11 @@ nb::object rms_norm(nb::handle x_, nb::handle rstd_, nb::handle weight_, double 
   if (!x || x->tensor.ndim == 0) return not_implemented();
   const Affine weight = affine(torch, weight_, *x);
   if (!weight.fits) return not_implemented();
-  const std::optional<DType> y_dtype = out_dtype.is_none() ? x->dtype : torch.dtype(out_dtype);
-  if (!y_dtype) return not_implemented();
   const bool given = rstd_.is_valid();
   const nb::object rstd = given ? nb::borrow(rstd_) : torch.empty(x->shape().first(x->shape().size() - 1), wide(x->dtype), x_);
   const std::optional<ConstVector> per_row = statistic(torch, rstd, *x);
-  if (!per_row) return not_implemented();
-  const nb::object y = *y_dtype == x->dtype ? torch.empty_like(x_) : torch.empty_like(x_, out_dtype);
+  const std::optional<nb::object> y = new_y(torch, x_, *x, out_dtype);
+  if (!per_row || !y) return not_implemented();
   run<RmsNormForward>(rms_norm_forward,
                       {.x = x->in(),
                        .weight = weight.vector,
@@ -77,10 +100,10 @@ nb::object rms_norm(nb::handle x_, nb::handle rstd_, nb::handle weight_, double 
                        .weight_offset = how.weight_offset,
                        .cast_before_weight = how.cast_before_weight,
                        .rstd_given = given,
-                       .y = torch.made(y).out(),
+                       .y = torch.made(*y).out(),
                        .rstd = {const_cast<void*>(per_row->data), per_row->dtype, per_row->size}},
                       torch.stream(*x));
-  return given ? y : nb::make_tuple(y, rstd);
+  return given ? *y : nb::make_tuple(*y, rstd);
 }
 
 nb::object rms_norm_forward_(nb::handle x, nb::handle weight, double eps, double weight_offset, bool cast_before_weight,
@@ -98,26 +121,24 @@ nb::object rms_norm_backward_(nb::handle x_, nb::handle rstd, nb::handle weight_
   const Torch& torch = Torch::get();
   if (!torch.is_eager()) return not_implemented();
   const std::optional<TensorRows> x = torch.rows(x_), dy = torch.rows(dy_);
-  if (!x || !dy || x->tensor.ndim == 0 || !dy->is_beside(*x) || !std::ranges::equal(x->shape(), dy->shape()))
-    return not_implemented();
+  if (!x || !dy || x->tensor.ndim == 0 || !dy->is_shaped_like(*x)) return not_implemented();
   const Affine weight = affine(torch, weight_, *x);
   const std::optional<ConstVector> per_row = statistic(torch, rstd, *x);
   if (!weight.fits || !per_row) return not_implemented();
   const Stream stream = torch.stream(*x);
   if (stream.device >= 0) return not_implemented();  // which needs scratch memory
-  const std::int64_t cols = need_dw ? x->cols : 0, none = 0;
-  const nb::object dx = need_dx ? torch.empty_like(x_) : torch.empty({&none, 1}, x->dtype, x_);
-  const nb::object dw = torch.empty({&cols, 1}, wide(x->dtype), x_);
-  RmsNormBackward args{.x = x->in(),
-                       .weight = weight.vector,
-                       .rstd = *per_row,
-                       .dy = dy->in(),
-                       .weight_offset = weight_offset,
-                       .cast_before_weight = cast_before_weight};
-  args.dx = need_dx ? torch.made(dx).out() : Rows{nullptr, x->dtype, x->rows, x->cols, x->cols};
-  args.dw = need_dw ? written(torch.made(dw), x->cols) : Vector{nullptr, wide(x->dtype), x->cols};
-  run<RmsNormBackward>(rms_norm_backward, args, stream);
-  return nb::make_tuple(dx, dw);
+  const Gradient dx = new_dx(torch, x_, *x, need_dx), dw = new_sum(torch, x_, *x, need_dw);
+  run<RmsNormBackward>(rms_norm_backward,
+                       {.x = x->in(),
+                        .weight = weight.vector,
+                        .rstd = *per_row,
+                        .dy = dy->in(),
+                        .weight_offset = weight_offset,
+                        .cast_before_weight = cast_before_weight,
+                        .dx = rows_of(torch, dx, *x),
+                        .dw = vector_of(torch, dw, *x)},
+                       stream);
+  return nb::make_tuple(dx.tensor, dw.tensor);
 }
 
 // ---- LayerNorm
@@ -129,26 +150,25 @@ nb::object layer_norm(nb::handle x_, nb::handle mean_, nb::handle rstd_, nb::han
   const std::optional<TensorRows> x = torch.rows(x_);
   if (!x || x->tensor.ndim == 0) return not_implemented();
   const Affine weight = affine(torch, weight_, *x), bias = affine(torch, bias_, *x);
-  const std::optional<DType> y_dtype = out_dtype.is_none() ? x->dtype : torch.dtype(out_dtype);
-  if (!weight.fits || !bias.fits || !y_dtype) return not_implemented();
+  if (!weight.fits || !bias.fits) return not_implemented();
   const bool given = mean_.is_valid();
   const auto per_row = x->shape().first(x->shape().size() - 1);
   const nb::object mean = given ? nb::borrow(mean_) : torch.empty(per_row, wide(x->dtype), x_);
   const nb::object rstd = given ? nb::borrow(rstd_) : torch.empty(per_row, wide(x->dtype), x_);
   const std::optional<ConstVector> m = statistic(torch, mean, *x), r = statistic(torch, rstd, *x);
-  if (!m || !r) return not_implemented();
-  const nb::object y = *y_dtype == x->dtype ? torch.empty_like(x_) : torch.empty_like(x_, out_dtype);
+  const std::optional<nb::object> y = new_y(torch, x_, *x, out_dtype);
+  if (!m || !r || !y) return not_implemented();
   run<LayerNormForward>(layer_norm_forward,
                         {.x = x->in(),
                          .weight = weight.vector,
                          .bias = bias.vector,
                          .eps = eps,
                          .statistics_given = given,
-                         .y = torch.made(y).out(),
+                         .y = torch.made(*y).out(),
                          .mean = {const_cast<void*>(m->data), m->dtype, m->size},
                          .rstd = {const_cast<void*>(r->data), r->dtype, r->size}},
                         torch.stream(*x));
-  return given ? y : nb::make_tuple(y, mean, rstd);
+  return given ? *y : nb::make_tuple(*y, mean, rstd);
 }
 
 nb::object layer_norm_forward_(nb::handle x, nb::handle weight, nb::handle bias, double eps, nb::handle out_dtype) {
@@ -165,26 +185,25 @@ nb::object layer_norm_backward_(nb::handle x_, nb::handle mean, nb::handle rstd,
   const Torch& torch = Torch::get();
   if (!torch.is_eager()) return not_implemented();
   const std::optional<TensorRows> x = torch.rows(x_), dy = torch.rows(dy_);
-  if (!x || !dy || x->tensor.ndim == 0 || !dy->is_beside(*x) || !std::ranges::equal(x->shape(), dy->shape()))
-    return not_implemented();
+  if (!x || !dy || x->tensor.ndim == 0 || !dy->is_shaped_like(*x)) return not_implemented();
   const Affine weight = affine(torch, weight_, *x);
   const std::optional<ConstVector> m = statistic(torch, mean, *x), r = statistic(torch, rstd, *x);
   if (!weight.fits || !m || !r) return not_implemented();
   const Stream stream = torch.stream(*x);
   if (stream.device >= 0) return not_implemented();  // which needs scratch memory
-  const std::int64_t none = 0;
-  const auto sums = [&](bool needed) { return torch.empty({needed ? &x->cols : &none, 1}, wide(x->dtype), x_); };
-  const auto sum = [&](const nb::object& v, bool needed) {
-    return needed ? written(torch.made(v), x->cols) : Vector{nullptr, wide(x->dtype), x->cols};
-  };
-  const nb::object dx = need_dx ? torch.empty_like(x_) : torch.empty({&none, 1}, x->dtype, x_);
-  const nb::object dw = sums(need_dw), db = sums(need_db);
-  LayerNormBackward args{.x = x->in(), .weight = weight.vector, .mean = *m, .rstd = *r, .dy = dy->in()};
-  args.dx = need_dx ? torch.made(dx).out() : Rows{nullptr, x->dtype, x->rows, x->cols, x->cols};
-  args.dw = sum(dw, need_dw);
-  args.db = sum(db, need_db);
-  run<LayerNormBackward>(layer_norm_backward, args, stream);
-  return nb::make_tuple(dx, dw, db);
+  const Gradient dx = new_dx(torch, x_, *x, need_dx);
+  const Gradient dw = new_sum(torch, x_, *x, need_dw), db = new_sum(torch, x_, *x, need_db);
+  run<LayerNormBackward>(layer_norm_backward,
+                         {.x = x->in(),
+                          .weight = weight.vector,
+                          .mean = *m,
+                          .rstd = *r,
+                          .dy = dy->in(),
+                          .dx = rows_of(torch, dx, *x),
+                          .dw = vector_of(torch, dw, *x),
+                          .db = vector_of(torch, db, *x)},
+                         stream);
+  return nb::make_tuple(dx.tensor, dw.tensor, db.tensor);
 }
 
 // ---- activations

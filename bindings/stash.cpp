@@ -413,7 +413,7 @@ nb::object opened(PyObject* handle);
 // are not what they should be.
 nb::object run(Recipe* recipe) {
   PyObject* self = reinterpret_cast<PyObject*>(recipe);
-  if (Torch::get().needs_a_mode()) return method(self, names().run);
+  if (Torch::get().is_grad_enabled() || Torch::get().is_inference()) return method(self, names().run);
   const Py_ssize_t n = PyTuple_Size(recipe->inputs);
   const nb::object inputs = steal(PyTuple_New(n));
   for (Py_ssize_t i = 0; i < n; ++i) {
@@ -618,9 +618,8 @@ PyMemberDef output_members[] = {
 
 struct Door {
   PyObject_HEAD
-      // Held: the stash's own door, its method for tensors with a recipe, its registries, and what it marks handles with.
+      // Held: the stash's own door, its registries, and what it marks handles with.
       PyObject* slow;
-  PyObject* recompute;
   PyObject* leases;
   PyObject* results;
   PyObject* outputs;
@@ -638,7 +637,7 @@ struct Door {
   PyObject* collect;          // None, or what is told of each tensor in the recompute of a checkpoint
   PyObject* placeholder;      // what it is told: a type
 };
-constexpr Py_ssize_t kHeld = 18;
+constexpr Py_ssize_t kHeld = 17;
 
 PyObject** held(PyObject* self) { return &cast<Door>(self)->slow; }
 
@@ -646,9 +645,9 @@ PyTypeObject* door_type = nullptr;
 
 PyObject* door_new(PyTypeObject* type, PyObject* args, PyObject*) {
   PyObject* values[kHeld] = {};
-  PyTypeObject* const types[kHeld] = {nullptr,      nullptr,      leases_type, results_type,  &PyDict_Type, &PyDict_Type,
-                                      &PyDict_Type, nullptr,      nullptr,     &PyType_Type,  &PyType_Type, &PyType_Type,
-                                      &PyType_Type, &PyType_Type, nullptr,     &PyTuple_Type, nullptr,      nullptr};
+  PyTypeObject* const types[kHeld] = {nullptr,      leases_type, results_type,  &PyDict_Type, &PyDict_Type, &PyDict_Type,
+                                      nullptr,      nullptr,     &PyType_Type,  &PyType_Type, &PyType_Type, &PyType_Type,
+                                      &PyType_Type, nullptr,     &PyTuple_Type, nullptr,      nullptr};
   if (PyTuple_Size(args) != kHeld) {
     PyErr_SetString(PyExc_TypeError, "Door: wrong number of arguments");
     return nullptr;
@@ -662,7 +661,7 @@ PyObject* door_new(PyTypeObject* type, PyObject* args, PyObject*) {
   }
   PyTypeObject* const bases[] = {reference_type, recomputed_type, output_type, recipe_type};
   for (Py_ssize_t i = 0; i < 4; ++i)
-    if (PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(values[9 + i]), bases[i]) == 0) {
+    if (PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(values[8 + i]), bases[i]) == 0) {
       PyErr_SetString(PyExc_TypeError, "Door: a type is not derived from the core's");
       return nullptr;
     }
@@ -791,11 +790,7 @@ nb::object fast(const Door& door, PyObject* t) {
     const nb::object key = steal(PyLong_FromLongLong(found.key));
     PyObject* output = PyDict_GetItemWithError(door.outputs, key.ptr());
     if (output == nullptr && PyErr_Occurred() != nullptr) throw nb::python_error();
-    if (output != nullptr) {
-      nb::object handle = recomputed(door, t, output);
-      if (!handle.is_valid()) handle = steal(PyObject_CallFunctionObjArgs(door.recompute, t, output, nullptr));
-      return handle.is_none() ? nb::object() : handle;
-    }
+    if (output != nullptr) return recomputed(door, t, output);
   }
   if (PyDict_Size(door.marks) != 0 || PyDict_Size(door.pending) != 0 || is_cast(t, found.base.ptr())) return {};
   return make(door, t, names().device_tier, add(door.leases, std::move(found.storage), found.key, true));
@@ -818,15 +813,6 @@ PyObject* door_call(PyObject* self, PyObject* args, PyObject*) {
   });
 }
 
-// A handle for `t`, an input of the op of `node`, if it is a parameter or held by an op that protects it; else None.
-PyObject* door_input(PyObject* self, PyObject* args) {
-  PyObject *t = nullptr, *node = nullptr;
-  if (PyArg_ParseTuple(args, "OO", &t, &node) == 0) return nullptr;
-  return guarded([&]() -> PyObject* {
-    Found found = find_held(*cast<Door>(self), t, [&](Lease& lease) { return protects(lease, node); });
-    return found.handle.is_valid() ? found.handle.release().ptr() : borrowed(Py_None);
-  });
-}
 // Takes the outputs whose storage is gone out of the registry.
 void prune(PyObject* outputs) {
   PyObject *key = nullptr, *output = nullptr;
@@ -836,19 +822,12 @@ void prune(PyObject* outputs) {
   for (const nb::object& gone : dead)
     if (PyDict_DelItem(outputs, gone.ptr()) != 0) PyErr_Clear();  // its death may have been another's
 }
-PyObject* door_prune(PyObject* self, PyObject*) {
-  return guarded([&] {
-    prune(cast<Door>(self)->outputs);
-    return borrowed(Py_None);
-  });
-}
-
 // As stash.layout.version_counter, for a tensor on the CPU.
 nb::object version_counter(const Door& door, PyObject* t, PyObject* dtype) {
   static std::unordered_map<PyObject*, PyObject*> nothing;  // an empty tensor of each dtype
   PyObject*& empty = nothing[dtype];
   if (empty == nullptr) {
-    if (Torch::get().needs_a_mode(false)) return steal(PyObject_CallFunctionObjArgs(door.version_counter, t, nullptr));
+    if (Torch::get().is_inference()) return steal(PyObject_CallFunctionObjArgs(door.version_counter, t, nullptr));
     empty = Torch::get().empty_cpu(dtype).release().ptr();
   }
   nb::object counter = method(t, names().detach);
@@ -914,10 +893,7 @@ PyObject* door_remember(PyObject* self, PyObject* args) {
       [&] { return borrowed(remember(*cast<Door>(self), output, function, inputs, constants) ? Py_True : Py_False); });
 }
 
-PyMethodDef door_methods[] = {{"input", door_input, METH_VARARGS, nullptr},
-                              {"remember", door_remember, METH_VARARGS, nullptr},
-                              {"prune", door_prune, METH_NOARGS, nullptr},
-                              {}};
+PyMethodDef door_methods[] = {{"remember", door_remember, METH_VARARGS, nullptr}, {}};
 
 // The unpack hook of every stash.
 PyObject* unpack(PyObject*, PyObject* handle) {

@@ -48,8 +48,8 @@ std::optional<std::int64_t> row_stride(const dlpack::Tensor& t, std::int64_t col
 
 }  // namespace
 
-bool TensorRows::is_like(const TensorRows& other) const {
-  return is_beside(other) && dtype == other.dtype && std::ranges::equal(shape(), other.shape());
+bool TensorRows::is_shaped_like(const TensorRows& other) const {
+  return is_beside(other) && std::ranges::equal(shape(), other.shape());
 }
 
 const Torch& Torch::get() {
@@ -93,7 +93,7 @@ bool Torch::is_eager() const {
     const nb::object value = call();
     return value.is(nb::bool_(false)) || PyLong_AsLong(value.ptr()) == 0;
   };
-  return is_false(is_grad_enabled_) && std::ranges::all_of(counts_, is_false) &&
+  return !is_grad_enabled() && std::ranges::all_of(counts_, is_false) &&
          std::ranges::all_of(nones_, [](const nb::object& call) { return call().is_none(); });
 }
 
@@ -173,9 +173,9 @@ nb::object Torch::empty(std::span<const std::int64_t> shape, DType dtype, nb::ha
 
 nb::object Torch::empty_cpu(nb::handle dtype) const { return empty_(0, "dtype"_a = dtype, "device"_a = "cpu"); }
 
-bool Torch::needs_a_mode(bool with_gradients) const {
-  return (with_gradients && nb::cast<bool>(is_grad_enabled_())) || nb::cast<bool>(is_inference_());
-}
+bool Torch::is_grad_enabled() const { return nb::cast<bool>(is_grad_enabled_()); }
+
+bool Torch::is_inference() const { return nb::cast<bool>(is_inference_()); }
 
 std::optional<DType> Torch::dtype(nb::handle torch_dtype) const {
   const auto* const found = std::ranges::find_if(dtypes_, [&](const nb::object& d) { return d.is(torch_dtype); });

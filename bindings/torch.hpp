@@ -51,7 +51,8 @@ struct TensorRows {
   bool is_beside(const TensorRows& other) const {
     return tensor.device_type == other.tensor.device_type && tensor.device_id == other.tensor.device_id;
   }
-  bool is_like(const TensorRows& other) const;  // the same device, dtype and shape
+  bool is_shaped_like(const TensorRows& other) const;  // the same device and shape
+  bool is_like(const TensorRows& other) const { return dtype == other.dtype && is_shaped_like(other); }
 };
 
 class Torch {
@@ -87,8 +88,8 @@ class Torch {
 
   nb::object empty_cpu(nb::handle dtype) const;  // of no elements
 
-  // Whether gradients are recorded (if that is asked) or inference mode is on.
-  bool needs_a_mode(bool with_gradients = true) const;
+  bool is_grad_enabled() const;
+  bool is_inference() const;
 
   Stream stream(const TensorRows& x) const;  // the current one of its device
 

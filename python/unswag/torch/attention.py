@@ -189,7 +189,7 @@ def attention_forward(
     causal = attention_mask is None and query.shape[2] > 1
     if (attention_mask is None or isinstance(attention_mask, Spans)) and not takes_groups(query, key, value, dropout, causal):
         key, value = (for_all_heads(t, query.shape[1]) for t in (key, value))
-    special = bool(kwargs) and any([kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")])
+    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
     draws = dropout > 0 and query.is_cpu
     if isinstance(attention_mask, Spans):
         size = (attention_mask.batch, attention_mask.length)

@@ -107,8 +107,7 @@ def check_integer(op: str, name: str, value: Any, least: float = -math.inf, reme
 def number(
     op: str, name: str, value: Any, remedy: str = "pass a number", fits: Callable[[Any], bool] = lambda value: True
 ) -> float:
-    if type(value) is not float:
-        check_number(op, name, value, remedy)
+    check_number(op, name, value, remedy)
     if not fits(value):
         raise ValueError(f"{op}: {name} is {value}; {remedy}")
     return float(value)

@@ -127,8 +127,7 @@ class Stash:
         self._marks: dict[int, list[MarkedTensor]] = {}  # by storage
         self._pending: dict[int, list[weakref.ref[PendingOutput]]] = {}  # by the storage of their unsaved inputs
         self._leases: Leases = _NOT_ENTERED
-        self.remembers: Callable[..., bool] | None = None  # `register` for the common kinds of outputs; False for others
-        self._core: Any = None  # the core's door, while this is entered: it refers to this
+        self.remembers: Callable[..., bool] | None = None  # `register` in the core; False where it is not done
         self._draws: Draws | None = None
 
     @staticmethod
@@ -173,14 +172,14 @@ class Stash:
         self._leases = Leases() if state.recorder is None else state.recorder.leases
         if type(self).door is not _DOOR:
             return self.door if collect is None or told is None else functools.partial(_collecting, self.door, collect, told)
-        self._core = _core.stash.Door(
-            self.door, self._from_output, self._leases, self.results, self._outputs, self._marks, self._pending, state,
+        door = _core.stash.Door(
+            self.door, self._leases, self.results, self._outputs, self._marks, self._pending, state,
             self._model, ByReference, Recomputed, RememberedOutput, Recipe, Layout, version_counter,
             (_CHECKPOINT, _FUNCTION), collect, told,
         )  # fmt: skip
         if type(self).register is _REGISTER:
-            self.remembers = self._core.remember
-        return self._core
+            self.remembers = door.remember
+        return door
 
     def _open(self, pack: Callable[[torch.Tensor], Any]) -> Frame:
         if self.policy.rounding == "stochastic":
@@ -196,7 +195,7 @@ class Stash:
         self._pending.clear()
         self.awaited.clear()
         self.results = self._leases = _NOT_ENTERED
-        self._core = self.remembers = None
+        self.remembers = None
 
     passive = False  # True: a stash entered inside this one takes over
 
@@ -333,10 +332,6 @@ class Stash:
             return None
         return output.handle(t) if cast is None else output.cast(t, int(t.storage_offset()) - cast)
 
-    def _from_output(self, t: torch.Tensor, output: RememberedOutput) -> Handle | None:
-        """`_from_recipe` for what the core found in the registry; None where that has to look."""
-        return output.handle(t) if type(output) is RememberedOutput and not output.storage.expired() else None
-
     def _source(self, t: torch.Tensor, key: int) -> tuple[RememberedOutput | None, int | None]:
         """The entry of the output that shares the storage of `t`, and None; or of that of which `t` is a part of a dtype cast,
         and where the cast starts in its storage."""
@@ -385,9 +380,6 @@ class Stash:
 
     def _input(self, x: torch.Tensor, node: Any) -> Handle | UnsavedInput:
         """What a recipe relies on for its input `x`. A parameter is held by its version, as by the ops that save it."""
-        if self._core is not None and (handle := self._core.input(x, node)) is not None:
-            held: Handle = handle
-            return held
         if is_parameter(x) or is_cast_of_parameter(x):
             return self.by_reference(x, Lease(), "parameter")
         key = storage_key(x)
@@ -423,11 +415,8 @@ class Stash:
         return None
 
     def _prune(self) -> None:
-        if self._core is not None:
-            self._core.prune()
-        else:
-            for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
-                del self._outputs[key]
+        for key in [key for key, output in self._outputs.items() if output.storage.expired()]:
+            del self._outputs[key]
         if self._marks:
             for key in [key for key, marks in self._marks.items() if all(mark.storage.expired() for mark in marks)]:
                 del self._marks[key]

@@ -94,16 +94,8 @@ def stream_of(t: torch.Tensor) -> torch.cuda.Stream | None:
 def version_counter(t: torch.Tensor) -> torch.Tensor:
     """An empty tensor that shares the version counter of `t` and none of its memory."""
     counter = t.detach()
-    nothing = _NOTHING.get((t.dtype, t.device)) if type(t) is torch.Tensor else None
-    if nothing is None:
-        nothing = t.new_empty(0)
-        if type(nothing) is torch.Tensor and not nothing.is_inference():
-            _NOTHING[t.dtype, t.device] = nothing
-    counter.data = nothing
+    counter.data = t.new_empty(0)
     return counter
-
-
-_NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}  # empty tensors: making one takes longer than a lookup
 
 
 def is_parameter(t: torch.Tensor) -> bool:
