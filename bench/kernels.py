@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
+import torch._inductor.config  # noqa: E402
 
 from bench import smollm2  # noqa: E402
 from bench.native_copy import Copy  # noqa: E402
@@ -424,6 +426,9 @@ def main() -> None:
     libc.mallopt(-4, 0)  # M_MMAP_MAX
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.manual_seed(0)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # also where ATEN_CPU_CAPABILITY says so
+        torch._inductor.config.cpp.simdlen = 256
+    torch._functorch.config.donated_buffer = False  # else a compiled function's backward can be called only once
     _core.use_backend(args.backend)
     rows = []
     for threads in args.threads:
