@@ -15,7 +15,8 @@ run() { # settings, in words, then what pytest is to run
 }
 
 jax=(tests/python/jax/test_{activations,blocks,gated,norms,ffi,masks}.py)
-torch=(tests/python/torch/test_{ops,functional,loss,nn}.py)
+# Inductor takes the processor's instructions even where PyTorch is held to others, and then does not compile.
+torch=(tests/python/torch/test_{ops,functional,loss,nn}.py --deselect tests/python/torch/test_functional.py::test_inductor)
 exact=(-k "exact or measure or 16_bit or fp64 or gate_value or formula or plain_spelling or differ or far_from_zero or no_further")
 
 for isa in SSE4_2 AVX2 AVX512; do
