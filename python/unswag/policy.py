@@ -104,7 +104,7 @@ class Policy:
         """The measured error of the gradient, as a sentence for reports; "" for a policy that is exact."""
         if not self.lossy:
             return ""
-        error = MEASURED.get(self.name) if POLICIES.get(self.name) == self else None
+        error = MEASURED.get(self.name) if POLICIES.get(self.name) == replace(self, tiers={}) else None
         measured = (
             "its error was not measured (python -m bench.fidelity shows how)"
             if error is None

@@ -33,6 +33,9 @@ def can_store(t: torch.Tensor) -> bool:
     return is_plain(t) and t.layout is torch.strided and not t.is_conj() and not t.is_neg() and t.device.type in ("cpu", "cuda", "meta")
 
 
+_warned: set[str] = set()  # places in memory that were warned of
+
+
 class Store:
     """Keeps tensors in a tier outside the device's memory, and gives them back verified.
 
@@ -60,7 +63,8 @@ class Store:
         self._transfers: dict[torch.device, _Transfers] = {}
         stats = _core.store_stats(self._core)
         self.place: str = stats["place"]
-        if stats["ram_disk"]:
+        if stats["ram_disk"] and self.place not in _warned:
+            _warned.add(self.place)
             warnings.warn(
                 f"unswag: {self.place} is in memory (a RAM disk), so nothing is saved; pass a folder on a disk", stacklevel=2
             )
@@ -98,8 +102,8 @@ class Store:
         found = dict.fromkeys(("host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"), 0)
         core = _core.store_stats(self._core)
         with self._lock:
-            found[self.tier] = core["bytes"] + self._without_data
-            found[f"{self.tier}_peak"] = max(core["peak"], self._without_data_peak)
+            now = found[self.tier] = core["bytes"] + self._without_data
+            found[f"{self.tier}_peak"] = max(core["peak"], self._without_data_peak, now)
             found["pinned"] = found["pinned_peak"] = sum(transfers.bytes() for transfers in self._transfers.values())
         for name in ("host", "host_peak"):
             found[name] += core["buffers"]
@@ -200,7 +204,7 @@ class Ticket:
             return
         try:
             self.drop()
-        except (RuntimeError, ValueError):  # in a forked process, or cleared: nothing of ours is there to drop
+        except (RuntimeError, ValueError, TypeError):  # in a fork, cleared, or at the interpreter's end: there is nothing to drop
             pass
 
     def _put(self, flat: torch.Tensor) -> None:
