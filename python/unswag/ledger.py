@@ -148,7 +148,12 @@ class Ledger:
 
     def to_json(self) -> str:
         """Rows and sums as JSON."""
-        sums = {"total": self.total, "host": self.host, "disk": self.disk, "bytes_per_token": self.bytes_per_token if self.tokens else None}
+        sums = {
+            "total": self.total,
+            "host": self.host,
+            "disk": self.disk,
+            "bytes_per_token": self.bytes_per_token if self.tokens else None,
+        }
         return json.dumps(asdict(self) | sums, indent=1)
 
     def __str__(self) -> str:

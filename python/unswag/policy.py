@@ -77,13 +77,19 @@ class Policy:
 
     def _checked_tiers(self) -> dict[str, str]:
         if not isinstance(self.tiers, Mapping):
-            raise ValueError(f'Policy: tiers={self.tiers!r}; pass a tier for each role that leaves the device: {{"checkpoint": "disk"}}')
+            raise ValueError(
+                f'Policy: tiers={self.tiers!r}; pass a tier for each role that leaves the device: {{"checkpoint": "disk"}}'
+            )
         for role, tier in self.tiers.items():
             for what, value, choices in (("role", role, tuple(ROLES)), ("tier", tier, (DEVICE, *STORE_TIERS))):
                 if value not in choices:
-                    raise ValueError(f"Policy: tiers={dict(self.tiers)!r}: no {what} {value!r}; choose one of {', '.join(map(repr, choices))}")
+                    raise ValueError(
+                        f"Policy: tiers={dict(self.tiers)!r}: no {what} {value!r}; choose one of {', '.join(map(repr, choices))}"
+                    )
             if tier != DEVICE and getattr(self, role) == TWO_BITS:
-                raise ValueError(f"Policy: {role}={TWO_BITS!r} with tiers={dict(self.tiers)!r}: codes of two bits stay on the device; choose a block codec")
+                raise ValueError(
+                    f"Policy: {role}={TWO_BITS!r} with tiers={dict(self.tiers)!r}: codes of two bits stay on the device; choose a block codec"
+                )
         return dict(self.tiers)
 
     @property

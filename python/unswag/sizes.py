@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-_UNITS = {"": 1, "B": 1, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+}
 
 
 def bytes_of(size: int | str, argument: str) -> int:

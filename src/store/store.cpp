@@ -218,8 +218,8 @@ class Store::State {
   bool closing_ = false;
   Extents extents_;
   std::unordered_map<Ticket, BlockPtr> blocks_;
-  int untold_ = 0;  // blocks among them that failed and were not told
-  int using_ = 0;   // blocks, dropped ones too, whose space is taken
+  int untold_ = 0;          // blocks among them that failed and were not told
+  std::int64_t using_ = 0;  // blocks, dropped ones too, whose space is taken
   Ticket last_ = 0;
   std::uint64_t epoch_ = 0;
   StoreStats stats_;
@@ -458,7 +458,12 @@ Status Store::State::put(const void* data, std::int64_t bytes, std::string_view 
   block->bytes = bytes;
   block->header = header(*block, label);
   block->space = round_up(std::int64_t(block->header.size()) + bytes, medium_.alignment);
-  if (Status status = allot(block.get()); !status.ok()) return status;
+  Status allotted = allot(block.get());
+  while (!allotted.ok() && using_ > std::int64_t(blocks_.size())) {  // a dropped block is being written: its space comes
+    changed_.wait(lock, [&, before = using_] { return using_ < before; });
+    allotted = allot(block.get());
+  }
+  if (!allotted.ok()) return allotted;
   ++last_;
   blocks_.emplace(block->ticket, block);
   ++stats_.blocks;

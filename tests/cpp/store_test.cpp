@@ -412,6 +412,24 @@ TEST(StoreThreads, SpaceOfADroppedBlockIsNotUsedWhileItIsWrittenOrRead) {
   }
 }
 
+TEST(StoreThreads, AFullStoreWaitsForTheSpaceOfDroppedBlocks) {
+  Fake fake(true);
+  fake.instead = [](Fake::Call, std::int64_t, std::int64_t, std::int64_t*) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    return false;
+  };
+  const Bytes data = random_bytes(20000, 27);
+  Store store = over(fake, 4 * 20480, 1);
+  for (int step = 0; step < 50 && !HasFailure(); ++step) {
+    std::vector<Ticket> tickets;
+    for (int i = 0; i < 4; ++i) tickets.push_back(put(store, data));
+    for (const Ticket ticket : tickets) expect_ok(store.drop(ticket));
+  }
+  for (int i = 0; i < 4; ++i) put(store, data);
+  Ticket ticket = 0;
+  expect_error(store.put(data.data(), 20000, "", &ticket), StatusCode::device_error, "the limit is 81920");
+}
+
 TEST(StoreThreads, DestroyedWhileBlocksAreAliveAndBeingWritten) {
   for (int i = 0; i < 20; ++i) {
     Fake fake(true);
@@ -456,7 +474,7 @@ TEST_P(Everywhere, InAForkEveryCallIsAnErrorAndTheParentGoesOn) {
                      store.stats().blocks == 0;
     store = Store();  // does not wait for threads that are not there
     Store own;
-    const bool opened = Store::open({.tier = Tier::disk, .dir = "."}, &own).ok() && own.put(data.data(), 64, "", &other).ok() &&
+    const bool opened = Store::open({.tier = Tier::host}, &own).ok() && own.put(data.data(), 64, "", &other).ok() &&
                         own.get(other, found.data()).ok();
     _exit(all && opened ? 0 : 1);
   }
@@ -767,11 +785,11 @@ TEST(StoreDisk, AFileThatMayNotGrowIsAnError) {
 TEST(StoreHost, TakesNoMoreThanThereIs) {
   EXPECT_GT(available_memory(), kMiB);
   Store store;
-  expect_ok(Store::open({.tier = Tier::host, .limit = std::int64_t{1} << 46}, &store));
+  expect_ok(Store::open({.tier = Tier::host, .limit = std::int64_t{1} << 42}, &store));
   Ticket ticket = 0;
   const Bytes data(1);
   // Never read: it is refused before
-  expect_error(store.put(data.data(), std::int64_t{1} << 45, "", &ticket), StatusCode::device_error, "no room");
+  expect_error(store.put(data.data(), std::int64_t{1} << 41, "", &ticket), StatusCode::device_error, "no room");
   expect_block(store, put(store, data), data);
 }
 

@@ -30,7 +30,14 @@ __all__ = ["Store", "Stores", "Ticket", "can_store"]
 
 def can_store(t: torch.Tensor) -> bool:
     """Whether a store takes `t`: strided, its memory its elements, on the CPU, on a CUDA device or without data."""
-    return is_plain(t) and t.layout is torch.strided and not t.is_conj() and not t.is_neg() and t.device.type in ("cpu", "cuda", "meta")
+    return (
+        is_plain(t)
+        and t.layout is torch.strided
+        and not t.is_nested
+        and not t.is_conj()
+        and not t.is_neg()
+        and t.device.type in ("cpu", "cuda", "meta")
+    )
 
 
 _warned: set[str] = set()  # places in memory that were warned of
@@ -79,7 +86,9 @@ class Store:
         is no room, or if an earlier block could not be written.
         """
         if not can_store(t):
-            raise TypeError(f"Store.put: t is a {type(t).__name__} ({t.layout}, {t.device}); pass a plain tensor on the CPU or CUDA")
+            raise TypeError(
+                f"Store.put: t is a {type(t).__name__} ({t.layout}, {t.device}); pass a plain tensor on the CPU or CUDA"
+            )
         t = t.detach()
         layout = Layout.of(t)
         if codec is not None and codecs.takes(codec, t):
@@ -178,7 +187,9 @@ class Ticket:
                 f"{dtype} {list(size)} with strides {list(stride)} on {device}"
             )
         exact = out is not None and self._codec is None
-        part = out.detach() if exact else self._like.new_empty_strided(self._part.size, self._part.stride, dtype=self._part.dtype)
+        part = (
+            out.detach() if exact else self._like.new_empty_strided(self._part.size, self._part.stride, dtype=self._part.dtype)
+        )
         if not (isinstance(part, FakeTensor) or part.is_meta):
             self._read(part.as_strided((part.numel(),), (1,)))
         if self._codec is None:
@@ -204,7 +215,11 @@ class Ticket:
             return
         try:
             self.drop()
-        except (RuntimeError, ValueError, TypeError):  # in a fork, cleared, or at the interpreter's end: there is nothing to drop
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+        ):  # in a fork, cleared, or at the interpreter's end: there is nothing to drop
             pass
 
     def _put(self, flat: torch.Tensor) -> None:

@@ -168,7 +168,9 @@ def apply_unswag_surgery(
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
     chosen = _with_store(Policy.named(policy), store)
     if not chosen.tiers and not (store_dir is store_limit is None):
-        raise ValueError("apply_unswag_surgery: store_dir and store_limit do nothing without a store; pass store='disk' or 'host'")
+        raise ValueError(
+            "apply_unswag_surgery: store_dir and store_limit do nothing without a store; pass store='disk' or 'host'"
+        )
     stores = Stores(store_dir, store_limit)
     refuse_meta("apply_unswag_surgery", model)
     stock = {name for name, option in options.items() if option == "stock"}
@@ -189,7 +191,11 @@ def apply_unswag_surgery(
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
         if nowhere := [role for role in chosen.tiers if role not in found]:
-            why = "the model has no gradient checkpointing" if nowhere[0] == "checkpoint" else "no module that plays it was patched"
+            why = (
+                "the model has no gradient checkpointing"
+                if nowhere[0] == "checkpoint"
+                else "no module that plays it was patched"
+            )
             raise ValueError(
                 f"apply_unswag_surgery: the {chosen.tiers[nowhere[0]]} store would keep nothing of the role {nowhere[0]!r}, because "
                 f"{why}; leave store or the policy's tiers out"
