@@ -212,8 +212,8 @@ class Comparison:
 
 @dataclass
 class Group:
-    """Rows of like modules, one role, name and source: how many tensors are kept, how many cost nothing, the bytes on the device,
-    and those in a store."""
+    """Rows of like modules, one role, name and source: how many tensors are kept, how many cost nothing, the bytes on the
+    device, and those in a store."""
 
     module: str
     role: str

@@ -80,17 +80,18 @@ class Policy:
             raise ValueError(
                 f'Policy: tiers={self.tiers!r}; pass a tier for each role that leaves the device: {{"checkpoint": "disk"}}'
             )
-        for role, tier in self.tiers.items():
+        tiers = dict(self.tiers)
+        for role, tier in tiers.items():
             for what, value, choices in (("role", role, tuple(ROLES)), ("tier", tier, (DEVICE, *STORE_TIERS))):
                 if value not in choices:
-                    raise ValueError(
-                        f"Policy: tiers={dict(self.tiers)!r}: no {what} {value!r}; choose one of {', '.join(map(repr, choices))}"
-                    )
+                    known = ", ".join(map(repr, choices))
+                    raise ValueError(f"Policy: tiers={tiers!r}: no {what} {value!r}; choose one of {known}")
             if tier != DEVICE and getattr(self, role) == TWO_BITS:
                 raise ValueError(
-                    f"Policy: {role}={TWO_BITS!r} with tiers={dict(self.tiers)!r}: codes of two bits stay on the device; choose a block codec"
+                    f"Policy: {role}={TWO_BITS!r} with tiers={tiers!r}: codes of two bits stay on the device; choose another "
+                    "codec"
                 )
-        return dict(self.tiers)
+        return tiers
 
     @property
     def lossy(self) -> bool:

@@ -52,13 +52,18 @@ constexpr char kMagic[8] = {'U', 'n', 'S', 'w', 'a', 'g', 'B', '\n'};
 constexpr std::uint32_t kVersion = 1;
 constexpr std::int64_t kStep = 64;
 
-constexpr std::int64_t kBuffer = std::int64_t{1} << 20;
+constexpr std::int64_t kTransfer = std::int64_t{1} << 20;  // bytes of a block that are transferred at once,
+constexpr std::int64_t kSlack = 16384;                     // or more, where so little more ends the block
+constexpr std::int64_t kBuffer = kTransfer + kSlack;
 constexpr int kBuffers = 16;
 constexpr int kWindow = 4;              // buffers that one get reads ahead of itself
 constexpr int kAhead = kBuffers - 6;    // buffers that prefetched blocks hold at most: puts and gets need some to go on
 constexpr std::int64_t kPiece = 12288;  // is copied and summed while it is in the first cache: four times three lanes
 constexpr std::int64_t kPage = 4096;
 constexpr std::int64_t kLargest = std::int64_t{1} << 62;
+
+// Bytes of the next transfer of a block of which `rest` bytes are left.
+std::int64_t next_transfer(std::int64_t rest) { return rest <= kBuffer ? rest : kTransfer; }
 
 std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
@@ -507,11 +512,12 @@ Status Store::State::write_staged(const BlockPtr& block, const void* data) {
   const std::int64_t total = first + block->bytes;
   std::uint32_t crc = 0;
   std::byte* head = nullptr;  // the first buffer; its header comes last
-  for (std::int64_t at = 0; at < total; at += kBuffer) {
+  for (std::int64_t at = 0, n = 0; at < total; at += n) {
+    n = next_transfer(total - at);
     Lock lock(mutex_);
     std::byte* buffer = wait_for_buffer(lock);
     lock.unlock();
-    const std::int64_t skip = at == 0 ? first : 0, n = std::min(kBuffer, total - at);
+    const std::int64_t skip = at == 0 ? first : 0;
     if (n > skip) crc = copy(crc, buffer + skip, static_cast<const std::byte*>(data) + at + skip - first, n - skip);
     const std::int64_t whole = round_up(n, medium_.alignment);
     std::memset(buffer + n, 0, std::size_t(whole - n));
@@ -528,7 +534,7 @@ Status Store::State::write_staged(const BlockPtr& block, const void* data) {
   std::memcpy(head, block->header.data(), std::size_t(first));
   const Lock lock(mutex_);
   ++block->writes;
-  writes_.push_back({block, head, 0, round_up(std::min(kBuffer, total), medium_.alignment), nullptr, nullptr});
+  writes_.push_back({block, head, 0, round_up(next_transfer(total), medium_.alignment), nullptr, nullptr});
   work_.notify_one();
   return {};
 }
@@ -542,7 +548,7 @@ bool Store::State::begin_chunk(const BlockPtr& block, const std::shared_ptr<Read
   const auto chunk = std::make_shared<Chunk>();
   chunk->buffer = buffer;
   chunk->at = reads->begun;
-  chunk->bytes = std::min(kBuffer, total - reads->begun);
+  chunk->bytes = next_transfer(total - reads->begun);
   chunk->ahead = ahead;
   reads->begun += chunk->bytes;
   reads->chunks.push_back(chunk);
@@ -613,7 +619,7 @@ Status Store::State::read_staged(const BlockPtr& block, const std::shared_ptr<Re
   const auto first = std::int64_t(block->header.size());
   const std::int64_t total = first + block->bytes;
   std::uint32_t crc = 0;
-  for (std::int64_t at = 0; at < total; at += kBuffer) {
+  for (std::int64_t at = 0, n = 0; at < total; at += n) {
     Lock lock(mutex_);
     if (reads->chunks.empty()) begin_chunk(block, reads, wait_for_buffer(lock), false);
     while (int(reads->chunks.size()) < kWindow && !free_.empty() && begin_chunk(block, reads, free_.back(), false))
@@ -625,7 +631,8 @@ Status Store::State::read_staged(const BlockPtr& block, const std::shared_ptr<Re
     if (at == 0) {
       if (Status status = check_header(*block, chunk->buffer); !status.ok()) return status;
     }
-    const std::int64_t skip = at == 0 ? first : 0, n = std::min(kBuffer, total - at);
+    const std::int64_t skip = at == 0 ? first : 0;
+    n = std::min(chunk->bytes, total - at);
     if (n > skip) crc = copy(crc, static_cast<std::byte*>(data) + at + skip - first, chunk->buffer + skip, n - skip);
     lock.lock();
     reads->chunks.pop_front();

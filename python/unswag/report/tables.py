@@ -140,9 +140,10 @@ def _figures_of_surgery(report: SurgeryReport) -> str:
         False: ", without gradient checkpointing (to see its figures, switch it on before the surgery)",
         None: "",
     }
+    less = f" ({a / b:.1f} x less)" if b else ""
     return (
-        f"Saved for backward, bytes per {unit}: {a / n:,.0f} before, {b / n:,.0f} after"
-        f"{f' ({a / b:.1f} x less)' if b else ''}{_stored(after, n)}. Computed from shapes alone ({batch}){conditions[report.checkpointing]}."
+        f"Saved for backward, bytes per {unit}: {a / n:,.0f} before, {b / n:,.0f} after{less}{_stored(after, n)}. Computed "
+        f"from shapes alone ({batch}){conditions[report.checkpointing]}."
     )
 
 

@@ -297,10 +297,10 @@ class _Buffer:
             except RuntimeError as error:
                 self.memory = torch.empty(nbytes, dtype=torch.uint8)
                 if not _refused:
-                    _refused.append(str(error))
+                    _refused.append(str(error).partition("\n")[0])
                     warnings.warn(
-                        f"unswag: {nbytes} bytes of page-locked memory were refused ({str(error).partition(chr(10))[0]}); transfers "
-                        "go through pageable memory and are slower. Raise the limit of locked memory (ulimit -l)",
+                        f"unswag: {nbytes} bytes of page-locked memory were refused ({_refused[0]}); transfers go through "
+                        "pageable memory and are slower. Raise the limit of locked memory (ulimit -l)",
                         stacklevel=2,
                     )
         return self.memory[:nbytes]

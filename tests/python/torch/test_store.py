@@ -112,7 +112,7 @@ def test_a_codec_encodes_first(tier):
 def test_bytes_are_counted_and_fall_with_the_tickets(tier):
     store = Store(tier)
     assert store.stats()[tier] == 0
-    buffers = 0 if tier == "host" else 16 << 20
+    buffers = 0 if tier == "host" else 16 * ((1 << 20) + 16384)
     first, second = store.put(torch.zeros(1000)), store.put(torch.zeros(500))
     assert store.stats()[tier] == 6000 and store.stats()["host"] == (6000 if tier == "host" else buffers)
     del first

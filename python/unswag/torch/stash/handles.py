@@ -103,8 +103,8 @@ def _overwritten(t: torch.Tensor, shape: torch.Size, version: int, description: 
 
 
 class Stored(Handle):
-    """In a store, outside the device's memory: Stored(ticket, before), where `before` is the handle that was stored before it in
-    this forward. A backward pass reads backwards, so that one is prefetched when this one is opened."""
+    """In a store, outside the device's memory: Stored(ticket, before), where `before` is the handle that was stored before it
+    in this forward. A backward pass reads backwards, so that one is prefetched when this one is opened."""
 
     __slots__ = ("__weakref__", "before", "ticket")
 
