@@ -24,6 +24,7 @@ from bench.smollm2 import Job, Prepared, fresh, say, table, write
 MIB = 2**20
 PARTS = ("throughput", "saved", "memory", "time")
 BLOCKS = (MIB // 10, MIB, 9 * MIB + MIB // 2, 40 * MIB)  # bytes
+AHEAD = 3  # blocks that are prefetched
 EACH = 240 * MIB  # bytes of a round
 WAYS: dict[str, dict[str, Any]] = {  # options of the surgery; a dict for `policy` holds those of a Policy
     "device": {},
@@ -61,8 +62,8 @@ def throughput(folder: str, rounds: int) -> dict:
             tickets = [_core.store_put(store, addresses[0], size, b"") for _ in range(n)]
             for i in reversed(range(n)):
                 _core.store_get(store, tickets[i], addresses[1])
-                if i:
-                    _core.store_prefetch(store, tickets[i - 1])
+                for ahead in tickets[max(i - AHEAD, 0) : i]:
+                    _core.store_prefetch(store, ahead)
             for ticket in tickets:
                 _core.store_drop(store, ticket)
 

@@ -22,5 +22,5 @@ def test_sizes(size, expected):
 
 @pytest.mark.parametrize("size", [-1, True, 1.5, None, "", "GiB", "-1GiB", "3 apples", "1e9", "5gib", "1.2.3MB"])
 def test_other_texts_are_errors_with_the_argument_s_name(size):
-    with pytest.raises(ValueError, match="store_limit=.* is no size; pass a number of bytes"):
+    with pytest.raises(ValueError, match=r"store_limit=.* is no size; pass a number of bytes"):
         bytes_of(size, "store_limit")

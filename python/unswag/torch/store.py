@@ -10,6 +10,7 @@ The core (`unswag/store.hpp`, docs/store.md) writes, reads and verifies bytes; h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
@@ -46,7 +47,7 @@ _warned: set[str] = set()  # places in memory that were warned of
 class Store:
     """Keeps tensors in a tier outside the device's memory, and gives them back verified.
 
-    tier   "host": memory of this machine, not page-locked; "disk": a file without a name, which ends with the process at the latest
+    tier   "host": memory of this machine, not page-locked; "disk": a file without a name, which ends with the process
     dir    folder of that file; None: $TMPDIR, or /tmp
     limit  bytes that may be kept, with headers: a number, or a text like "64GiB"; None: what there is
 
@@ -106,8 +107,8 @@ class Store:
         _core.store_clear(self._core)
 
     def stats(self) -> dict[str, int]:
-        """Bytes by memory, now and at most so far: {"host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"}. In "host"
-        are also the buffers through which a file is written and read."""
+        """Bytes by memory, now and at most so far: {"host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"}. The
+        buffers through which a file is written and read are in "host"."""
         found = dict.fromkeys(("host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"), 0)
         core = _core.store_stats(self._core)
         with self._lock:
@@ -169,11 +170,10 @@ class Ticket:
             _core.store_prefetch(self._store._core, self._number)
 
     def get(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor, without a graph: same size, dtype, device and values (with a codec: the decoded ones), and the same strides;
-        one whose elements had gaps or overlapped comes back contiguous. Any number of times, from any thread.
+        """The tensor, without a graph: same size, dtype, device, values (with a codec: the decoded ones) and strides; one whose elements had gaps or overlapped comes back contiguous. Any number of times, from any thread.
 
-        out  takes the values, and is returned: of the size, dtype, device and strides of the tensor (else ValueError). Undefined
-             after an error
+        out  takes the values, and is returned: of the size, dtype, device and strides of the tensor (else ValueError). Its
+             values are undefined after an error
 
         RuntimeError, before anybody gets a value, if what is read is not what was put, or if it could not be written; the
         message names the memory, its folder and the remedy.
@@ -186,10 +186,10 @@ class Ticket:
                 f"Ticket.get: out is {out.dtype} {list(out.shape)} with strides {list(out.stride())} on {out.device}; pass "
                 f"{dtype} {list(size)} with strides {list(stride)} on {device}"
             )
-        exact = out is not None and self._codec is None
-        part = (
-            out.detach() if exact else self._like.new_empty_strided(self._part.size, self._part.stride, dtype=self._part.dtype)
-        )
+        if out is not None and self._codec is None:
+            part = out.detach()
+        else:
+            part = self._like.new_empty_strided(self._part.size, self._part.stride, dtype=self._part.dtype)
         if not (isinstance(part, FakeTensor) or part.is_meta):
             self._read(part.as_strided((part.numel(),), (1,)))
         if self._codec is None:
@@ -213,14 +213,8 @@ class Ticket:
     def __del__(self) -> None:
         if getattr(self, "_part", None) is None:
             return
-        try:
+        with contextlib.suppress(RuntimeError, ValueError, TypeError):  # in a fork, cleared, or at the interpreter's end
             self.drop()
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-        ):  # in a fork, cleared, or at the interpreter's end: there is nothing to drop
-            pass
 
     def _put(self, flat: torch.Tensor) -> None:
         """`flat` lies in host memory."""
@@ -228,6 +222,7 @@ class Ticket:
 
     def _read(self, flat: torch.Tensor) -> None:
         if flat.is_cpu:
+            assert self._number is not None  # only tensors of a device are put later
             _core.store_get(self._store._core, self._number, flat.data_ptr())
         else:
             self._store._transfers_of(flat.device).bring(self, flat)
@@ -240,7 +235,7 @@ def _fits(out: torch.Tensor, layout: Layout) -> bool:
 
 
 class Stores:
-    """The stores of a model: one for each tier, opened with its first tensor, anew in each process. `dir` and `limit` as `Store`.
+    """The stores of a model: one for each tier, opened with its first tensor, anew in each process. `dir`, `limit` as `Store`.
 
     A copy of the model gets stores of its own; what is pickled is only how to open them.
     """
@@ -342,6 +337,7 @@ class _Transfers:
         with self.lock:
             if ticket._number is None:
                 self.finish()
+            assert ticket._number is not None
             buffer = self._next()
             memory = buffer.room(ticket.bytes)
             _core.store_get(self.store._core, ticket._number, memory.data_ptr())

@@ -155,10 +155,10 @@ def apply_unswag_surgery(
     or the output keeps all keys and values alive. Under torch.compile with `fullgraph=True` say `use_cache` where position_ids
     are given: their values cannot be looked at there.
 
-    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss, dropout or store, a model that
-    is on the meta device in part, or a policy or a store of whose roles nothing was found, RuntimeError if a forward that an
-    earlier call replaced was wrapped since, or if the store cannot be opened. If anything else goes wrong the model is as it was
-    before the call.
+    Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss, dropout or store, a model
+    that is on the meta device in part, or a policy or a store of whose roles nothing was found, RuntimeError if a forward that
+    an earlier call replaced was wrapped since, or if the store cannot be opened. If anything else goes wrong the model is as it
+    was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")

@@ -265,24 +265,22 @@ class Stash:
             state.references.append(reference)
         return reference
 
-    def packed(
-        self, parts: tuple[torch.Tensor, ...], role: str | None, tier: str | None = None
-    ) -> tuple[ByReference | Stored, ...]:  # fmt: skip
-        """Handles that hold tensors of our own making, in which a saved tensor of that role is packed, on the device or in the
-        store of that tier."""
-        if tier is None:
-            return tuple(ByReference(part, "device", role, self._model) for part in parts)
-        return tuple(self._store(part, role, tier) for part in parts)
+    def packed(self, parts: tuple[torch.Tensor, ...], role: str | None) -> tuple[ByReference, ...]:
+        """Handles that hold tensors of our own making, in which a saved tensor of that role is packed."""
+        return tuple(ByReference(part, "device", role, self._model) for part in parts)
 
-    def _store(self, part: torch.Tensor, role: str | None, tier: str) -> Stored:
+    def stored(self, parts: tuple[torch.Tensor, ...], role: str | None, tier: str) -> tuple[Stored, ...]:
+        """Handles of tensors that are put into the store of that tier."""
         if self._stores is None:
             from unswag.torch.store import Stores  # which is above the stash
 
             self._stores = Stores()
-        before = None if self._stored is None else self._stored()
-        handle = Stored(self._stores.of(tier).put(part, role), before)
-        self._stored = weakref.ref(handle)
-        return handle
+        handles = []
+        for part in parts:
+            before = None if self._stored is None else self._stored()
+            handles.append(Stored(self._stores.of(tier).put(part, role), before))
+            self._stored = weakref.ref(handles[-1])
+        return tuple(handles)
 
     def free(self, t: torch.Tensor) -> Handle | None:
         """A handle for `t` if one costs nothing: its storage is held already, or it has a recipe."""
@@ -434,7 +432,8 @@ class Stash:
                 if not layout.is_dense():
                     layout = layout._replace(stride=dense_stride(layout.size))
                 constants = {"codec": mark.codec, "layout": layout}
-                recipe = Recipe(_decode, self.packed(packed, mark.role, mark.tier), constants, layout, self.results)
+                inputs = self.packed(packed, mark.role) if mark.tier is None else self.stored(packed, mark.role, mark.tier)
+                recipe = Recipe(_decode, inputs, constants, layout, self.results)
                 mark.recipe, mark.version = weakref.ref(recipe), t._version
             if (t.size(), t.stride()) == (mark.layout.size, mark.layout.stride):
                 handle = Recomputed(recipe, recipe.layout.size, recipe.layout.stride, 0)

@@ -272,7 +272,7 @@ def test_a_handle_s_tier_and_bytes():
     assert (handle.tier, handle.bytes) == ("host", 0) and torch.equal(stash.unpack(handle), torch.zeros(3000))
 
 
-# ---- surgery ------------------------------------------------------------------------------------------------------------------
+# ---- surgery ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_says_what_is_stored():
