@@ -69,7 +69,7 @@ class Store:
         self._lock = threading.Lock()  # of what follows
         self._without_data = self._without_data_peak = 0  # bytes
         self._transfers: dict[torch.device, _Transfers] = {}
-        stats = _core.store_stats(self._core)
+        stats: dict[str, Any] = _core.store_stats(self._core)
         self.place: str = stats["place"]
         if stats["ram_disk"] and self.place not in _warned:
             _warned.add(self.place)
@@ -110,7 +110,7 @@ class Store:
         """Bytes by memory, now and at most so far: {"host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"}. The
         buffers through which a file is written and read are in "host"."""
         found = dict.fromkeys(("host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"), 0)
-        core = _core.store_stats(self._core)
+        core: dict[str, Any] = _core.store_stats(self._core)
         with self._lock:
             now = found[self.tier] = core["bytes"] + self._without_data
             found[f"{self.tier}_peak"] = max(core["peak"], self._without_data_peak, now)
@@ -170,7 +170,8 @@ class Ticket:
             _core.store_prefetch(self._store._core, self._number)
 
     def get(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor, without a graph: same size, dtype, device, values (with a codec: the decoded ones) and strides; one whose elements had gaps or overlapped comes back contiguous. Any number of times, from any thread.
+        """The tensor, without a graph: same size, dtype, device, values (with a codec: the decoded ones) and strides; one
+        whose elements had gaps or overlapped comes back contiguous. Any number of times, from any thread.
 
         out  takes the values, and is returned: of the size, dtype, device and strides of the tensor (else ValueError). Its
              values are undefined after an error
