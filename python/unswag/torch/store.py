@@ -338,7 +338,10 @@ class _Transfers:
         with self.lock:
             if ticket._number is None:
                 self.finish()
-            assert ticket._number is not None
+            if ticket._number is None:
+                raise RuntimeError(
+                    f"Ticket.get: the tensor could not be put into {self.store.place}; an earlier error said why"
+                )
             buffer = self._next()
             memory = buffer.room(ticket.bytes)
             _core.store_get(self.store._core, ticket._number, memory.data_ptr())
