@@ -371,12 +371,14 @@ void Store::State::remove(const BlockPtr& block) {
 
 Status Store::State::find(Lock& lock, Ticket ticket, BlockPtr* block) {
   const auto found = blocks_.find(ticket);
-  if (found == blocks_.end()) {
+  if (found != blocks_.end()) {
+    *block = found->second;
+    changed_.wait(lock, [&] { return (*block)->dropped || ((*block)->complete && (*block)->writes == 0); });
+  }
+  if (*block == nullptr || (*block)->dropped) {
     return invalid_argument("Store: ", medium_.place, " has no block ", ticket,
                             ": it was dropped, or the store was cleared; put it again");
   }
-  *block = found->second;
-  changed_.wait(lock, [&] { return (*block)->complete && (*block)->writes == 0; });
   if (!(*block)->failed.ok()) {
     if (!std::exchange((*block)->told, true)) --untold_;
     return (*block)->failed;
