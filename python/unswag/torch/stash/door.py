@@ -271,16 +271,20 @@ class Stash:
 
     def stored(self, parts: tuple[torch.Tensor, ...], role: str | None, tier: str) -> tuple[Stored, ...]:
         """Handles of tensors that are put into the store of that tier."""
+        handles = []
+        for part in parts:
+            before = None if self._stored is None else self._stored()
+            handles.append(Stored(self.store(tier).put(part, role), before))
+            self._stored = weakref.ref(handles[-1])
+        return tuple(handles)
+
+    def store(self, tier: str) -> Any:
+        """The store of that tier."""
         if self._stores is None:
             from unswag.torch.store import Stores  # which is above the stash
 
             self._stores = Stores()
-        handles = []
-        for part in parts:
-            before = None if self._stored is None else self._stored()
-            handles.append(Stored(self._stores.of(tier).put(part, role), before))
-            self._stored = weakref.ref(handles[-1])
-        return tuple(handles)
+        return self._stores.of(tier)
 
     def free(self, t: torch.Tensor) -> Handle | None:
         """A handle for `t` if one costs nothing: its storage is held already, or it has a recipe."""
