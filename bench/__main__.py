@@ -16,6 +16,7 @@ ALL = (
     "process_memory",
     "step_time",
     "host_time",
+    "store",
     "gradients",
     "convergence",
     "kernels",

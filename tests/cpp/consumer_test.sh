@@ -12,6 +12,7 @@ if [ -e "$build/libunswag_cuda.a" ]; then
 fi
 "$cmake" -S "$source/examples/cpp" -B "$work/build" -DCMAKE_PREFIX_PATH="$work/installed" -DWITH_CUDA=$cuda -DCMAKE_CXX_FLAGS="-Wall -Wextra -Werror" >/dev/null
 "$cmake" --build "$work/build" >/dev/null
+"$work/build/store" "$work" | grep -q "24 layers read and verified"
 "$work/build/relu_network" | tee "$work/output"
 awk '$3 == "loss" { losses[++n] = $4 }
      /^saved/ { saved = $8; plain = $NF }

@@ -51,6 +51,29 @@ def test_a_role_is_overridden_by_name():
     assert str(dataclasses.replace(policy, name="mine", rounding="stochastic")).endswith("rounding='stochastic')")
 
 
+def test_tiers_are_places_and_change_no_value():
+    policy = Policy(tiers={"checkpoint": "disk", "mlp": "device"})
+    assert [policy.tier(role) for role in (*ROLES, "anything")] == [None, None, None, "disk", None]
+    assert not policy.lossy and policy.cost() == "" and policy == Policy(tiers={"checkpoint": "disk"}) != Policy()
+    assert str(policy) == "own (tiers={'checkpoint': 'disk'})" and isinstance(hash(policy), int)
+    stored = dataclasses.replace(POLICIES["int8"], tiers={"checkpoint": "host"})
+    assert stored.codec("checkpoint") == "int8" and "0.0071" in stored.cost()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(tiers={"checkpoint": "ssd"}), r"no tier 'ssd'; choose one of 'device', 'host', 'disk'"),
+        (dict(tiers={"layers": "disk"}), r"no role 'layers'; choose one of 'mlp', 'residual', 'attention', 'checkpoint'"),
+        (dict(tiers="disk"), r"tiers='disk'; pass a tier for each role"),
+        (dict(mlp="2bit", tiers={"mlp": "host"}), r"codes of two bits stay on the device; choose another codec"),
+    ],
+)
+def test_tiers_that_do_not_exist(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Policy(**arguments)
+
+
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("codec", ["int3", "2bits", "", None])
 def test_a_codec_that_does_not_exist(role, codec):

@@ -56,7 +56,7 @@ def fsdp_bf16(model: nn.Module) -> nn.Module:
     return fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
 
 
-def train(wrap, make, surgery: bool, checkpointing: bool, rank: int | None, steps: int = 2) -> training.Run:
+def train(wrap, make, surgery: bool, checkpointing: bool, rank: int | None, store: str | None = None) -> training.Run:
     model = make(training.tiny_llama())
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -64,12 +64,12 @@ def train(wrap, make, surgery: bool, checkpointing: bool, rank: int | None, step
             model.enable_input_require_grads()
     recording = training.Recording(model)
     if surgery:
-        training.operate(model)
+        training.operate(model, store=store)
     wrapped = wrap(model)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
     losses = []
     with recording:
-        for step in range(steps):
+        for step in range(2):
             loss = wrapped(**batch(step, rank)).loss
             loss.backward()
             optimizer.step()
@@ -80,12 +80,15 @@ def train(wrap, make, surgery: bool, checkpointing: bool, rank: int | None, step
     return recording.run(wrapped, losses)
 
 
-CASES = {  # wrapper, adapters, checkpointing
-    "ddp": (ddp, alone, False),
-    "ddp, lora, checkpointing": (ddp, lora, True),
-    "fsdp2": (fsdp, alone, False),
-    "fsdp2, lora, checkpointing": (fsdp, lora, True),
-    "fsdp2, bf16, checkpointing": (fsdp_bf16, alone, True),
+CASES = {  # wrapper, adapters, checkpointing, where the checkpoints are
+    "ddp": (ddp, alone, False, None),
+    "ddp, lora, checkpointing": (ddp, lora, True, None),
+    "ddp, lora, checkpointing, disk": (ddp, lora, True, "disk"),
+    "fsdp2": (fsdp, alone, False, None),
+    "fsdp2, lora, checkpointing": (fsdp, lora, True, None),
+    "fsdp2, lora, checkpointing, host": (fsdp, lora, True, "host"),
+    "fsdp2, bf16, checkpointing": (fsdp_bf16, alone, True, None),
+    "fsdp2, bf16, checkpointing, disk": (fsdp_bf16, alone, True, "disk"),
 }
 
 
@@ -105,10 +108,10 @@ def main() -> None:
     doors = training.Doors()
     found = {}
     with contextlib.redirect_stdout(None) if rank else contextlib.nullcontext():
-        for name, (wrap, make, checkpointing) in CASES.items():
+        for name, (wrap, make, checkpointing, store) in CASES.items():
             stock = train(wrap, make, False, checkpointing, rank)
             doors.again = 0
-            ours = train(wrap, make, True, checkpointing, rank)
+            ours = train(wrap, make, True, checkpointing, rank, store)
             again = doors.again
             one = train(alone, make, True, checkpointing, None)  # one process with the rows of both
             found[name] = {"stock": far(ours, stock), "one process": far(ours, one), "recipes": again}
