@@ -18,6 +18,7 @@ from unswag.report import html, tables
 from unswag.report.terminal import Meter, say
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import refuse_meta
+from unswag.torch.checkpoint import Sweep
 from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
+SWEEP = "_unswag_sweep"  # model.__dict__[SWEEP]: its checkpoint.Sweep, or None
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left unchanged, each sentence once
 
 
@@ -115,6 +117,7 @@ def apply_unswag_surgery(
     verify: bool = True,
     dropout: str = "stock",
     verbose: bool = True,
+    sweep: bool | int = False,
 ) -> SurgeryReport:
     """Makes `model` train with less activation memory and reports what it did.
 
@@ -136,6 +139,10 @@ def apply_unswag_surgery(
     dropout    "stock": draws of PyTorch. LoRA keeps the generator's state (5 KB per Linear on the CPU) and draws again, other
                dropouts keep PyTorch's masks. "redrawn": draws from seeds of UnSwag's, no mask is kept, and losses are those of
                another seed
+    sweep      True: layers that gradient checkpointing recomputes are recomputed and differentiated in tiles of tokens, which
+               lowers what one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens
+               per tile. Each layer is compared with itself as a whole when it is first called in training. What cannot be
+               swept is checkpointed as without, with a warning and a note in the report
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
                same
 
@@ -156,6 +163,9 @@ def apply_unswag_surgery(
         if given not in CHOICES[argument]:
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
+    if not isinstance(sweep, int) or sweep < 0:
+        raise ValueError(f"apply_unswag_surgery: sweep={sweep!r}; pass True, False, or a positive number of tokens per tile")
+    tiles = Sweep(None if sweep is True else sweep) if sweep else None
     chosen = Policy.named(policy)
     refuse_meta("apply_unswag_surgery", model)
     stock = {name for name, option in options.items() if option == "stock"}
@@ -173,13 +183,15 @@ def apply_unswag_surgery(
                 f"apply_unswag_surgery: policy {chosen.name!r} would change nothing, because no module that plays one of its "
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
+        if tiles is not None:
+            _refuse_to_sweep(model, patched, skipped)
         if patched:
-            notes: list[str] = []
+            notes: list[str] = [] if tiles is None else tiles.notes
             leave_caches_out(model)
             for module in (model, *_backbones(model)):
-                _put_stash_around(module, chosen, notes)
+                _put_stash_around(module, chosen, notes, tiles)
             patched.append(("", "stash"))
-            notes.extend(checkpoint.prepare(model))
+            notes.extend(checkpoint.prepare(model, tiles))
         with sealed():
             kept_after, changed = _dry(model) if kept_before is not None else (None, "")
     except BaseException:
@@ -272,7 +284,7 @@ def _probe(pattern: Pattern, candidate: Candidate) -> str | None:
 def _prepare_checkpoints(model: nn.Module) -> None:
     """Before each forward. What it leaves unchanged is said once, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
-    for note in checkpoint.prepare(model):
+    for note in checkpoint.prepare(model, vars(model)[SWEEP]):
         if note not in notes:
             notes.append(note)
             warnings.warn(f"unswag: {note}", stacklevel=4)
@@ -285,9 +297,24 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
 
 
-def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
+def _refuse_to_sweep(model: nn.Module, patched: list[tuple[str, str]], skipped: list[tuple[str, str]]) -> None:
+    """ValueError if no layer of `model` could be swept: none has ever checkpointing, or its attention was left."""
+    if checkpoints(model) is None:
+        raise ValueError(
+            "apply_unswag_surgery: sweep is for layers under gradient checkpointing, and this model has none; leave sweep out"
+        )
+    if not any(pattern == "attention" for _, pattern in patched):
+        reasons = [reason for _, reason in skipped if reason.startswith("attention: ")]
+        raise ValueError(
+            "apply_unswag_surgery: no layer can be swept, because the attention was left ("
+            f"{'; '.join(reasons) or 'attention=' + repr('stock')}); leave sweep out"
+        )
+
+
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], sweep: Sweep | None) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
     replace(model, NOTES, notes)
+    replace(model, SWEEP, sweep)
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
