@@ -23,15 +23,14 @@ from unswag.torch.attention import Piece, Spans
 from unswag.torch.checkpoint import sweep as sweeps
 from unswag.torch.checkpoint.tile_attention import Unswept
 from unswag.torch.patterns.attention import View
-from unswag.torch.patterns.pattern import METHODS, Candidate, foreign_forward, replace_view
+from unswag.torch.patterns.pattern import METHODS, Candidate, foreign_forward, replace_view, stock_class
 from unswag.torch.patterns.probing import sealed, whole_twin
 from unswag.torch.patterns.proof import Proof
 
 TOKENS, TILE, KEY_BLOCK = 64, 24, 16  # of the comparison; none divides the next
 WINDOW, CUT = 20, 29  # of a mask of more than one piece: the window, and where its second sequence begins
 MOST_WIDENED = 1 << 27  # elements of a layer that is compared in float32 whatever its own dtype
-ERROR = {torch.float64: 1e-9, torch.float32: 2e-5}  # ‖swept - whole‖ / ‖whole‖; a wrong mask or a lost tile make 0.1 or more
-ERROR_16_BITS = 3e-2
+ERROR, ERROR_16_BITS = 2e-5, 3e-2  # ‖swept - whole‖ / ‖whole‖ (layers in float64 have float32 inside); a lost tile makes 0.1
 SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")  # settings of a layer that a trainer changes
 
 
@@ -40,7 +39,7 @@ class Verdict:
     """What a comparison found for one layer and one kind of call: None, or the `reason` not to sweep; and the facts it relies on."""
 
     reason: str | None
-    proofs: tuple[tuple[str, Proof], ...] = ()
+    proofs: tuple[tuple[str, type[nn.Module], Proof], ...] = ()
 
     @classmethod
     def of(cls, call: sweeps.Call) -> Verdict:
@@ -56,7 +55,7 @@ class Verdict:
         if not found or found[0] is not None:
             return cls(found[0] if found else "the comparison of its tiles with the whole was interrupted")
         named = layer.named_modules()
-        return cls(None, tuple((name, Proof(Candidate(name, module), reads=SWITCHES)) for name, module in named))
+        return cls(None, tuple((name, stock_class(m), Proof(Candidate(name, m), reads=SWITCHES)) for name, m in named))
 
     def check(self, layer: nn.Module) -> None:
         """Raises Unswept if the layer may not be swept."""
@@ -65,9 +64,12 @@ class Verdict:
         modules = dict(layer.named_modules())
         if len(modules) != len(self.proofs):
             raise Unswept("it got or lost a module since it was proven; apply the surgery again")
-        for name, proof in self.proofs:
+        for name, proven, proof in self.proofs:
             module = modules.get(name)
-            what = "it is gone" if module is None else proof.changed(module) or _foreign(module)
+            if module is None or stock_class(module) is not proven:
+                what: str | None = f"it was a {proven.__name__}"
+            else:
+                what = proof.changed(module) or _foreign(module)
             if what is not None:
                 raise Unswept(f"its {name or 'code'} is not as it was proven ({what}); apply the surgery again")
 
@@ -212,7 +214,7 @@ def _swept(call: sweeps.Call) -> list[Tensor]:
 
 
 def _compare(swept: list[Tensor], whole: list[Tensor], dtype: torch.dtype) -> str | None:
-    allowed = ERROR.get(dtype, ERROR_16_BITS)
+    allowed = ERROR if dtype.itemsize >= 4 else ERROR_16_BITS
     gradients = [w.double().norm() for w in whole[1:]]
     least = 1e-3 * max(gradients)
     for i, (ours, theirs) in enumerate(zip(swept, whole, strict=True)):
@@ -220,8 +222,8 @@ def _compare(swept: list[Tensor], whole: list[Tensor], dtype: torch.dtype) -> st
             return "in tiles it returns another shape or dtype"
         apart = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(least if i else 1e-30)
         if not apart <= allowed:
-            what = ("output", "input's gradient")[i] if i < 2 else "weights' gradients"
-            return f"in tiles its {what} differ{'s' * (i < 2)} from that of the whole by {apart:.1e}"
+            what = "output is not that" if i == 0 else "gradients are not those"
+            return f"in tiles its {what} of the whole: something beside its attention looks at other tokens, or draws"
     return None
 
 

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import _disable_current_modes
 
 from unswag.torch import stash
 from unswag.torch.attention import Spans, diverted
@@ -165,6 +166,8 @@ class Call:
         for name, value in given.items():
             if name in ASKS and value:
                 raise Unswept(f"{name}=True asks for more than its hidden states")
+        if recorded := _recorded():
+            raise Unswept(f"transformers records {', '.join(recorded)} inside it, which would be those of tiles")
             call._cut(name, value, 0, call.tokens)
         return call
 
@@ -194,6 +197,13 @@ class Call:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         arguments = tuple((name, _signature(value)) for name, value in sorted(self.arguments.items()))
         return self.x.dtype, device, autocast, self.layer.training, arguments
+
+
+def _recorded() -> list[str]:
+    """What transformers collects from modules while its model runs, hidden states aside: those it takes from whole layers."""
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    asked = collector.get() if collector is not None else None
+    return sorted(name for name in asked or () if not name.startswith("_") and name != "hidden_states")
 
 
 @functools.cache
@@ -226,9 +236,10 @@ class Random:
         self.states: list[tuple[Tensor, Tensor | None]] = []
 
     def note(self) -> None:
-        now = (torch.get_rng_state(), None if self.cuda is None else torch.cuda.get_rng_state(self.cuda))
-        if self.states and all(a is b or torch.equal(a, b) for a, b in zip(now, self.states[-1], strict=True)):  # type: ignore[arg-type]
-            now = self.states[-1]
+        with _disable_current_modes():  # the states are real where tensors have no data
+            now = (torch.get_rng_state(), None if self.cuda is None else torch.cuda.get_rng_state(self.cuda))
+            if self.states and all(a is b or _same(a, b) for a, b in zip(now, self.states[-1], strict=True)):
+                now = self.states[-1]
         self.states.append(now)
 
     def set(self, tile: int) -> None:
@@ -240,6 +251,11 @@ class Random:
     def kept_aside(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block the generators may be set; afterwards they are as before."""
         return torch.random.fork_rng([] if self.cuda is None else [self.cuda])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Of the states of a generator, in CPU memory. Not torch.equal, which tensors without data do not allow."""
+    return a is not None and b is not None and a.numpy().tobytes() == b.numpy().tobytes()
 
 
 class Autocast:
@@ -383,8 +399,9 @@ class Visit:
                 for i in reversed(range(len(self.starts))):
                     self._tile(i, attention, x, dy, dx, parameters, sums, again)
         attention.release()
-        if not again:
+        if not again:  # the graph may live on
             self.starts, self.kept, self.stored = [], [], []
+            self.call = replace(self.call, arguments={})
         return [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
 
     def _input(self, i: int, x: Tensor | None) -> Tensor:

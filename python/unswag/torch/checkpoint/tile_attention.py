@@ -275,10 +275,11 @@ class LayerAttention:
         if sinks is None and parts == [(slice(0, len(q)), Block(self.start, self.stop, self.start, self.stop, UP_TO))]:
             return _forward(q, self.k[:, :, here], self.v[:, :, here], True, scale)
         wide = torch.promote_types(q.dtype, torch.float32)
-        merged = q.new_zeros(q.shape, dtype=wide)
+        batch, heads, tokens, dim = q.shape
+        merged = q.new_zeros(batch, tokens, heads, dim, dtype=wide).transpose(1, 2)  # in the order that the layer goes on with
         total = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
         if sinks is not None:
-            total += sinks[:, None]
+            total.copy_(sinks[:, None])
         for rows, block in parts:
             queries = slice(block.q0 - self.start, block.q1 - self.start)
             keys = slice(block.k0, block.k1)
