@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import warnings
 from collections import Counter
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from unswag.ledger import Ledger
-from unswag.policy import EXACT, Policy
+from unswag.policy import EXACT, ROLES, STORE_TIERS, Policy
 from unswag.report import html, tables
 from unswag.report.terminal import Meter, say
 from unswag.torch import checkpoint, patterns
@@ -37,11 +39,13 @@ from unswag.torch.patterns.pattern import (
 from unswag.torch.patterns.probing import Writes, kind, sealed
 from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
+from unswag.torch.store import Stores
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
+STORES = "_unswag_stores"  # model.__dict__[STORES]: where the policy's tiers are kept
 SWEEP = "_unswag_sweep"  # model.__dict__[SWEEP]: its checkpoint.Sweep, or None
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left unchanged, each sentence once
 
@@ -117,7 +121,10 @@ def apply_unswag_surgery(
     verify: bool = True,
     dropout: str = "stock",
     verbose: bool = True,
-    sweep: bool | int = False,
+    store: str | None = None,
+    store_dir: str | None = None,
+    store_limit: int | str | None = None,
+    sweep: bool | int | Sweep = False,
 ) -> SurgeryReport:
     """Makes `model` train with less activation memory and reports what it did.
 
@@ -139,9 +146,13 @@ def apply_unswag_surgery(
     dropout    "stock": draws of PyTorch. LoRA keeps the generator's state (5 KB per Linear on the CPU) and draws again, other
                dropouts keep PyTorch's masks. "redrawn": draws from seeds of UnSwag's, no mask is kept, and losses are those of
                another seed
+    store      "host" or "disk": what checkpointed layers are recomputed from is kept there instead of on the device, as with
+               `Policy(..., tiers={"checkpoint": store})`. Takes effect when gradient checkpointing is on (docs/store.md)
+    store_dir  folder of the disk store's file, which has no name; None: $TMPDIR, or /tmp
+    store_limit  bytes that a store may keep: a number, or a text like "64GiB"; None: what there is
     sweep      True: layers that gradient checkpointing recomputes are recomputed and differentiated in tiles of tokens, which
                lowers what one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens
-               per tile. Each layer is compared with itself as a whole when it is first called in training. What cannot be
+               per tile; or a `checkpoint.Sweep`. Each layer is compared with itself as a whole when it is first called in training. What cannot be
                swept is checkpointed as without, with a warning and a note in the report
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
                same
@@ -153,8 +164,8 @@ def apply_unswag_surgery(
     are given: their values cannot be looked at there.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
-    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if a forward
-    that an earlier call replaced was wrapped since. If anything else goes wrong the model is as it was before the call.
+    on the meta device in part, or a policy or a store of whose roles nothing was found, RuntimeError if a forward
+    that an earlier call replaced was wrapped since, or if the store cannot be opened. If anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
@@ -163,10 +174,15 @@ def apply_unswag_surgery(
         if given not in CHOICES[argument]:
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
-    if not isinstance(sweep, int) or sweep < 0:
-        raise ValueError(f"apply_unswag_surgery: sweep={sweep!r}; pass True, False, or a positive number of tokens per tile")
-    tiles = Sweep(None if sweep is True else sweep) if sweep else None
-    chosen = Policy.named(policy)
+    if not isinstance(sweep, Sweep) and (not isinstance(sweep, int) or sweep < 0):
+        raise ValueError(
+            f"apply_unswag_surgery: sweep={sweep!r}; pass True, False, a positive number of tokens per tile, or a Sweep"
+        )
+    tiles = _tiles(sweep)
+    chosen = _with_store(Policy.named(policy), store)
+    if not chosen.tiers and not (store_dir is store_limit is None):
+        raise ValueError("apply_unswag_surgery: store_dir and store_limit do nothing without a store; pass store='disk' or 'host'")
+    stores = Stores(store_dir, store_limit)
     refuse_meta("apply_unswag_surgery", model)
     stock = {name for name, option in options.items() if option == "stock"}
     shown = verbose and _is_first_rank()
@@ -178,18 +194,33 @@ def apply_unswag_surgery(
         for pattern, candidate in planned:
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
-        if chosen.lossy and not any(pattern.role and getattr(chosen, pattern.role) != EXACT for pattern, _ in planned):
+        checkpointing = checkpoints(model)
+        found = {pattern.role for pattern, _ in planned} | ({"checkpoint"} if patched and checkpointing is not None else set())
+        if chosen.lossy and not any(role in found and getattr(chosen, role) != EXACT for role in ROLES):
             raise ValueError(
                 f"apply_unswag_surgery: policy {chosen.name!r} would change nothing, because no module that plays one of its "
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
         if tiles is not None:
             _refuse_to_sweep(model, patched, skipped)
+        if nowhere := [role for role in chosen.tiers if role not in found]:
+            why = "the model has no gradient checkpointing" if nowhere[0] == "checkpoint" else "no module that plays it was patched"
+            raise ValueError(
+                f"apply_unswag_surgery: the {chosen.tiers[nowhere[0]]} store would keep nothing of the role {nowhere[0]!r}, because "
+                f"{why}; leave store or the policy's tiers out"
+            )
         if patched:
             notes: list[str] = [] if tiles is None else tiles.notes
+            if "checkpoint" in chosen.tiers and not checkpointing:
+                notes.append(
+                    f"the {chosen.tiers['checkpoint']} store keeps nothing until gradient checkpointing is switched on "
+                    "(model.gradient_checkpointing_enable())"
+                )
+            for tier in set(chosen.tiers.values()):
+                stores.of(tier)  # here, so that a folder that cannot be used is an error now
             leave_caches_out(model)
             for module in (model, *_backbones(model)):
-                _put_stash_around(module, chosen, notes, tiles)
+                _put_stash_around(module, chosen, notes, stores, tiles)
             patched.append(("", "stash"))
             notes.extend(checkpoint.prepare(model, tiles))
         with sealed():
@@ -297,6 +328,12 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
 
 
+def _tiles(sweep: bool | int | Sweep) -> Sweep | None:
+    if isinstance(sweep, Sweep):
+        return copy.deepcopy(sweep)
+    return Sweep(None if sweep is True else sweep) if sweep else None
+
+
 def _refuse_to_sweep(model: nn.Module, patched: list[tuple[str, str]], skipped: list[tuple[str, str]]) -> None:
     """ValueError if no layer of `model` could be swept: none has ever checkpointing, or its attention was left."""
     if checkpoints(model) is None:
@@ -311,14 +348,23 @@ def _refuse_to_sweep(model: nn.Module, patched: list[tuple[str, str]], skipped: 
         )
 
 
-def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], sweep: Sweep | None) -> None:
+def _with_store(policy: Policy, store: str | None) -> Policy:
+    if store is None:
+        return policy
+    if store not in STORE_TIERS:
+        raise ValueError(f"apply_unswag_surgery: store={store!r}; choose {' or '.join(map(repr, STORE_TIERS))}, or None")
+    return dataclasses.replace(policy, tiers={**policy.tiers, "checkpoint": store})
+
+
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores: Stores, sweep: Sweep | None) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
     replace(model, NOTES, notes)
+    replace(model, STORES, stores)
     replace(model, SWEEP, sweep)
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
-        with Stash(policy, model=self):
+        with Stash(policy, model=self, stores=vars(self)[STORES]):
             return inner(self, *args, **kwargs)
 
     wrap_method(model, "forward", around)

@@ -49,7 +49,9 @@ class Verdict:
             return cls(reason)
         autocast = sweeps.Autocast(call.x.device)
         found: list[str | None] = []
-        thread = threading.Thread(target=lambda: found.append(_compared(call, autocast)))  # without the caller's hooks and modes
+        thread = threading.Thread(
+            target=lambda: found.append(_compared(call, autocast))
+        )  # without the caller's hooks and modes
         thread.start()
         thread.join()
         if not found or found[0] is not None:
@@ -225,5 +227,3 @@ def _compare(swept: list[Tensor], whole: list[Tensor], dtype: torch.dtype) -> st
             what = "output is not that" if i == 0 else "gradients are not those"
             return f"in tiles its {what} of the whole: something beside its attention looks at other tokens, or draws"
     return None
-
-

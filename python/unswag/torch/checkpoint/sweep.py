@@ -42,10 +42,15 @@ from unswag.torch.attention import Spans, diverted
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.checkpoint.tile_attention import KEY_BLOCK, Kept, KeysKnown, LayerAttention, Unswept
 from unswag.torch.stash import Stash
+from unswag.torch.stash.thread import state
 
 TILE = {"cpu": 1024, "cuda": 4096}  # tokens, by device: large enough for full-speed products, small against a long sequence
 SCALARS = (bool, int, float, str, type(None), torch.dtype)
-ASKS = ("output_attentions", "output_router_logits", "output_hidden_states")  # arguments that ask for more than the hidden states
+ASKS = (
+    "output_attentions",
+    "output_router_logits",
+    "output_hidden_states",
+)  # arguments that ask for more than the hidden states
 
 
 class Ticket(Protocol):
@@ -56,36 +61,27 @@ class Ticket(Protocol):
     def drop(self) -> None: ...
 
 
-class Store(Protocol):
-    def put(self, t: Tensor, role: str | None = None, codec: str | None = None) -> Ticket: ...
-
-
 class Sweep:
     """How the checkpointed layers of a model are swept, and what is known about them.
 
-    tile            tokens per tile, and rows of a chunk of the loss at most; None: `TILE`, by the device
-    store           where inputs of layers are kept; None: in the device's memory
-    keep_attention  whether the attention's output, lse, keys and values are kept too; None: if there is a store
+    tile            tokens per tile; None: `TILE`, by the device
+    keep_attention  whether the attention's output, lse, keys and values are kept too, 1 to 2 hidden states per layer, which saves
+                    computing them again; None: where inputs of layers are kept in a store, and in that store
+    key_block       keys of one call in the backward of the attention
     """
 
-    def __init__(
-        self,
-        tile: int | None = None,
-        store: Store | None = None,
-        keep_attention: bool | None = None,
-        key_block: int = KEY_BLOCK,
-    ) -> None:
-        self.tile, self.store, self.keep_attention, self.key_block = tile, store, keep_attention, key_block
+    def __init__(self, tile: int | None = None, keep_attention: bool | None = None, key_block: int = KEY_BLOCK) -> None:
+        self.tile, self.keep_attention, self.key_block = tile, keep_attention, key_block
         self.verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
         self.swept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.left: Counter[str] = Counter()  # calls that were not swept, by their reason
         self.notes: list[str] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sweep:
-        return Sweep(self.tile, self.store, self.keep_attention, self.key_block)
+        return Sweep(self.tile, self.keep_attention, self.key_block)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sweep, (self.tile, None, self.keep_attention, self.key_block)
+        return Sweep, (self.tile, self.keep_attention, self.key_block)
 
     def leave(self, layer: nn.Module, reason: str) -> None:
         """Says, once for each class and reason, that a layer is checkpointed as a whole."""
@@ -263,7 +259,8 @@ class Autocast:
 
     def __init__(self, device: torch.device) -> None:
         self.settings = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in dict.fromkeys(("cpu", device.type))
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in dict.fromkeys(("cpu", device.type))
         ]
 
     @contextlib.contextmanager
@@ -277,39 +274,23 @@ class Autocast:
             torch.clear_autocast_cache()
 
 
-# ---- what a visit keeps -----------------------------------------------------------------------------------------------------
-
-
-class InStore:
-    """A tile's input, and what its attention keeps, in a store."""
-
-    def __init__(self, store: Store, x: Tensor, codec: str | None) -> None:
-        self.x = store.put(x, role="checkpoint", codec=codec)
-        self.attention: list[Ticket] = []
-
-    def put_attention(self, store: Store, kept: Kept) -> None:
-        self.attention = [store.put(t, role="checkpoint") for t in kept]
-
-    def tickets(self) -> list[Ticket]:
-        return [self.x, *self.attention]
-
-
 # ---- the sweep --------------------------------------------------------------------------------------------------------------
 
 
 class Visit:
     """One call of a layer: its forward, and its backward."""
 
-    def __init__(
-        self, call: Call, tile: int, sweep: Sweep, current: Stash | None, parameters: Sequence[nn.Parameter]
-    ) -> None:
+    def __init__(self, call: Call, tile: int, sweep: Sweep, current: Stash | None, parameters: Sequence[nn.Parameter]) -> None:
         self.call = replace(call, x=call.x.detach()[:, :0].clone())  # x belongs to autograd
         self.layer, self.tokens, self.size, self.sweep = call.layer, call.tokens, tile, sweep
         self.starts = list(range(0, call.tokens, tile))
-        self.codec = None if current is None else current.policy.codec("checkpoint")
-        self.keeps = sweep.store is not None if sweep.keep_attention is None else sweep.keep_attention
-        self.stored: list[InStore] = []
-        self.kept: list[Kept] = []
+        policy = None if current is None else current.policy
+        self.codec = None if policy is None else policy.codec("checkpoint")
+        self.tier = None if policy is None else policy.tier("checkpoint")
+        self.store = None if current is None or self.tier is None else current.store(self.tier)
+        self.keeps = self.tier is not None if sweep.keep_attention is None else sweep.keep_attention
+        self.stored: list[list[Ticket]] = []  # of each tile: x, and with `keeps` o, lse, k, v
+        self.kept: list[Kept] = []  # without a store, until autograd has them
         self.random, self.autocast = Random(call.x.device), Autocast(call.x.device)
         self.calls = -1  # of the attention, in each tile; -1: not known yet
         self.versions = [p._version for p in parameters]
@@ -358,24 +339,35 @@ class Visit:
         return y
 
     def _keep(self, x: Tensor, kept: Kept | None) -> None:
-        if self.sweep.store is None:
+        if self.store is None:
             self.kept += [kept] if kept is not None else []
             return
-        self.stored.append(InStore(self.sweep.store, x, self.codec))
-        if kept is not None:
-            self.stored[-1].put_attention(self.sweep.store, kept)
+        self.stored.append([self._put(x, self.codec), *(self._put(t, None) for t in kept or ())])
+
+    def _put(self, t: Tensor, codec: str | None) -> Ticket:
+        assert self.store is not None
+        ticket: Ticket = self.store.put(t, "checkpoint", codec)
+        if state.recorder is not None:
+            state.recorder.note(t, ticket, self.tier or "", "checkpoint")
+        return ticket
 
     def returned(self, y: Tensor) -> Any:
         """As the layer returns it."""
         return y if self.returns is None else (y, *(None,) * (self.returns - 1))
 
     def saved(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What autograd keeps: x, unless a store does."""
-        return () if self.stored else (x,)
+        """What autograd keeps, if no store does: x, and with `keeps` o, lse, k, v of each tile."""
+        kept, self.kept = self.kept, []
+        return () if self.stored else (x, *(t for tile in kept for t in tile))
 
-    def backward(self, x: Tensor | None, dy: Tensor, dx: Tensor | None, again: bool) -> list[Tensor | None]:
+    def backward(self, saved: tuple[Tensor, ...], dy: Tensor, dx: Tensor | None, again: bool) -> list[Tensor | None]:
         """Writes the gradient of x into `dx`, if that is given; it may be `dy`. Returns the gradients of the parameters.
-        `again`: there may be another backward pass, so what is stored stays."""
+
+        saved  what autograd kept
+        again  whether there may be another backward pass, so that what is stored stays
+        """
+        x = saved[0] if saved else None
+        kept = [Kept(*saved[i : i + 4]) for i in range(1, len(saved), 4)]
         if not self.starts:
             raise RuntimeError(
                 "the backward of a swept layer ran before and freed what the layer kept; pass retain_graph=True to the first "
@@ -390,23 +382,29 @@ class Visit:
         attention = LayerAttention(self.tokens, self.sweep.key_block)
         sums: list[Tensor | None] = [None] * len(parameters)
         with self.random.kept_aside():
-            if not self.keeps:
+            if self.calls and not self.keeps:
                 self._find_keys(attention, x)
             elif self.calls:
-                self._bring_keys(attention)
+                self._bring_keys(attention, kept)
             attention.passes = "backward"
             with self.autocast.entered():
                 for i in reversed(range(len(self.starts))):
-                    self._tile(i, attention, x, dy, dx, parameters, sums, again)
+                    if self.calls and self.keeps:
+                        o, lse = (t.get() for t in self.stored[i][1:3]) if self.stored else kept[i][:2]
+                        attention.kept = Kept(o, lse, o, o)
+                    self._tile(i, attention, x, dy, dx, parameters, sums)
+                    if self.stored and not again:
+                        for ticket in self.stored[i]:
+                            ticket.drop()
         attention.release()
         if not again:  # the graph may live on
-            self.starts, self.kept, self.stored = [], [], []
+            self.starts, self.stored = [], []
             self.call = replace(self.call, arguments={})
         return [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
 
     def _input(self, i: int, x: Tensor | None) -> Tensor:
         start = self.starts[i]
-        return self.stored[i].x.get() if x is None else x[:, start : self.stop(start)].detach()
+        return self.stored[i][0].get() if x is None else x[:, start : self.stop(start)].detach()
 
     def _find_keys(self, attention: LayerAttention, x: Tensor | None) -> None:
         """K and V of all tokens, by the layer's forward up to its attention."""
@@ -415,16 +413,16 @@ class Visit:
             for i, start in enumerate(self.starts):
                 self.random.set(i)
                 if self.stored and i + 1 < len(self.stored):
-                    self.stored[i + 1].x.prefetch()
-                if not self.calls:
-                    return
+                    self.stored[i + 1][0].prefetch()
                 with contextlib.suppress(KeysKnown):
                     self.run(attention, self._input(i, x), start)
 
-    def _bring_keys(self, attention: LayerAttention) -> None:
+    def _bring_keys(self, attention: LayerAttention, kept: Sequence[Kept]) -> None:
         for i, start in enumerate(self.starts):
             attention.at(start, self.stop(start))
-            k, v = (t.get() for t in self.stored[i].attention[2:]) if self.stored else self.kept[i][2:]
+            for ticket in self.stored[i + 1][3:] if i + 1 < len(self.stored) else ():
+                ticket.prefetch()
+            k, v = (t.get() for t in self.stored[i][3:]) if self.stored else kept[i][2:]
             attention.put(k, v)
 
     def _tile(
@@ -436,16 +434,11 @@ class Visit:
         dx: Tensor | None,
         parameters: Sequence[nn.Parameter],
         sums: list[Tensor | None],
-        again: bool,
     ) -> None:
         here = slice(self.starts[i], self.stop(self.starts[i]))
         self.random.set(i)
-        if self.stored and i:
-            for ticket in self.stored[i - 1].tickets():
-                ticket.prefetch()
-        if self.keeps and self.calls:
-            o, lse = (t.get() for t in self.stored[i].attention[:2]) if self.stored else self.kept[i][:2]
-            attention.kept = Kept(o, lse, o, o)
+        for ticket in self.stored[i - 1][:3] if self.stored and i else ():
+            ticket.prefetch()
         tile = self._input(i, x)
         with torch.enable_grad():
             if dx is not None:
@@ -467,9 +460,6 @@ class Visit:
             else:
                 total += g
         attention.kept = None
-        if self.stored and not again:
-            for ticket in self.stored[i].tickets():
-                ticket.drop()
 
 
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -490,14 +480,13 @@ class SweptLayer(torch.autograd.Function):
     @functools.partial(once_differentiable, sources_are_saved=False)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         visit: Visit = ctx.visit
-        x = next(iter(ctx.saved_tensors), None)
         dx = None
         if ctx.needs_input_grad[0]:
             mine = _holders(dy) == _sole_holders() and dy.is_contiguous() and dy.dtype == visit.call.x.dtype
             dx = dy if mine else torch.empty(dy.shape, dtype=visit.call.x.dtype, device=dy.device)
         again = _keeps_graph is None or _keeps_graph()
         try:
-            return dx, None, *visit.backward(x, dy, dx, again)
+            return dx, None, *visit.backward(ctx.saved_tensors, dy, dx, again)
         except Unswept as reason:
             raise RuntimeError(
                 f"{type(visit.layer).__name__} was swept in the forward, but in the backward {reason}; do not change the model "

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from unswag.torch.attention import Piece, Spans
-from unswag.torch.checkpoint.tile_attention import ALL, FROM, UP_TO, Block, KeysKnown, LayerAttention, Unswept, blocks_of, no_kernel
+from unswag.torch.checkpoint.tile_attention import (
+    ALL,
+    FROM,
+    UP_TO,
+    Block,
+    KeysKnown,
+    LayerAttention,
+    Unswept,
+    blocks_of,
+    no_kernel,
+)
 
 TOKENS = 37
 
@@ -71,7 +81,11 @@ def whole(q, k, v, sinks, seen, scale):
     """[batch, tokens, heads, dim], a row without keys is zero."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = (q @ k.mT * scale).masked_fill(~seen[:, None], -torch.inf)
-    top = torch.zeros(2, q.shape[1], TOKENS, 1, dtype=q.dtype) - torch.inf if sinks is None else sinks[:, None, None].expand(2, -1, TOKENS, 1)
+    top = (
+        torch.zeros(2, q.shape[1], TOKENS, 1, dtype=q.dtype) - torch.inf
+        if sinks is None
+        else sinks[:, None, None].expand(2, -1, TOKENS, 1)
+    )
     probabilities = torch.cat([scores, top], -1).softmax(-1)[..., :-1].nan_to_num()
     return (probabilities @ v).transpose(1, 2)
 

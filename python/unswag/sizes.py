@@ -1,0 +1,19 @@
+"""Sizes of memory as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "B": 1, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+
+
+def bytes_of(size: int | str, argument: str) -> int:
+    """The bytes of a number or of a text like "64GiB", "1.5 GiB" or "500MB" (powers of 1024 and of 1000).
+
+    ValueError for anything else and for what is negative; `argument` is its name in the message."""
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f'{argument}={size!r} is no size; pass a number of bytes, or a text like "64GiB" or "500MB"')
+    return int(float(found[1]) * _UNITS[found[2]])
