@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import torch
+from examples.resident import forget_peak, resident
 from torch import Tensor
 
 from bench.smollm2 import RESULTS, Job, Prepared, fresh, say, table, write
@@ -135,6 +136,68 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+# ---- a model ----------------------------------------------------------------------------------------------------------------
+
+MODEL_SIDES = {  # name: arguments of the surgery
+    "stock": None,
+    "ours": {},
+    "ours, disk": {"store": "disk"},
+    "swept": {"sweep": True},
+    "swept, disk": {"sweep": True, "store": "disk"},
+    "swept, disk, attention computed again": {"sweep": True, "keep_attention": False, "store": "disk"},
+}
+
+
+def prepared(side: str, tokens: int, tile: int) -> Any:
+    from unswag import apply_unswag_surgery
+    from unswag.torch.checkpoint import Sweep
+
+    run = Prepared(Job(training="lora", checkpointing=True, tokens=tokens))
+    options = dict(MODEL_SIDES[side] or {})
+    if options.pop("sweep", False):
+        options["sweep"] = Sweep(tile, options.pop("keep_attention", None))
+    if MODEL_SIDES[side] is not None:
+        run.report = apply_unswag_surgery(run.model, verbose=False, **options)
+    return run
+
+
+def peak_of_model(side: str, tokens: int, tile: int, steps: int) -> dict[str, Any]:
+    """Bytes of the process above the idle model in the last of `steps` steps, and seconds of that step."""
+    run = prepared(side, tokens, tile)
+    gc.collect()
+    idle = resident("VmRSS")
+    for _ in range(steps - 1):
+        run.step()
+        run.zero_grad()
+    gc.collect()
+    between = resident("VmRSS")
+    forget_peak()
+    start = time.perf_counter()
+    loss = run.step()
+    sweep = vars(run.model).get("_unswag_sweep")
+    return {
+        "peak_bytes": resident("VmHWM") - idle, "between_steps_bytes": between - idle, "after_bytes": resident("VmRSS") - idle,
+        "seconds": time.perf_counter() - start, "loss": loss, "idle_bytes": idle,
+        "layers_swept": 0 if sweep is None else len(sweep.swept), "notes": [] if sweep is None else sweep.notes,
+    }  # fmt: skip
+
+
+def models(args: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    for tokens in args.tokens or (8192,):
+        for side in args.sides or MODEL_SIDES:
+            environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(args.threads)}
+            found = fresh(peak_of_model, side, tokens, args.tile, args.steps, environment=environment)
+            rows.append({"side": side, "tokens": tokens, "tile": args.tile, "steps": args.steps, **found})
+            say(rows[-1])
+    table(
+        "SmolLM2-135M, LoRA r = 16, bf16, checkpointing: highest of one step above the idle model",
+        ("side", "tokens", "tile", "MiB", "layers swept"),
+        [(r["side"], f"{r['tokens']:,}", r["tile"], f"{r['peak_bytes'] / MIB:,.0f}", r["layers_swept"]) for r in rows],
+    )
+    return {"peaks": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["layer", "model"])
@@ -144,11 +207,13 @@ def main() -> None:
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=MODEL_SIDES)
     args = parser.parse_args()
     path = RESULTS / "sweep.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept = {part: kept[part] for part in ("layer", "model") if part in kept}
-    write("sweep", kept | {args.part: layers(args)})
+    write("sweep", kept | {args.part: layers(args) if args.part == "layer" else models(args)})
 
 
 if __name__ == "__main__":

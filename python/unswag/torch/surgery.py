@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -22,6 +23,7 @@ from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import refuse_meta
 from unswag.torch.checkpoint import Sweep
 from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
+from unswag.torch.loss import beside_swept_layers
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
@@ -364,7 +366,8 @@ def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
-        with Stash(policy, model=self, stores=vars(self)[STORES]):
+        chunks = contextlib.nullcontext() if vars(self)[SWEEP] is None else beside_swept_layers()
+        with chunks, Stash(policy, model=self, stores=vars(self)[STORES]):
             return inner(self, *args, **kwargs)
 
     wrap_method(model, "forward", around)

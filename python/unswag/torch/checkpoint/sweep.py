@@ -46,11 +46,7 @@ from unswag.torch.stash.thread import state
 
 TILE = {"cpu": 1024, "cuda": 4096}  # tokens, by device: large enough for full-speed products, small against a long sequence
 SCALARS = (bool, int, float, str, type(None), torch.dtype)
-ASKS = (
-    "output_attentions",
-    "output_router_logits",
-    "output_hidden_states",
-)  # arguments that ask for more than the hidden states
+ASKS = ("output_attentions", "output_router_logits")  # arguments that ask for more than hidden states
 
 
 class Ticket(Protocol):
