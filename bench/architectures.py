@@ -14,8 +14,8 @@ wrong      anything else
 not built  the reason is transformers' own
 
 python -m bench.architectures [name …]    all of `cases()` without names; kept results are not run again
-python -m bench.architectures --sweep [name …]    causal types under gradient checkpointing, with layers swept in tiles of 7 tokens
-                                                  (docs/long_context.md): swept, or left and why; gradients right in all
+python -m bench.architectures --sweep [name …]    causal types under gradient checkpointing, layers swept in tiles of 7 tokens
+                                                  (docs/long_context.md): swept, or left and why; gradients right
 """
 
 from __future__ import annotations
@@ -545,8 +545,8 @@ TILE = 7  # of 24 tokens
 
 
 def examine_swept(name: str) -> dict[str, Any]:
-    """Whether the layers of a causal type are swept, and whether its gradients are right: within SAME of stock's, or at most WORSE
-    times as far from fp64 (+ FLOOR). "swept": all of its layers; "in part"; "left": none; "wrong"; "not built"."""
+    """Whether the layers of a causal type are swept, and whether its gradients are right: within SAME of stock's, or at most
+    WORSE times as far from fp64 (+ FLOOR). "swept": all of its layers; "in part"; "left": none; "wrong"; "not built"."""
     from unswag import apply_unswag_surgery
     from unswag.torch.dry_run import NoDryRun
     from unswag.torch.surgery import SWEEP

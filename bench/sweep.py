@@ -1,8 +1,8 @@
-"""The reverse sweep (`sweep=` of the surgery): what a layer needs while it is recomputed and differentiated, and what a step needs.
+"""The reverse sweep (`sweep=` of the surgery): what a layer needs while it is recomputed and differentiated, and a step.
 
 layer  one decoder layer of TinyLlama's shape (hidden 2,048, 32 heads, 4 for keys, 5,632), bf16, weights frozen, under gradient
        checkpointing: the most that is alive in forward and backward beside weights and the input, in hidden states (tokens x
-       2,048 x 2 bytes). Counted by weak references to storages; at lengths above `--real` on tensors without data, with the same
+       2,048 x 2 bytes). Counted by weak references to storages; at lengths above `--real` on tensors without data, by the same
        code. `--time` also runs it there, several times, stock and swept in turns
 model  SmolLM2-135M with LoRA r = 16, bf16, checkpointing: the most that the process takes in one step above the idle model, as
        the kernel counts it (VmHWM), in a fresh process with MALLOC_MMAP_THRESHOLD_=65536; the third of three steps
@@ -148,11 +148,13 @@ MODEL_SIDES = {  # name: arguments of the surgery
 }
 
 
-def prepared(side: str, tokens: int, tile: int) -> Any:
+def prepared(side: str, tokens: int, tile: int, layers: int) -> Any:
     from unswag import apply_unswag_surgery
     from unswag.torch.checkpoint import Sweep
 
     run = Prepared(Job(training="lora", checkpointing=True, tokens=tokens))
+    base = run.model.get_base_model().model
+    base.layers = base.layers[:layers]
     options = dict(MODEL_SIDES[side] or {})
     if options.pop("sweep", False):
         options["sweep"] = Sweep(tile, options.pop("keep_attention", None))
@@ -161,9 +163,9 @@ def prepared(side: str, tokens: int, tile: int) -> Any:
     return run
 
 
-def peak_of_model(side: str, tokens: int, tile: int, steps: int) -> dict[str, Any]:
+def peak_of_model(side: str, tokens: int, tile: int, steps: int, layers: int) -> dict[str, Any]:
     """Bytes of the process above the idle model in the last of `steps` steps, and seconds of that step."""
-    run = prepared(side, tokens, tile)
+    run = prepared(side, tokens, tile, layers)
     gc.collect()
     idle = resident("VmRSS")
     for _ in range(steps - 1):
@@ -187,13 +189,23 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
     for tokens in args.tokens or (8192,):
         for side in args.sides or MODEL_SIDES:
             environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(args.threads)}
-            found = fresh(peak_of_model, side, tokens, args.tile, args.steps, environment=environment)
-            rows.append({"side": side, "tokens": tokens, "tile": args.tile, "steps": args.steps, **found})
+            found = fresh(peak_of_model, side, tokens, args.tile, args.steps, args.layers, environment=environment)
+            settings = {
+                "tokens": tokens,
+                "tile": args.tile,
+                "steps": args.steps,
+                "layers": args.layers,
+                "threads": args.threads,
+            }
+            rows.append({"side": side, **settings, **found})
             say(rows[-1])
     table(
         "SmolLM2-135M, LoRA r = 16, bf16, checkpointing: highest of one step above the idle model",
-        ("side", "tokens", "tile", "MiB", "layers swept"),
-        [(r["side"], f"{r['tokens']:,}", r["tile"], f"{r['peak_bytes'] / MIB:,.0f}", r["layers_swept"]) for r in rows],
+        ("side", "tokens", "tile", "layers", "MiB", "layers swept"),
+        [
+            (r["side"], f"{r['tokens']:,}", r["tile"], r["layers"], f"{r['peak_bytes'] / MIB:,.0f}", r["layers_swept"])
+            for r in rows
+        ],
     )
     return {"peaks": rows}
 
@@ -208,6 +220,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=30, help="of SmolLM2's 30")
     parser.add_argument("--sides", nargs="+", choices=MODEL_SIDES)
     args = parser.parse_args()
     path = RESULTS / "sweep.json"

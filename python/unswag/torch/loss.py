@@ -371,7 +371,8 @@ _limit = _Limit()
 
 @contextlib.contextmanager
 def beside_swept_layers() -> Iterator[None]:
-    """Inside the block chunks on a CPU have at most `ROWS_BESIDE_SWEPT_LAYERS` rows, unless a call says how many (this thread)."""
+    """Inside the block, in this thread, chunks on a CPU have at most `ROWS_BESIDE_SWEPT_LAYERS` rows, unless a call says how
+    many."""
     before, _limit.rows = _limit.rows, ROWS_BESIDE_SWEPT_LAYERS
     try:
         yield

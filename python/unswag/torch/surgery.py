@@ -152,10 +152,10 @@ def apply_unswag_surgery(
                `Policy(..., tiers={"checkpoint": store})`. Takes effect when gradient checkpointing is on (docs/store.md)
     store_dir  folder of the disk store's file, which has no name; None: $TMPDIR, or /tmp
     store_limit  bytes that a store may keep: a number, or a text like "64GiB"; None: what there is
-    sweep      True: layers that gradient checkpointing recomputes are recomputed and differentiated in tiles of tokens, which
-               lowers what one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens
-               per tile; or a `checkpoint.Sweep`. Each layer is compared with itself as a whole when it is first called in training. What cannot be
-               swept is checkpointed as without, with a warning and a note in the report
+    sweep      True: layers under gradient checkpointing are recomputed and differentiated in tiles of tokens, which lowers what
+               one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens per tile;
+               or a `checkpoint.Sweep`. Each layer is compared with itself as a whole when it is first called in training. What
+               cannot be swept is checkpointed as without, with a warning and a note in the report
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
                same
 

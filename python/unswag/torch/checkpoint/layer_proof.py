@@ -11,7 +11,6 @@ import contextlib
 import copy
 import itertools
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +35,7 @@ SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")  # setting
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found for one layer and one kind of call: None, or the `reason` not to sweep; and the facts it relies on."""
+    """What a comparison found for a layer and a kind of call: the `reason` not to sweep, or None, and the facts it needs."""
 
     reason: str | None
     proofs: tuple[tuple[str, type[nn.Module], Proof], ...] = ()
@@ -132,8 +131,8 @@ def _differs(call: sweeps.Call, autocast: sweeps.Autocast) -> str | None:
 
 
 def _twin(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy that shares weights at most, and only to read; in `dtype`, if one is given. What is trained and has but one value, as
-    a LoRA's second matrix before the first step, is drawn anew."""
+    """A copy that shares weights at most, and only to read; in `dtype`, if one is given. What is trained and has but one value,
+    as a LoRA's second matrix before the first step, is drawn anew."""
     parameters: dict[int, Tensor] = {}
     for p in layer.parameters():
         if type(p) is not nn.Parameter or not stash.is_plain(p):

@@ -35,7 +35,7 @@ ATTRIBUTE = "_gradient_checkpointing_func"  # of a module: the function that it 
 
 
 def prepare(model: nn.Module, sweep: Sweep | None = None) -> list[str]:
-    """Makes the model's checkpointed layers recompute under a stash, or swept in tiles where that is asked for and proven. Call it
+    """Makes the model's checkpointed layers recompute under a stash, or swept where that is asked for and proven. Call it
     before each forward: trainers install a new checkpoint function whenever they switch checkpointing on. Idempotent.
 
     Returns one sentence for each kind of checkpoint function that was not wrapped, with the reason, for the report.

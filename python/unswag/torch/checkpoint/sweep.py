@@ -30,7 +30,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,8 @@ class Sweep:
     """How the checkpointed layers of a model are swept, and what is known about them.
 
     tile            tokens per tile; None: `TILE`, by the device
-    keep_attention  whether the attention's output, lse, keys and values are kept too, 1 to 2 hidden states per layer, which saves
-                    computing them again; None: where inputs of layers are kept in a store, and in that store
+    keep_attention  whether the attention's output, lse, keys and values are kept too, 1 to 2 hidden states per layer, which
+                    saves computing them again; None: where inputs of layers are kept in a store, and in that store
     key_block       keys of one call in the backward of the attention
     """
 
@@ -91,9 +91,13 @@ class Sweep:
         """What a checkpoint function returns for `function(*args)`, or NotImplemented if the layer is not swept."""
         if torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
             return NotImplemented
-        layer = _layer_of(function)
-        if layer is None:
-            return NotImplemented
+        if (
+            not isinstance(function, functools.partial)
+            or len(function.args) != 1
+            or not isinstance(function.args[0], nn.Module)
+        ):
+            return NotImplemented  # transformers gives the forward of a layer as partial(forward, layer, **kwargs)
+        layer = function.args[0]
         try:
             call = Call.of(function, layer, args)
             tile = self.tile or TILE.get(call.x.device.type, TILE["cpu"])
@@ -120,13 +124,6 @@ class Sweep:
         return visit.returned(y)
 
 
-def _layer_of(function: Any) -> nn.Module | None:
-    """The layer whose forward a checkpoint function is to call, as transformers gives it: partial(forward, layer, **kwargs)."""
-    if isinstance(function, functools.partial) and len(function.args) == 1 and isinstance(function.args[0], nn.Module):
-        return function.args[0]
-    return None
-
-
 # ---- a call of a layer ------------------------------------------------------------------------------------------------------
 
 
@@ -134,8 +131,8 @@ def _layer_of(function: Any) -> nn.Module | None:
 class Call:
     """A call of a layer's forward: hidden states x [batch, tokens, hidden], and its other arguments by name.
 
-    Arguments whose name contains "position" belong to tokens: those of embeddings in their last dimension but one, the others in
-    their last. A dimension of one element belongs to all tokens.
+    Arguments whose name contains "position" belong to tokens: those of embeddings in their last dimension but one, the others
+    in their last. A dimension of one element belongs to all tokens.
     """
 
     layer: nn.Module
@@ -220,8 +217,8 @@ def _signature(value: Any) -> Hashable:
 
 
 class Random:
-    """The states of PyTorch's generators before each tile, so that a recompute draws what the forward drew. A state that is equal
-    to that of the tile before is held once: 5 KB per layer where nothing draws, and per tile where something does."""
+    """The states of PyTorch's generators before each tile, so that a recompute draws what the forward drew. A state that is
+    equal to that of the tile before is held once: 5 KB per layer where nothing draws, and per tile where something does."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None
@@ -372,8 +369,8 @@ class Visit:
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
         if [p._version for p in parameters] != self.versions:
             raise RuntimeError(
-                f"a parameter of {type(self.layer).__name__} was changed in place, or frozen, between the forward and the backward "
-                "of a swept layer, whose recompute would use it; call the optimizer after the backward"
+                f"a parameter of {type(self.layer).__name__} was changed in place, or frozen, between the forward and the "
+                "backward of a swept layer, whose recompute would use it; call the optimizer after the backward"
             )
         attention = LayerAttention(self.tokens, self.sweep.key_block)
         sums: list[Tensor | None] = [None] * len(parameters)
@@ -495,7 +492,7 @@ class SweptLayer(torch.autograd.Function):
 # A gradient may be overwritten if nobody but the running backward holds it: no other branch of the graph, no hook, no alias.
 
 
-def _holders(dy: Tensor) -> tuple[int, int, int]:
+def _holders(dy: Any) -> tuple[int, int, int]:
     """Counts of references to dy: by Python, as a tensor, to its storage."""
     return sys.getrefcount(dy), dy._use_count(), torch._C._storage_Use_Count(dy.untyped_storage()._cdata)
 
@@ -530,7 +527,8 @@ def _count_holders() -> tuple[int, int, int] | None:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.ones(2, device="cpu", requires_grad=True)
-            counts, held = [], []
+            counts: list[tuple[int, int, int] | None] = []
+            held: list[Tensor] = []
             for hook in (None, held.append, lambda g: held.append(g.detach())):
                 y = _Counts.apply(x)
                 if hook is not None:

@@ -50,9 +50,11 @@ class KeysKnown(Exception):
 def no_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     """The reason why there is no flash attention for heads of `dim` elements that may be called by blocks, or None."""
     if device.type == "cpu":
-        missing, dtypes = None in (_cpu_forward, _cpu_backward), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        missing = None in (_cpu_forward, _cpu_backward)
+        dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     elif device.type == "cuda":
-        missing, dtypes = None in (_cuda_forward, _cuda_backward), (torch.bfloat16, torch.float16)
+        missing = None in (_cuda_forward, _cuda_backward)
+        dtypes = (torch.bfloat16, torch.float16)
         if dim > 256:
             return f"flash attention on CUDA takes heads of at most 256 elements, and these have {dim}"
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -96,8 +98,8 @@ ALL, UP_TO, FROM = "all", "up to", "from"
 
 
 class Block(NamedTuple):
-    """Queries [q0, q1) attend to keys [k0, k1): to all of them; "up to": query q0 + i to k0 .. k0 + i; "from": to k0 + i .. k1 - 1.
-    In the last two there are as many keys as queries."""
+    """Queries [q0, q1) attend to keys [k0, k1): to all of them; "up to": query q0 + i to k0 .. k0 + i; "from": to k0 + i and
+    the later ones. In the last two there are as many keys as queries."""
 
     q0: int
     q1: int
@@ -137,8 +139,8 @@ def blocks_of(pieces: Sequence[Piece], window: int | None, start: int, stop: int
 
 
 class Kept(NamedTuple):
-    """What the backward may reuse of a tile's forward: o [batch, heads, tile, dim], lse [batch, heads, tile], and the tile's keys
-    and values."""
+    """What the backward may reuse of a tile's forward: o [batch, heads, tile, dim], lse [batch, heads, tile], and the tile's
+    keys and values."""
 
     o: Tensor
     lse: Tensor
@@ -198,6 +200,8 @@ class LayerAttention:
         **kwargs: Any,
     ) -> Tensor:
         """As `attention.attention_forward`, for a tile. Raises Unswept for what it cannot do exactly."""
+        if mask is not None and not isinstance(mask, Spans):
+            raise Unswept("its attention gets a mask that is a tensor")
         self._refuse(module, query, key, value, mask, dropout, kwargs)
         self.calls += 1
         if self.calls > 1:
@@ -225,7 +229,7 @@ class LayerAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Any,
+        mask: Spans | None,
         dropout: float,
         kwargs: dict[str, Any],
     ) -> None:
@@ -233,8 +237,6 @@ class LayerAttention:
             raise Unswept(f"its attention has dropout ({dropout:g})")
         if other := next((name for name in ("position_bias", "softcap", "cache") if kwargs.get(name) is not None), None):
             raise Unswept(f"its attention has a {other}")
-        if mask is not None and not isinstance(mask, Spans):
-            raise Unswept("its attention gets a mask that is a tensor")
         causal = kwargs.get("is_causal")
         if not (getattr(module, "is_causal", True) if causal is None else causal):
             raise Unswept("its attention is not causal")
@@ -284,10 +286,8 @@ class LayerAttention:
             queries = slice(block.q0 - self.start, block.q1 - self.start)
             keys = slice(block.k0, block.k1)
             flipped = block.keys == FROM
-            o, lse = _forward(
-                _flip(q[rows, :, queries], flipped), _flip(self.k[rows, :, keys], flipped), _flip(self.v[rows, :, keys], flipped),
-                block.keys != ALL, scale,
-            )  # fmt: skip
+            query, k, v = (_flip(t, flipped) for t in (q[rows, :, queries], self.k[rows, :, keys], self.v[rows, :, keys]))
+            o, lse = _forward(query, k, v, block.keys != ALL, scale)
             o, lse = _flip(o, flipped), _flip(lse, flipped)
             before = total[rows, :, queries]
             after = torch.logaddexp(before, lse)

@@ -48,8 +48,8 @@ def twin(module: nn.Module, **replaced: Any) -> nn.Module:
 
 
 def whole_twin(module: nn.Module, parameters: dict[int, Tensor]) -> tuple[nn.Module, dict[int, Any]]:
-    """As `twin`, with all that is in `module`, whatever its size; `parameters` says by the identity of a parameter what takes its
-    place. Also returns what stands for which object of the module, by its identity."""
+    """As `twin`, with all that is in `module`, whatever its size; `parameters` says by the identity of a parameter what takes
+    its place. Also returns what stands for which object of the module, by its identity."""
     seen: dict[int, Any] = dict(parameters)
     return _twin(module, {}, seen, None), seen
 

@@ -398,7 +398,7 @@ def test_where_nothing_is_known_of_holders_nothing_is_overwritten(monkeypatch):
     assert seen[0] != seen[1]
 
 
-# ---- where inputs of layers are kept ------------------------------------------------------------------------------------------
+# ---- where inputs of layers are kept ----------------------------------------------------------------------------------------
 
 
 def stored(model, tier="disk"):
