@@ -80,7 +80,7 @@ def peak_of_layer(side: str, tokens: int, tile: int | bool, real: int) -> float:
     from unswag.torch.audit import LiveStorages
 
     model = layer_of(side, tile)
-    pass_through(model, torch.randn(1, 2 * 4096, 2048, dtype=torch.bfloat16)[:, : min(tokens, 1 + 4096)].requires_grad_())
+    pass_through(model, torch.randn(1, int(tile) + 1, 2048, dtype=torch.bfloat16).requires_grad_())  # its comparison
     fake = FakeTensorMode(allow_non_fake_inputs=True) if tokens > real else contextlib.nullcontext()
     if isinstance(fake, FakeTensorMode):
         for module in model.modules():
@@ -165,6 +165,9 @@ def prepared(side: str, tokens: int, tile: int, layers: int) -> Any:
 
 def peak_of_model(side: str, tokens: int, tile: int, steps: int, layers: int) -> dict[str, Any]:
     """Bytes of the process above the idle model in the last of `steps` steps, and seconds of that step."""
+    from bench import bf16_matmul
+
+    products = bf16_matmul.enable()
     run = prepared(side, tokens, tile, layers)
     gc.collect()
     idle = resident("VmRSS")
@@ -180,6 +183,7 @@ def peak_of_model(side: str, tokens: int, tile: int, steps: int, layers: int) ->
     return {
         "peak_bytes": resident("VmHWM") - idle, "between_steps_bytes": between - idle, "after_bytes": resident("VmRSS") - idle,
         "seconds": time.perf_counter() - start, "loss": loss, "idle_bytes": idle,
+        "products": products, "scratch_of_products_bytes": bf16_matmul.scratch_bytes(),
         "layers_swept": 0 if sweep is None else len(sweep.swept), "notes": [] if sweep is None else sweep.notes,
     }  # fmt: skip
 
