@@ -84,7 +84,7 @@ def peak_of_layer(side: str, tokens: int, tile: int | bool, real: int) -> float:
     fake = FakeTensorMode(allow_non_fake_inputs=True) if tokens > real else contextlib.nullcontext()
     if isinstance(fake, FakeTensorMode):
         for module in model.modules():
-            for name, p in module._parameters.items():
+            for name, p in module.named_parameters(recurse=False):
                 module._parameters[name] = torch.nn.Parameter(fake.from_tensor(p.detach()), requires_grad=False)
     with fake:
         x = torch.randn(1, tokens, 2048, dtype=torch.bfloat16).requires_grad_()

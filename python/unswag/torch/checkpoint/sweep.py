@@ -152,11 +152,11 @@ class Call:
         if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point() or not stash.is_plain(x):
             raise Unswept("its first argument is not a tensor [batch, tokens, hidden]")
         call = cls(layer, function.func, names[0], x, x.shape[1], given)
+        if recorded := _recorded():
+            raise Unswept(f"transformers records {', '.join(recorded)} inside it, which would be those of tiles")
         for name, value in given.items():
             if name in ASKS and value:
                 raise Unswept(f"{name}=True asks for more than its hidden states")
-        if recorded := _recorded():
-            raise Unswept(f"transformers records {', '.join(recorded)} inside it, which would be those of tiles")
             call._cut(name, value, 0, call.tokens)
         return call
 
