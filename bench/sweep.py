@@ -114,7 +114,7 @@ def seconds_of_layer(tokens: int, tile: int | bool, repeats: int) -> dict[str, l
 def layers(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for tokens in args.tokens or (4096, 8192, 32768):
-        for side in SIDES:
+        for side in args.sides or SIDES:
             peak = fresh(peak_of_layer, side, tokens, args.tile, args.real)
             rows.append({
                 "side": side, "tokens": tokens, "tile": args.tile, "data": tokens <= args.real, "peak_bytes": peak,
