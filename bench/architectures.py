@@ -14,6 +14,8 @@ wrong      anything else
 not built  the reason is transformers' own
 
 python -m bench.architectures [name …]    all of `cases()` without names; kept results are not run again
+python -m bench.architectures --sweep [name …]    causal types under gradient checkpointing, layers swept in tiles of 7 tokens
+                                                  (docs/long_context.md): swept, or left and why; gradients right
 """
 
 from __future__ import annotations
@@ -537,9 +539,70 @@ def sweep(names: list[str]) -> list[dict[str, Any]]:
     return results
 
 
+# ---- swept layers -----------------------------------------------------------------------------------------------------------
+
+TILE = 7  # of 24 tokens
+
+
+def examine_swept(name: str) -> dict[str, Any]:
+    """Whether the layers of a causal type are swept, and whether its gradients are right: within SAME of stock's, or at most
+    WORSE times as far from fp64 (+ FLOOR). "swept": all of its layers; "in part"; "left": none; "wrong"; "not built"."""
+    from unswag import apply_unswag_surgery
+    from unswag.torch.dry_run import NoDryRun
+    from unswag.torch.surgery import SWEEP
+
+    if name in NOT_BUILT:
+        return {"name": name, "verdict": "not built", "reason": NOT_BUILT[name]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model, batch = build(name, 0)
+            model.activation_checkpointing_enable()
+            batch |= {"use_cache": False}
+            stock = step(model, batch)
+        except Exception as error:
+            return {"name": name, "verdict": "not built", "reason": _said(error)}
+        try:
+            with mock.patch("unswag.torch.surgery.dry_run", side_effect=NoDryRun("left out")):
+                apply_unswag_surgery(model, loss="stock", sweep=TILE, verbose=False)
+        except ValueError as error:
+            return {"name": name, "verdict": "left", "reason": str(error)}
+        try:
+            ours = step(model, batch)
+            exact = exact_step(build(name, 0)[0], batch)
+            scale = Scale(exact)
+            far, near, stocks = (relative([scale.apart(a, b)]) for a, b in ((ours, exact), (ours, stock), (stock, exact)))
+        except Exception as error:
+            return {"name": name, "verdict": "wrong", "reason": _said(error)}
+    sweep = vars(model)[SWEEP]
+    worst = max(near, key=near.__getitem__)
+    wrong = [k for k in near if near[k] > SAME and not far[k] <= WORSE * stocks[k] + FLOOR]
+    return {
+        "name": name,
+        "verdict": "wrong" if wrong else "swept" if sweep.swept and not sweep.left else "in part" if sweep.swept else "left",
+        "layers": len(sweep.swept), "reason": "; ".join(wrong or sorted(sweep.left)),
+        "from_stock": near[worst], "from_fp64": max(far.values()), "stock_from_fp64": max(stocks.values()),
+    }  # fmt: skip
+
+
+def swept(names: list[str]) -> None:
+    results = []
+    for name in names:
+        results.append(examine_swept(name))
+        say(f"{name}: {results[-1]['verdict']} {results[-1]['reason']}")
+    write("sweep_architectures", {"tile": TILE, "cases": results})
+    rows = [(r["name"], r["verdict"], f"{r.get('from_stock', 0):.1e}", r["reason"]) for r in results]
+    table("Layers swept, small models", ("case", "verdict", "from stock", "reason"), rows)
+    counts = Counter(r["verdict"] for r in results)
+    say(", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+    if counts["wrong"]:
+        raise SystemExit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help="a model type, or a family and its head ('bert, masked LM')")
+    parser.add_argument("--sweep", action="store_true", help="layers under gradient checkpointing, swept")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -548,6 +611,9 @@ def main() -> None:
     every = cases()
     if unknown := set(args.names) - set(every):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(every)}")
+    if args.sweep:
+        swept(args.names or [name for name in every if ", " not in name])
+        return
     results = sweep(args.names or every)
     if not args.names:
         write("architectures", {"cases": results})

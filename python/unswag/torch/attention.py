@@ -4,12 +4,16 @@ Transformers' SDPA path gives every layer of a padded or packed batch a mask of 
 own dtype. Here such a batch is a list of spans, each a plain SDPA call without a mask. What spans cannot express (windows,
 custom masks) uses one boolean mask for the whole batch, and its attention is recomputed in the backward. Attention with dropout
 on the CPU is recomputed too, with the draws of the forward, because SDPA would keep tokens x tokens several times.
+
+A checkpointed layer that is swept in tiles of tokens has its attention computed elsewhere (`diverted`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -49,10 +53,15 @@ class Piece:
 
 class Spans:
     """A mask of tokens x tokens in pieces, for all layers. A query in no piece attends to nothing: its output is zero. Code
-    that needs a tensor (a slice, a method, a torch operator) gets the boolean mask, which is built on first use."""
+    that needs a tensor (a slice, a method, a torch operator) gets the boolean mask, which is built on first use.
 
-    def __init__(self, pieces: Sequence[Piece], batch: int, length: int, make: Callable[[], Tensor]) -> None:
-        self.pieces, self.batch, self.length = pieces, batch, length
+    window  in causal pieces a query attends to that many keys at most, itself the last; None: to all
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], batch: int, length: int, make: Callable[[], Tensor], window: int | None = None
+    ) -> None:
+        self.pieces, self.batch, self.length, self.window = pieces, batch, length, window
         self._make = make
         self._tensor: Tensor | None = None
 
@@ -85,8 +94,8 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | Spans | None:
-    """Transformers' mask for "unswag": None where SDPA's causal flag is enough, `Spans` for padded and packed batches
-    while training, else the boolean mask of "sdpa" ([batch, 1, q_length, kv_length])."""
+    """Transformers' mask for "unswag": None where SDPA's causal flag is enough, `Spans` for padded and packed batches and for
+    windows while training, else the boolean mask of "sdpa" ([batch, 1, q_length, kv_length])."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = mask_function or causal_mask_function
@@ -97,12 +106,19 @@ def attention_mask(
     training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     square = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
     terms = _terms(function) if training and square else None
-    if terms is None or (terms.packed is None and (attention_mask is None or bool(attention_mask.all()))):
+    if terms is None:
+        return stock()
+    real = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    cut = terms.causal and terms.window is not None and terms.window < q_length
+    if terms.packed is None and real is None and not cut:
         return stock()
     if is_fake(terms.packed):  # surgery's dry run: one sequence, though its fake positions cannot show it
         return None if terms.causal and terms.window is None else stock()
-    pieces = pieces_of(terms, attention_mask, batch_size, q_length)
-    return stock() if pieces is None else Spans(pieces, batch_size, q_length, stock)  # type: ignore[arg-type]
+    pieces = pieces_of(terms, real, batch_size, q_length)
+    if pieces is None:
+        return stock()
+    cut = terms.window is not None and any(p.causal and p.q1 - p.q0 > terms.window for p in pieces)
+    return Spans(pieces, batch_size, q_length, stock, terms.window if cut else None)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -142,20 +158,20 @@ def _terms(function: Any) -> Terms | None:
 
 
 def pieces_of(terms: Terms, real: Tensor | None, batch: int, length: int) -> list[Piece] | None:
-    """The mask as pieces; None if that is impossible: a window shorter than a sequence, or padding between its tokens."""
+    """The mask as pieces, to which the window is to be added where a causal one is longer. None if that is impossible: padding
+    between the tokens of a sequence, or beside a sequence that a window cuts, or such a window without causality."""
     ids = torch.zeros(batch, length, dtype=torch.long, device="cpu") if terms.packed is None else terms.packed.cpu()
     kept = torch.ones(batch, length, dtype=torch.bool, device="cpu") if real is None else real.bool().cpu()
     pieces = []
     for row in range(batch):
         cuts = (torch.diff(ids[row]) != 0).nonzero().flatten().add(1).tolist()
         for start, stop in pairwise([0, *cuts, length]):
-            if terms.window is not None and stop - start > terms.window:
-                return None
             tokens = kept[row, start:stop].nonzero().flatten()
             if not len(tokens):
                 continue
             first, last = start + int(tokens[0]), start + int(tokens[-1]) + 1
-            if last - first != len(tokens):
+            cut = terms.window is not None and stop - start > terms.window
+            if last - first != len(tokens) or (cut and (not terms.causal or last - first < stop - start)):
                 return None
             if not terms.causal:
                 pieces.append(Piece(row, start, stop, first, last, causal=False))
@@ -185,6 +201,10 @@ def attention_forward(
     dropout on the CPU q, k, v, the mask if there is one, and the state of the generator: 5 KB per layer."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if _elsewhere.attend is not None:
+        return _elsewhere.attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    if isinstance(attention_mask, Spans) and attention_mask.window is not None:
+        attention_mask = attention_mask.tensor()
     stash.plays("attention", query, key, value)
     causal = attention_mask is None and query.shape[2] > 1
     if (attention_mask is None or isinstance(attention_mask, Spans)) and not takes_groups(query, key, value, dropout, causal):
@@ -213,6 +233,24 @@ def attention_forward(
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     return AttentionAgain.apply(query, key, value, attention_mask, torch.get_rng_state() if draws else None, stock), None
+
+
+class _Elsewhere(threading.local):
+    attend: Callable[..., Tensor] | None = None
+
+
+_elsewhere = _Elsewhere()
+
+
+@contextlib.contextmanager
+def diverted(attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the block this thread's calls of `attention_forward` return `attend(module, query, key, value, attention_mask,
+    dropout, scaling, **kwargs)`, [batch, length, heads, dim]."""
+    before, _elsewhere.attend = _elsewhere.attend, attend
+    try:
+        yield
+    finally:
+        _elsewhere.attend = before
 
 
 def takes_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import os
 import warnings
@@ -19,7 +21,9 @@ from unswag.report import html, tables
 from unswag.report.terminal import Meter, say
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import refuse_meta
+from unswag.torch.checkpoint import Sweep
 from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
+from unswag.torch.loss import beside_swept_layers
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
 STORES = "_unswag_stores"  # model.__dict__[STORES]: where the policy's tiers are kept
+SWEEP = "_unswag_sweep"  # model.__dict__[SWEEP]: its checkpoint.Sweep, or None
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left unchanged, each sentence once
 
 
@@ -121,6 +126,7 @@ def apply_unswag_surgery(
     store: str | None = None,
     store_dir: str | None = None,
     store_limit: int | str | None = None,
+    sweep: bool | int | Sweep = False,
 ) -> SurgeryReport:
     """Makes `model` train with less activation memory and reports what it did.
 
@@ -146,6 +152,10 @@ def apply_unswag_surgery(
                `Policy(..., tiers={"checkpoint": store})`. Takes effect when gradient checkpointing is on (docs/store.md)
     store_dir  folder of the disk store's file, which has no name; None: $TMPDIR, or /tmp
     store_limit  bytes that a store may keep: a number, or a text like "64GiB"; None: what there is
+    sweep      True: layers under gradient checkpointing are recomputed and differentiated in tiles of tokens, which lowers what
+               one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens per tile;
+               or a `checkpoint.Sweep`. Each layer is compared with itself as a whole when it is first called in training. What
+               cannot be swept is checkpointed as without, with a warning and a note in the report
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
                same
 
@@ -167,6 +177,11 @@ def apply_unswag_surgery(
         if given not in CHOICES[argument]:
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
+    if not isinstance(sweep, Sweep) and (not isinstance(sweep, int) or sweep < 0):
+        raise ValueError(
+            f"apply_unswag_surgery: sweep={sweep!r}; pass True, False, a positive number of tokens per tile, or a Sweep"
+        )
+    tiles = _tiles(sweep)
     chosen = _with_store(Policy.named(policy), store)
     if not chosen.tiers and not (store_dir is store_limit is None):
         raise ValueError(
@@ -191,6 +206,8 @@ def apply_unswag_surgery(
                 f"apply_unswag_surgery: policy {chosen.name!r} would change nothing, because no module that plays one of its "
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
+        if tiles is not None:
+            _refuse_to_sweep(model, patched, skipped)
         if nowhere := [role for role in chosen.tiers if role not in found]:
             role = nowhere[0]
             why = "the model has no gradient checkpointing" if role == "checkpoint" else "no module that plays it was patched"
@@ -199,7 +216,7 @@ def apply_unswag_surgery(
                 "leave store or the policy's tiers out"
             )
         if patched:
-            notes: list[str] = []
+            notes: list[str] = [] if tiles is None else tiles.notes
             if "checkpoint" in chosen.tiers and not checkpointing:
                 notes.append(
                     f"the {chosen.tiers['checkpoint']} store keeps nothing until gradient checkpointing is switched on "
@@ -209,9 +226,9 @@ def apply_unswag_surgery(
                 stores.of(tier)  # here, so that a folder that cannot be used is an error now
             leave_caches_out(model)
             for module in (model, *_backbones(model)):
-                _put_stash_around(module, chosen, notes, stores)
+                _put_stash_around(module, chosen, notes, stores, tiles)
             patched.append(("", "stash"))
-            notes.extend(checkpoint.prepare(model))
+            notes.extend(checkpoint.prepare(model, tiles))
         with sealed():
             kept_after, changed = _dry(model) if kept_before is not None else (None, "")
     except BaseException:
@@ -304,7 +321,7 @@ def _probe(pattern: Pattern, candidate: Candidate) -> str | None:
 def _prepare_checkpoints(model: nn.Module) -> None:
     """Before each forward. What it leaves unchanged is said once, in a warning and in the report."""
     notes: list[str] = vars(model)[NOTES]
-    for note in checkpoint.prepare(model):
+    for note in checkpoint.prepare(model, vars(model)[SWEEP]):
         if note not in notes:
             notes.append(note)
             warnings.warn(f"unswag: {note}", stacklevel=4)
@@ -317,6 +334,26 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
 
 
+def _tiles(sweep: bool | int | Sweep) -> Sweep | None:
+    if isinstance(sweep, Sweep):
+        return copy.deepcopy(sweep)
+    return Sweep(None if sweep is True else sweep) if sweep else None
+
+
+def _refuse_to_sweep(model: nn.Module, patched: list[tuple[str, str]], skipped: list[tuple[str, str]]) -> None:
+    """ValueError if no layer of `model` could be swept: none has ever checkpointing, or its attention was left."""
+    if checkpoints(model) is None:
+        raise ValueError(
+            "apply_unswag_surgery: sweep is for layers under gradient checkpointing, and this model has none; leave sweep out"
+        )
+    if not any(pattern == "attention" for _, pattern in patched):
+        reasons = [reason for _, reason in skipped if reason.startswith("attention: ")]
+        raise ValueError(
+            "apply_unswag_surgery: no layer can be swept, because the attention was left ("
+            f"{'; '.join(reasons) or 'attention=' + repr('stock')}); leave sweep out"
+        )
+
+
 def _with_store(policy: Policy, store: str | None) -> Policy:
     if store is None:
         return policy
@@ -325,14 +362,16 @@ def _with_store(policy: Policy, store: str | None) -> Policy:
     return dataclasses.replace(policy, tiers={**policy.tiers, "checkpoint": store})
 
 
-def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores: Stores) -> None:
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores: Stores, sweep: Sweep | None) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
     replace(model, NOTES, notes)
     replace(model, STORES, stores)
+    replace(model, SWEEP, sweep)
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
-        with Stash(policy, model=self, stores=vars(self)[STORES]):
+        chunks = contextlib.nullcontext() if vars(self)[SWEEP] is None else beside_swept_layers()
+        with chunks, Stash(policy, model=self, stores=vars(self)[STORES]):
             return inner(self, *args, **kwargs)
 
     wrap_method(model, "forward", around)

@@ -23,7 +23,8 @@ def dense(spans):
     for p in spans.pieces:
         block = torch.ones(p.q1 - p.q0, p.k1 - p.k0, dtype=torch.bool)
         mask[p.row, 0, p.q0 : p.q1, p.k0 : p.k1] |= block.tril() if p.causal else block
-    return mask
+    at = torch.arange(spans.length)
+    return mask if spans.window is None else mask & (at[:, None] - at < spans.window)
 
 
 @pytest.mark.parametrize("seed", range(20))

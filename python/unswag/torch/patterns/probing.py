@@ -44,13 +44,20 @@ def twin(module: nn.Module, **replaced: Any) -> nn.Module:
     """A copy of `module` in which the named children and parameters are replaced. It shares nothing that a forward could write
     to: tensors, containers, plain objects and the other children are copies too. It has no hooks, and its forward is that of
     the class. ValueError for a parametrized module: reading it may change it."""
-    return _twin(module, replaced, {})
+    return _twin(module, replaced, {}, LARGE)
+
+
+def whole_twin(module: nn.Module, parameters: dict[int, Tensor]) -> tuple[nn.Module, dict[int, Any]]:
+    """As `twin`, with all that is in `module`, whatever its size; `parameters` says by the identity of a parameter what takes
+    its place. Also returns what stands for which object of the module, by its identity."""
+    seen: dict[int, Any] = dict(parameters)
+    return _twin(module, {}, seen, None), seen
 
 
 LARGE = 1 << 22  # elements: a module with more is not run by a probe, only referred to, and stays shared
 
 
-def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> nn.Module:
+def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any], most: int | None) -> nn.Module:
     if nn.utils.parametrize.is_parametrized(module):
         raise ValueError(f"a {type(module).__name__} is parametrized: reading its parameters may change its state")
     cls = stock_class(module)
@@ -58,24 +65,24 @@ def _twin(module: nn.Module, replaced: dict[str, Any], seen: dict[int, Any]) -> 
     seen[id(module)] = made
     for base in reversed(_own_classes(module)):  # also what the class holds for all its instances
         shared = {k: v for k, v in vars(base).items() if type(v) in (list, dict, set) and not k.startswith("__")}
-        made.__dict__.update({k: _unshared(v, seen) for k, v in shared.items()})
+        made.__dict__.update({k: _unshared(v, seen, most) for k, v in shared.items()})
     left_out = (RECORD, METHODS, "forward", "_parameters", "_buffers", "_modules", *HOOKS)
-    made.__dict__.update({k: _unshared(v, seen) for k, v in module.__dict__.items() if k not in left_out})
+    made.__dict__.update({k: _unshared(v, seen, most) for k, v in module.__dict__.items() if k not in left_out})
     made.__dict__.update({hooks: OrderedDict() for hooks in HOOKS})
-    made._buffers = {k: _unshared(b, seen) for k, b in module._buffers.items()}
-    made._parameters = {k: replaced[k] if k in replaced else _unshared(p, seen) for k, p in module._parameters.items()}
-    made._modules = {k: replaced[k] if k in replaced else _unshared(m, seen) for k, m in module._modules.items()}
+    made._buffers = {k: _unshared(b, seen, most) for k, b in module._buffers.items()}
+    made._parameters = {k: replaced[k] if k in replaced else _unshared(p, seen, most) for k, p in module._parameters.items()}
+    made._modules = {k: replaced[k] if k in replaced else _unshared(m, seen, most) for k, m in module._modules.items()}
     return made
 
 
-def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
+def _unshared(value: Any, seen: dict[int, Any], most: int | None, depth: int = 4) -> Any:
     """What a twin gets for `value`: a copy, or for an unknown type the value itself."""
     if id(value) in seen:
         return seen[id(value)]
     made = value
     if isinstance(value, nn.Module):
-        if sum(p.numel() for p in value.parameters()) <= LARGE:
-            made = _twin(value, {}, seen)
+        if most is None or sum(p.numel() for p in value.parameters()) <= most:
+            made = _twin(value, {}, seen, most)
     elif type(value) is nn.Parameter:
         made = nn.Parameter(value.detach().clone(), value.requires_grad)
     elif type(value) is Tensor:
@@ -84,18 +91,18 @@ def _unshared(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
         return value
     elif isinstance(value, dict):
         seen[id(value)] = made = copy.copy(value)
-        made.update({k: _unshared(v, seen, depth - 1) for k, v in value.items()})
+        made.update({k: _unshared(v, seen, most, depth - 1) for k, v in value.items()})
     elif isinstance(value, (list, collections.deque)):
         seen[id(value)] = made = copy.copy(value)
         made.clear()
-        made.extend(_unshared(v, seen, depth - 1) for v in value)
+        made.extend(_unshared(v, seen, most, depth - 1) for v in value)
     elif type(value) is tuple:
-        made = tuple(_unshared(v, seen, depth - 1) for v in value)
+        made = tuple(_unshared(v, seen, most, depth - 1) for v in value)
     elif isinstance(value, (set, bytearray, itertools.count)):
         made = copy.copy(value)
     elif _is_plain_object(value):
         seen[id(value)] = made = copy.copy(value)
-        vars(made).update({k: _unshared(v, seen, depth - 1) for k, v in vars(value).items()})
+        vars(made).update({k: _unshared(v, seen, most, depth - 1) for k, v in vars(value).items()})
     seen[id(value)] = made
     return made
 

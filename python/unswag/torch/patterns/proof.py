@@ -79,7 +79,7 @@ class Proof:
 
     def changed(self, module: nn.Module) -> str | None:
         """What has changed, or None."""
-        what = self._facts.changed(module)
+        what = None if self._facts.hold(module) else self._facts.changed(module)
         for name, whole in self._unseen:
             what = what or whole.changed(module._modules.get(name), name)
         return what or (others_global_hooks() if self._unseen else None)

@@ -28,14 +28,15 @@ import torch.utils.checkpoint
 from torch import nn
 
 from unswag.torch import stash
+from unswag.torch.checkpoint.sweep import Sweep
 from unswag.torch.stash import Stash
 
 ATTRIBUTE = "_gradient_checkpointing_func"  # of a module: the function that it calls to checkpoint a layer
 
 
-def prepare(model: nn.Module) -> list[str]:
-    """Makes the model's checkpointed layers recompute under a stash. Call it before each forward: trainers install a new
-    checkpoint function whenever they switch checkpointing on. Idempotent.
+def prepare(model: nn.Module, sweep: Sweep | None = None) -> list[str]:
+    """Makes the model's checkpointed layers recompute under a stash, or swept where that is asked for and proven. Call it
+    before each forward: trainers install a new checkpoint function whenever they switch checkpointing on. Idempotent.
 
     Returns one sentence for each kind of checkpoint function that was not wrapped, with the reason, for the report.
     """
@@ -46,7 +47,7 @@ def prepare(model: nn.Module) -> list[str]:
             continue
         reason = _reason_to_leave(plain)
         if reason is None:
-            setattr(module, ATTRIBUTE, StashedCheckpoint(plain))
+            setattr(module, ATTRIBUTE, StashedCheckpoint(plain, sweep))
         elif getattr(module, "gradient_checkpointing", True):
             notes[f"checkpointing is not changed: {reason}"] = None
     return list(notes)
@@ -116,8 +117,8 @@ class StashedCheckpoint:
 
     Knows nothing of the module. Pickled and deep-copied it is `plain`, so that a saved model opens where UnSwag is absent."""
 
-    def __init__(self, plain: Callable[..., Any]) -> None:
-        self.plain = plain
+    def __init__(self, plain: Callable[..., Any], sweep: Sweep | None = None) -> None:
+        self.plain, self.sweep = plain, sweep
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (self.plain,)
@@ -128,6 +129,10 @@ class StashedCheckpoint:
             return self.plain(function, *args, **kwargs)
         stash.plays("checkpoint", *(a for a in args if isinstance(a, torch.Tensor) and a.requires_grad))
         with stash.role("checkpoint"):  # in the first forward only the layer's inputs pass the door
+            if self.sweep is not None and not kwargs:
+                swept = self.sweep.run(function, args)
+                if swept is not NotImplemented:
+                    return swept
             if settings.get("use_reentrant") is False:
                 return self.plain(function, *args, context_fn=_contexts, **kwargs)
             return self.plain(functools.partial(_run_stashed, function), *args, **kwargs)
