@@ -508,5 +508,6 @@ shape), NotImplementedError (no kernel), RuntimeError (device).  The global lock
   m.def("version", &unswag::version);
 
   unswag::python::bind_eager(m);
+  unswag::python::bind_facts(m);
   unswag::python::bind_stash(m);
 }

@@ -51,6 +51,7 @@ struct TensorRows {
   bool is_beside(const TensorRows& other) const {
     return tensor.device_type == other.tensor.device_type && tensor.device_id == other.tensor.device_id;
   }
+  bool is_dense() const { return tensor.ndim > 0 && rows > 0 && cols > 0 && (rows == 1 || stride == cols); }  // has elements
   bool is_shaped_like(const TensorRows& other) const;  // the same device and shape
   bool is_like(const TensorRows& other) const { return dtype == other.dtype && is_shaped_like(other); }
 };
@@ -98,9 +99,13 @@ class Torch {
 
   bool read(nb::handle x, dlpack::Tensor& out) const;  // false for what `rows` and `is_plain` exclude
 
-  nb::object tensor_, parameter_, contiguous_;
-  nb::object empty_like_, empty_, is_neg_, threads_;
-  std::array<nb::object, 4> dtypes_;  // in the order of `dtypes`
+  static nb::object call(const nb::object& function, const nb::object& arguments, const nb::object& constants);
+
+  nb::object tensor_, parameter_;
+  nb::object empty_like_, empty_, new_empty_, is_neg_, threads_;
+  nb::dict in_order_;                  // memory_format=torch.contiguous_format
+  std::array<nb::object, 4> dtypes_;   // in the order of `dtypes`
+  std::array<nb::dict, 4> of_dtype_;   // dtype=…, in that order
   std::array<nb::object, 4> counts_;  // functions that say how many modes are in place
   std::array<nb::object, 2> nones_;   // functions that say None where there is nothing
   nb::object is_grad_enabled_, is_inference_, is_wrapped_, forward_mode_;
