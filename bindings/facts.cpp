@@ -117,8 +117,8 @@ void init(Facts* self, const nb::list& facts) {
     const nb::object holder = fact[1], key = fact[2], value = fact[3];
     if (found == std::end(kinds) || (needs_dict(found->first) && !holder.is_none() && PyDict_Check(holder.ptr()) == 0))
       throw nb::type_error("Facts: a fact is (kind, holder, key, value), and what has entries is a dict");
-    self->facts.push_back({found->first, nb::object(holder).release().ptr(), nb::object(key).release().ptr(),
-                           nb::object(value).release().ptr()});
+    self->facts.push_back(
+        {found->first, nb::object(holder).release().ptr(), nb::object(key).release().ptr(), nb::object(value).release().ptr()});
   }
 }
 
@@ -133,8 +133,7 @@ int clear(PyObject* self) {
   nb::inst_ptr<Facts>(self)->clear();
   return 0;
 }
-PyType_Slot slots[] = {
-    {Py_tp_traverse, reinterpret_cast<void*>(traverse)}, {Py_tp_clear, reinterpret_cast<void*>(clear)}, {}};
+PyType_Slot slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)}, {Py_tp_clear, reinterpret_cast<void*>(clear)}, {}};
 
 }  // namespace
 

@@ -129,6 +129,11 @@ bool Torch::is_plain(nb::handle x) const {
   return nb::isinstance(x, tensor_) ? read(x, t) : true;
 }
 
+std::optional<dlpack::Tensor> Torch::on_cpu(nb::handle x) const {
+  dlpack::Tensor t{};
+  return exchange_ != nullptr && read(x, t) && t.device_type == kCpu ? std::optional(t) : std::nullopt;
+}
+
 std::optional<DType> Torch::dtype_of(nb::handle x) const {
   dlpack::Tensor t{};
   return read(x, t) ? dtype_in(t) : std::nullopt;
@@ -178,9 +183,7 @@ nb::object Torch::call(const nb::object& function, const nb::object& arguments, 
 
 nb::object Torch::empty_like(nb::handle x) const { return call(empty_like_, nb::make_tuple(x), in_order_); }
 
-nb::object Torch::empty_like(nb::handle x, nb::handle dtype) const {
-  return empty_like_(x, "dtype"_a = dtype, **in_order_);
-}
+nb::object Torch::empty_like(nb::handle x, nb::handle dtype) const { return empty_like_(x, "dtype"_a = dtype, **in_order_); }
 
 nb::object Torch::empty(std::span<const std::int64_t> shape, DType dtype, nb::handle device_of) const {
   const nb::object size = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));

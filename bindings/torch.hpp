@@ -76,6 +76,9 @@ class Torch {
   // The dtype of an ordinary tensor; none for one without kernels, and for other objects.
   std::optional<DType> dtype_of(nb::handle x) const;
 
+  // Of a plain tensor on the CPU: its sizes, strides and dtype, valid as long as `x` is; none for others.
+  std::optional<dlpack::Tensor> on_cpu(nb::handle x) const;
+
   // `x` as it lies in memory; none for what a kernel cannot read there: other types than torch.Tensor and its Parameter, other
   // devices and dtypes, elements that are no rows or not aligned, and tensors whose values are not what their memory holds.
   std::optional<TensorRows> rows(nb::handle x) const;
@@ -103,9 +106,9 @@ class Torch {
 
   nb::object tensor_, parameter_;
   nb::object empty_like_, empty_, new_empty_, is_neg_, threads_;
-  nb::dict in_order_;                  // memory_format=torch.contiguous_format
-  std::array<nb::object, 4> dtypes_;   // in the order of `dtypes`
-  std::array<nb::dict, 4> of_dtype_;   // dtype=…, in that order
+  nb::dict in_order_;                 // memory_format=torch.contiguous_format
+  std::array<nb::object, 4> dtypes_;  // in the order of `dtypes`
+  std::array<nb::dict, 4> of_dtype_;  // dtype=…, in that order
   std::array<nb::object, 4> counts_;  // functions that say how many modes are in place
   std::array<nb::object, 2> nones_;   // functions that say None where there is nothing
   nb::object is_grad_enabled_, is_inference_, is_wrapped_, forward_mode_;
