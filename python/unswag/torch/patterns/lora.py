@@ -44,7 +44,9 @@ F64 = (torch.float64, torch.float64)
 LATER = [((torch.bfloat16, torch.float32), False, True), ((torch.bfloat16, torch.bfloat16), False, True)]
 SETTINGS = ("scaling", "lora_variant", "use_dora")  # dicts by name of the adapter
 KNOWN = "_unswag_known"  # module.__dict__[KNOWN]
-FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}  # of the parts of an adapter
+FORWARDS: dict[type[nn.Module], Any] = {
+    cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)
+}  # of the parts of an adapter
 
 
 class Lora:
@@ -125,9 +127,11 @@ class Known:
         """Remembers what an ordinary module is like now."""
         self._found = None
         own, names = module.__dict__, list(module.active_adapters)
-        a, b, dropout = (part.get(names[0]) if names else None for part in _parts_of(module))
+        if len(names) != 1 or names[0] not in module.lora_A._modules:
+            return
+        a, b, dropout = (part[names[0]] for part in _parts_of(module))
         settings = [own.get(name) for name in SETTINGS]
-        if len(names) != 1 or a is None or b.bias is not None or _drops(dropout):
+        if b.bias is not None or _drops(dropout):
             return
         if own.get("cast_input_dtype_enabled") is not True or any(type(setting) is not dict for setting in settings):
             return
