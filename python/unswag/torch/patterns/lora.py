@@ -44,6 +44,7 @@ F64 = (torch.float64, torch.float64)
 LATER = [((torch.bfloat16, torch.float32), False, True), ((torch.bfloat16, torch.bfloat16), False, True)]
 SETTINGS = ("scaling", "lora_variant", "use_dora")  # dicts by name of the adapter
 KNOWN = "_unswag_known"  # module.__dict__[KNOWN]
+# Of the parts of an adapter
 FORWARDS: dict[type[nn.Module], Any] = {
     cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)
 }  # of the parts of an adapter
