@@ -298,6 +298,20 @@ void bind_eager(nb::module_& m) {
       },
       "Whether a function of unswag.torch.functional needs no look at these tensors (or None): they are ordinary, of a dtype\n"
       "with kernels, on the CPU or on CUDA, and neither torch.func nor forward mode is on.");
+  eager.def(
+      "are_dense",
+      [](const nb::args& tensors) {
+        const Torch& torch = Torch::get();
+        if (!torch.is_reverse_mode()) return false;
+        std::optional<DType> dtype;
+        return std::ranges::all_of(tensors, [&](nb::handle x) {
+          const std::optional<TensorRows> rows = torch.rows(x);
+          if (!rows || !rows->is_dense() || (dtype && rows->dtype != *dtype)) return false;
+          dtype = rows->dtype;
+          return true;
+        });
+      },
+      "Whether `takes`, and the tensors are contiguous, of one dtype and of at least one dimension and one element.");
   eager.def("rms_norm_forward", &rms_norm_forward_, "x"_a, "weight"_a.none(), "eps"_a, "weight_offset"_a,
             "cast_before_weight"_a, "out_dtype"_a.none());
   eager.def("rms_norm_apply", &rms_norm_apply_, "x"_a, "rstd"_a, "weight"_a.none(), "weight_offset"_a, "cast_before_weight"_a,

@@ -508,6 +508,7 @@ shape), NotImplementedError (no kernel), RuntimeError (device).  The global lock
   m.def("version", &unswag::version);
 
   unswag::python::bind_eager(m);
+  unswag::python::bind_facts(m);
   unswag::python::bind_stash(m);
   unswag::python::bind_store(m);
 }

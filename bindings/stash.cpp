@@ -6,10 +6,13 @@
 #include <nanobind/nanobind.h>
 #include <structmember.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -31,6 +34,7 @@ struct Names {
   PyObject* layout = PyUnicode_InternFromString("layout");
   PyObject* grad_fn = PyUnicode_InternFromString("grad_fn");
   PyObject* name = PyUnicode_InternFromString("name");
+  PyObject* type_name = PyUnicode_InternFromString("__name__");
   PyObject* detach = PyUnicode_InternFromString("detach");
   PyObject* role = PyUnicode_InternFromString("role");
   PyObject* recorder = PyUnicode_InternFromString("recorder");
@@ -409,6 +413,59 @@ bool equal(PyObject* a, PyObject* b) {
 }
 nb::object opened(PyObject* handle);
 
+// The Layouts of the last few geometries of contiguous tensors on the CPU, which a model has few of: to make one takes longer
+// than all else that is asked of a tensor here.
+class Layouts {
+ public:
+  // That of t; nothing for a tensor of another kind, and for a new geometry without `make`.
+  template <class Make>
+  nb::object of(PyObject* t, Make make) {
+    const std::optional<dlpack::Tensor> found = Torch::get().on_cpu(t);
+    if (!found || found->ndim > kDims) return {};
+    Entry entry{};
+    entry.ndim = found->ndim;
+    entry.type = {found->type_code, found->type_bits, found->lanes};
+    std::int64_t step = 1;
+    for (int i = found->ndim - 1; i >= 0; --i) {
+      if (found->shape[i] != 1 && found->strides[i] != step) return {};
+      step *= std::max<std::int64_t>(found->shape[i], 1);
+      entry.shape[static_cast<std::size_t>(i)] = found->shape[i];
+      entry.strides[static_cast<std::size_t>(i)] = found->strides[i];
+    }
+    for (const Entry& known : entries_)
+      if (known.layout != nullptr && known.is(entry)) return nb::borrow(known.layout);
+    nb::object made = make();
+    if (made.is_valid()) {
+      entry.layout = borrowed(made.ptr());
+      std::swap(entries_[next_], entry);
+      next_ = (next_ + 1) % entries_.size();
+      Py_XDECREF(entry.layout);
+    }
+    return made;
+  }
+  nb::object known(PyObject* t) {
+    return of(t, [] { return nb::object(); });
+  }
+
+ private:
+  static constexpr int kDims = 5;
+  struct Entry {
+    int ndim;
+    std::array<int, 3> type;
+    std::array<std::int64_t, kDims> shape, strides;
+    PyObject* layout;
+    bool is(const Entry& other) const {
+      return ndim == other.ndim && type == other.type && shape == other.shape && strides == other.strides;
+    }
+  };
+  std::array<Entry, 16> entries_{};
+  std::size_t next_ = 0;
+};
+Layouts& layouts() {
+  static Layouts layouts;
+  return layouts;
+}
+
 // function(*inputs, **constants), as Recipe._run, which does what is left: modes other than that of a backward, results that
 // are not what they should be.
 nb::object run(Recipe* recipe) {
@@ -421,6 +478,7 @@ nb::object run(Recipe* recipe) {
     PyTuple_SetItem(inputs.ptr(), i, (handle == Py_None ? nb::none() : opened(handle)).release().ptr());
   }
   nb::object result = steal(PyObject_Call(recipe->function, inputs.ptr(), recipe->constants));
+  if (layouts().known(result.ptr()).ptr() == recipe->layout) return result;
   const auto is = [&](const nb::object& value, Py_ssize_t i) { return equal(value.ptr(), PyTuple_GetItem(recipe->layout, i)); };
   if (is(attribute(result.ptr(), names().shape), 0) && is(method(result.ptr(), names().stride), 1) &&
       is(attribute(result.ptr(), names().dtype), 2) && is(attribute(result.ptr(), names().device), 3))
@@ -696,15 +754,25 @@ nb::object storage_of(PyObject* t, Key* key) {
 
 // Whether t, or what it is a view of, was made by a cast: it may be autocast's copy of a parameter, or of an output.
 bool is_cast(PyObject* t, PyObject* base) {
-  static PyTypeObject* cast_node = nullptr;  // the one type of node with that name, once it was seen
+  static PyTypeObject* cast_node = nullptr;         // the one type of node with that name, once it was seen
+  static std::unordered_set<PyTypeObject*> others;  // types of nodes with another name, which are never freed
+  static PyObject* const function = nb::object(nb::module_::import_("torch").attr("_C").attr("_FunctionBase")).release().ptr();
   const nb::object node = attribute(base == Py_None ? t : base, names().grad_fn);
   if (node.is_none()) return false;
-  if (Py_TYPE(node.ptr()) == cast_node) return true;
+  PyTypeObject* type = Py_TYPE(node.ptr());
+  if (type == cast_node) return true;
+  // An autograd.Function's name ends with "Backward".
+  if (others.contains(type) || PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(function)) != 0) return false;
   const nb::object name = method(node.ptr(), names().name);
-  if (PyUnicode_CompareWithASCIIString(name.ptr(), "ToCopyBackward0") != 0) return false;
-  if (cast_node == nullptr)
-    cast_node = reinterpret_cast<PyTypeObject*>(borrowed(reinterpret_cast<PyObject*>(Py_TYPE(node.ptr()))));
-  return true;
+  const bool is = PyUnicode_CompareWithASCIIString(name.ptr(), "ToCopyBackward0") == 0;
+  if ((PyType_GetFlags(type) & Py_TPFLAGS_HEAPTYPE) == 0 &&
+      equal(name.ptr(), attribute(reinterpret_cast<PyObject*>(type), names().type_name).ptr())) {
+    if (is)
+      cast_node = type;
+    else
+      others.insert(type);
+  }
+  return is;
 }
 
 bool is_set(const Door& door, PyObject* name) { return !attribute(door.state, name).is_none(); }
@@ -762,6 +830,9 @@ nb::object recomputed(const Door& door, PyObject* t, PyObject* output_) {
                      !is_dead(output.storage) && version_of(t) == output.version &&
                      version_of(output.counter) == output.version;
   if (!known) return {};
+  if (layouts().known(t).ptr() == output.layout && PyLong_AsLongLong(method(t, names().storage_offset).ptr()) == output.offset)
+    return new_recomputed(reinterpret_cast<PyTypeObject*>(door.recomputed), output.recipe, PyTuple_GetItem(output.layout, 0),
+                          PyTuple_GetItem(output.layout, 1), 0, true);
   // Contiguous inside the output, which is dense.
   const bool inside = attribute(t, names().dtype).ptr() == PyTuple_GetItem(output.layout, 2) &&
                       method(t, names().is_contiguous).is(nb::bool_(true)) && method(t, names().is_neg).is(nb::bool_(false));
@@ -841,9 +912,14 @@ bool remember(const Door& door, PyObject* output, PyObject* function, PyObject* 
   Key key = 0;
   if (PyDict_Size(door.marks) != 0 || PyDict_Size(door.pending) != 0) return false;
   prune(door.outputs);
-  if (!Torch::get().is_tensor(output) || attribute(output, names().is_cuda).is(nb::bool_(true)) ||
-      !method(output, names().is_contiguous).is(nb::bool_(true)))
-    return false;
+  const nb::object layout = layouts().of(output, [&] {
+    const nb::object fields =
+        steal(PyTuple_Pack(4, attribute(output, names().shape).ptr(), method(output, names().stride).ptr(),
+                           attribute(output, names().dtype).ptr(), attribute(output, names().device).ptr()));
+    return steal(PyObject_CallMethodObjArgs(reinterpret_cast<PyObject*>(&PyTuple_Type), names().make, door.layout, fields.ptr(),
+                                            nullptr));
+  });
+  if (!layout.is_valid()) return false;
   const nb::object storage = storage_of(output, &key);
   if (!storage.is_valid()) return false;
   const nb::object node = attribute(output, names().grad_fn);
@@ -858,11 +934,6 @@ bool remember(const Door& door, PyObject* output, PyObject* function, PyObject* 
     }
     PyTuple_SetItem(handles.ptr(), i, handle.release().ptr());
   }
-  const nb::object fields =
-      steal(PyTuple_Pack(4, attribute(output, names().shape).ptr(), method(output, names().stride).ptr(),
-                         attribute(output, names().dtype).ptr(), attribute(output, names().device).ptr()));
-  const nb::object layout = steal(
-      PyObject_CallMethodObjArgs(reinterpret_cast<PyObject*>(&PyTuple_Type), names().make, door.layout, fields.ptr(), nullptr));
   nb::object recipe =
       steal(PyObject_CallFunctionObjArgs(door.recipe, function, handles.ptr(), constants, layout.ptr(), door.results, nullptr));
   const nb::object entry = steal(PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(door.remembered), 0));

@@ -46,6 +46,12 @@ std::optional<std::int64_t> row_stride(const dlpack::Tensor& t, std::int64_t col
   return step;
 }
 
+nb::dict constant(const char* name, const nb::object& value) {
+  nb::dict made;
+  made[name] = value;
+  return made;
+}
+
 }  // namespace
 
 bool TensorRows::is_shaped_like(const TensorRows& other) const {
@@ -62,13 +68,16 @@ Torch::Torch() {
   const nb::object c = torch.attr("_C");
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
-  contiguous_ = torch.attr("contiguous_format");
   empty_like_ = torch.attr("empty_like");
   empty_ = torch.attr("empty");
+  new_empty_ = tensor_.attr("new_empty");
   is_neg_ = tensor_.attr("is_neg");
   threads_ = torch.attr("get_num_threads");
-  for (std::size_t i = 0; i < dtypes.size(); ++i)
+  in_order_ = constant("memory_format", torch.attr("contiguous_format"));
+  for (std::size_t i = 0; i < dtypes.size(); ++i) {
     dtypes_[i] = torch.attr(nb::str(dtypes[i].name.data(), dtypes[i].name.size()));
+    of_dtype_[i] = constant("dtype", dtypes_[i]);
+  }
   is_grad_enabled_ = torch.attr("is_grad_enabled");
   is_inference_ = torch.attr("is_inference_mode_enabled");
   try {
@@ -109,13 +118,20 @@ bool Torch::read(nb::handle x, dlpack::Tensor& out) const {
     return false;
   }
   if (out.device_type != kCpu && out.device_type != kCuda) return false;
+  // A wrapper of torch.func has no memory: it raised above, or has none here.
+  if (out.data == nullptr && nb::cast<bool>(is_wrapped_(x))) return false;
   out.data = static_cast<std::byte*>(out.data) + out.byte_offset;
-  return !nb::cast<bool>(is_neg_(x)) && !nb::cast<bool>(is_wrapped_(x));
+  return is_neg_(x).is(nb::bool_(false));
 }
 
 bool Torch::is_plain(nb::handle x) const {
   dlpack::Tensor t{};
   return nb::isinstance(x, tensor_) ? read(x, t) : true;
+}
+
+std::optional<dlpack::Tensor> Torch::on_cpu(nb::handle x) const {
+  dlpack::Tensor t{};
+  return exchange_ != nullptr && read(x, t) && t.device_type == kCpu ? std::optional(t) : std::nullopt;
 }
 
 std::optional<DType> Torch::dtype_of(nb::handle x) const {
@@ -159,16 +175,21 @@ TensorRows Torch::made(nb::handle x) const {
   return *r;
 }
 
-nb::object Torch::empty_like(nb::handle x) const { return empty_like_(x, "memory_format"_a = contiguous_); }
-
-nb::object Torch::empty_like(nb::handle x, nb::handle dtype) const {
-  return empty_like_(x, "dtype"_a = dtype, "memory_format"_a = contiguous_);
+nb::object Torch::call(const nb::object& function, const nb::object& arguments, const nb::object& constants) {
+  PyObject* made = PyObject_Call(function.ptr(), arguments.ptr(), constants.ptr());
+  if (made == nullptr) throw nb::python_error();
+  return nb::steal(made);
 }
 
+nb::object Torch::empty_like(nb::handle x) const { return call(empty_like_, nb::make_tuple(x), in_order_); }
+
+nb::object Torch::empty_like(nb::handle x, nb::handle dtype) const { return empty_like_(x, "dtype"_a = dtype, **in_order_); }
+
 nb::object Torch::empty(std::span<const std::int64_t> shape, DType dtype, nb::handle device_of) const {
-  nb::list size;
-  for (const std::int64_t n : shape) size.append(n);
-  return empty_(size, "dtype"_a = dtypes_[static_cast<std::size_t>(dtype)], "device"_a = device_of.attr("device"));
+  const nb::object size = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    PyTuple_SetItem(size.ptr(), static_cast<Py_ssize_t>(i), PyLong_FromLongLong(shape[i]));
+  return call(new_empty_, nb::make_tuple(device_of, size), of_dtype_[static_cast<std::size_t>(dtype)]);
 }
 
 nb::object Torch::empty_cpu(nb::handle dtype) const { return empty_(0, "dtype"_a = dtype, "device"_a = "cpu"); }

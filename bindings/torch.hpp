@@ -51,6 +51,7 @@ struct TensorRows {
   bool is_beside(const TensorRows& other) const {
     return tensor.device_type == other.tensor.device_type && tensor.device_id == other.tensor.device_id;
   }
+  bool is_dense() const { return tensor.ndim > 0 && rows > 0 && cols > 0 && (rows == 1 || stride == cols); }  // has elements
   bool is_shaped_like(const TensorRows& other) const;  // the same device and shape
   bool is_like(const TensorRows& other) const { return dtype == other.dtype && is_shaped_like(other); }
 };
@@ -75,6 +76,9 @@ class Torch {
   // The dtype of an ordinary tensor; none for one without kernels, and for other objects.
   std::optional<DType> dtype_of(nb::handle x) const;
 
+  // Of a plain tensor on the CPU: its sizes, strides and dtype, valid as long as `x` is; none for others.
+  std::optional<dlpack::Tensor> on_cpu(nb::handle x) const;
+
   // `x` as it lies in memory; none for what a kernel cannot read there: other types than torch.Tensor and its Parameter, other
   // devices and dtypes, elements that are no rows or not aligned, and tensors whose values are not what their memory holds.
   std::optional<TensorRows> rows(nb::handle x) const;
@@ -98,9 +102,13 @@ class Torch {
 
   bool read(nb::handle x, dlpack::Tensor& out) const;  // false for what `rows` and `is_plain` exclude
 
-  nb::object tensor_, parameter_, contiguous_;
-  nb::object empty_like_, empty_, is_neg_, threads_;
+  static nb::object call(const nb::object& function, const nb::object& arguments, const nb::object& constants);
+
+  nb::object tensor_, parameter_;
+  nb::object empty_like_, empty_, new_empty_, is_neg_, threads_;
+  nb::dict in_order_;                 // memory_format=torch.contiguous_format
   std::array<nb::object, 4> dtypes_;  // in the order of `dtypes`
+  std::array<nb::dict, 4> of_dtype_;  // dtype=…, in that order
   std::array<nb::object, 4> counts_;  // functions that say how many modes are in place
   std::array<nb::object, 2> nones_;   // functions that say None where there is nothing
   nb::object is_grad_enabled_, is_inference_, is_wrapped_, forward_mode_;

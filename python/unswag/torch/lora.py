@@ -73,12 +73,12 @@ def add_lora(
     compute = dtype
     if torch.is_autocast_enabled(x.device.type) and compute != torch.float64:
         compute = torch.get_autocast_dtype(x.device.type)
-    plain = not torch.compiler.is_dynamo_compiling() and _core.eager.takes(base, x)
-    if len(adapters) == 1 and plain and base.dtype == x.dtype == compute == dtype and _is_one_tile(base, x, compute):
+    if len(adapters) == 1 and not torch.compiler.is_dynamo_compiling():
         (only,) = adapters
-        if not only.p and only.bias is None and _core.eager.takes(only.a, only.b):
-            sum_: Tensor = _AddPlainLora.direct(base, x, only.a, only.b, only.scaling)
-            return sum_
+        if not only.p and only.bias is None and is_plain_lora(x, only.a, only.b):
+            sum_ = add_plain_lora(base, x, only.a, only.b, only.scaling)
+            if sum_ is not None:
+                return sum_
     kinds = tuple(_Kind(adapter.scaling, adapter.p if x.numel() else 0.0, adapter.seed) for adapter in adapters)
     seen = dtype if cast_x else x.dtype
     drawn = DropoutInput.of(x, seen) if any(kind.p and kind.seed is None for kind in kinds) else None
@@ -120,20 +120,39 @@ class _How(NamedTuple):
         return self.drawn.draw(ps) if state is None else (self.drawn.draw_again(ps, state), state)
 
 
-def _is_one_tile(base: Tensor, x: Tensor, compute: torch.dtype) -> bool:
-    """Whether x has rows, and so few that `tiles` makes one slice of them, of memory that `view` and `mm` take as it is."""
-    if not (x.is_contiguous() and base.is_contiguous() and x.numel()):
+def is_plain_lora(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether `add_plain_lora` takes these: ordinary tensors of one dtype, which autocast keeps, and x of so few rows that
+    `tiles` makes one slice of them. Not to be traced by torch.compile."""
+    if not _core.eager.are_dense(x, a, b):
         return False
-    return len(tiles(x.numel() // x.shape[-1], x.shape[-1], compute, x.is_cuda)) == 1
+    cols, on_cuda = x.shape[-1], x.is_cuda
+    if x.numel() > cols * _step(x.numel(), cols, x.dtype, on_cuda):
+        return False
+    device = "cuda" if on_cuda else "cpu"
+    return not torch.is_autocast_enabled(device) or x.dtype in (torch.float64, torch.get_autocast_dtype(device))
+
+
+def add_plain_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
+    """`add_lora` for one adapter without dropout and bias for which `is_plain_lora` says yes; None if base is of another dtype
+    than x or lies otherwise in memory."""
+    if not _core.eager.are_dense(base, x):
+        return None
+    y: Tensor = _AddPlainLora.direct(base, x, a, b, scaling)
+    return y
 
 
 def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[slice]:
     """The slices of rows of x [rows, cols] that are processed at once. For 16-bit products it is one slice: x is not cast to a
     wider dtype, and a single product sums in float32."""
-    step = max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
-    if compute.itemsize < 4:
-        step = max(rows, 1)
+    step = _step(rows, cols, compute, on_cuda)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _step(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> int:
+    """How many of `rows` rows."""
+    if compute.itemsize < 4:
+        return max(rows, 1)
+    return max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
 
 
 class _AddPlainLora(Function):
@@ -141,11 +160,8 @@ class _AddPlainLora(Function):
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        xa = torch.mm(x.view(-1, x.shape[-1]), a.t())
-        y = torch.empty_like(base, memory_format=torch.contiguous_format)  # not a view: it may be modified in place
-        ys = y.view(-1, y.shape[-1])
-        torch.mm(xa, b.t(), out=ys)
-        ys.mul_(scaling).add_(base.view(ys.shape))
+        xa = F.linear(x, a)
+        y = F.linear(xa, b).mul_(scaling).add_(base)
         need_a, need_b = ctx.needs_input_grad[2:4]
         ctx.scaling = scaling
         ctx.set_materialize_grads(False)
@@ -170,7 +186,7 @@ def _plain_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), each None where it is not needed."""
     dproduct = dy.reshape(-1, dy.shape[-1]) * scaling
-    db = None if xa is None else torch.mm(dproduct.t(), xa)
+    db = None if xa is None else torch.mm(dproduct.t(), xa.view(-1, xa.shape[-1]))
     if x is None and not need_x:
         return None, None, db
     dxa = torch.mm(dproduct, b)

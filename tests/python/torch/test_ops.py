@@ -181,7 +181,7 @@ IN_CORE = tuple(name for name in OPS if hasattr(_core.eager, name))
 def test_the_core_has_the_ops_that_a_step_of_a_transformer_calls():
     assert {"rms_norm_forward", "layer_norm_backward", "gated_forward", "activation_backward"} <= set(IN_CORE)
     assert {name for name in vars(_core.eager) if not name.startswith("_")} - set(IN_CORE) == {
-        "are_plain", "is_eager", "takes",
+        "are_dense", "are_plain", "is_eager", "takes",
     }  # fmt: skip
 
 

@@ -9,21 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
 
+from unswag import _core
 from unswag.torch.draws import draw_seed
-from unswag.torch.lora import Adapter, add_lora
+from unswag.torch.lora import Adapter, add_lora, add_plain_lora, is_plain_lora
 from unswag.torch.patterns.pattern import (
+    HOOKS,
     Candidate,
     floating_parameter,
     is_plain,
     no_kernel,
     reason_to_leave,
+    replace,
     replace_forward,
     stock,
     stock_class,
 )
 from unswag.torch.patterns.probing import Drawn, Writes, distance, has_hooks, own_forward, twin, ulps, value_and_gradients
-from unswag.torch.patterns.proof import Proof, others_global_hooks
+from unswag.torch.patterns.proof import GLOBAL_HOOKS, Proof, others_global_hooks
 
 ROWS = 32  # of each probe
 # The probes run at this shape: wiring and rounding show at any size, and 210 probes at the sizes of a model take a minute.
@@ -38,7 +42,12 @@ READS = (
 F64 = (torch.float64, torch.float64)
 # (dtype of x, dtype of the adapters), autocast, training: what a module that is cast later may be given
 LATER = [((torch.bfloat16, torch.float32), False, True), ((torch.bfloat16, torch.bfloat16), False, True)]
-FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}  # of the parts of an adapter
+SETTINGS = ("scaling", "lora_variant", "use_dora")  # dicts by name of the adapter
+KNOWN = "_unswag_known"  # module.__dict__[KNOWN]
+# Of the parts of an adapter
+FORWARDS: dict[type[nn.Module], Any] = {
+    cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)
+}  # of the parts of an adapter
 
 
 class Lora:
@@ -81,11 +90,85 @@ class Lora:
         proof = Proof(candidate, reads=READS)
 
         def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            known: Known = self.__dict__[KNOWN]
+            if not (args or kwargs or torch.compiler.is_compiling()) and (adapter := known.adapter(self, x)) is not None:
+                y = self.base_layer(x)
+                sum_ = add_plain_lora(y, x, *adapter)
+                return _add(self, y, x, how) if sum_ is None else sum_
             if args or kwargs or not is_ordinary(self, x, proof):  # e.g. adapter_names: another adapter for each row
                 return stock(self, x, *args, **kwargs)
-            return _forward(self, x, how)
+            known.look(self)
+            return _add(self, self.base_layer(x), x, how)
 
+        replace(candidate.module, KNOWN, Known())
         replace_forward(candidate.module, forward, proof)
+
+
+class Known:
+    """What `is_ordinary` found of a module in its last call, and the facts that it relied on: as long as they hold, it need not
+    look again. Of a module with one adapter, without dropout and bias, in a version of PEFT whose settings lie where they are
+    looked for. A copy of the module begins with nothing known."""
+
+    def __init__(self) -> None:
+        self._found: tuple[_core.Facts, list[str], tuple[Tensor, Tensor, float]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Known:
+        return Known()
+
+    def adapter(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, scaling), where `is_ordinary` would say yes and x is one for `add_plain_lora`; else None."""
+        if self._found is None:
+            return None
+        facts, names, adapter = self._found
+        if not facts.hold(module.__dict__, type(module)) or module.disable_adapters or module.merged:
+            return None
+        return adapter if module.active_adapters == names and is_plain_lora(x, *adapter[:2]) else None
+
+    def look(self, module: Any) -> None:
+        """Remembers what an ordinary module is like now."""
+        self._found = None
+        own, names = module.__dict__, list(module.active_adapters)
+        if len(names) != 1 or names[0] not in module.lora_A._modules:
+            return
+        a, b, dropout = (part[names[0]] for part in _parts_of(module))
+        settings = [own.get(name) for name in SETTINGS]
+        if b.bias is not None or _drops(dropout):
+            return
+        if own.get("cast_input_dtype_enabled") is not True or any(type(setting) is not dict for setting in settings):
+            return
+        if torch_module._has_any_global_hook():
+            return
+        (name,), tables = names, own["_modules"]
+        facts: list[tuple[str, Any, Any, Any]] = [
+            ("entry", None, "_modules", tables),
+            ("entry", None, "cast_input_dtype_enabled", True),
+            *(("entry", None, kind, setting) for kind, setting in zip(SETTINGS, settings, strict=True)),
+            *(_entry(setting, name) for setting in settings),
+        ]
+        for kind in GLOBAL_HOOKS:
+            hooks = vars(torch_module)[kind]
+            facts += [("entry", vars(torch_module), kind, hooks), ("size", hooks, None, 0)]
+        for kind, part in zip(ADAPTERS, (a, b, dropout), strict=True):
+            container, inside, cls = tables[kind], vars(part), stock_class(part)
+            facts += [
+                ("missing", None, kind, None),
+                ("entry", tables, kind, container),
+                ("entry", vars(container), "_modules", container._modules),
+                ("entry", container._modules, name, part),
+                ("type", part, None, type(part)),
+                ("attribute", cls, "forward", FORWARDS[cls]),
+                *(_entry(inside, attribute) for attribute in ("forward", "weight", "bias", "p", "inplace", "training", *HOOKS)),
+                *(("size", inside[hooks], None, 0) for hooks in HOOKS),
+                _entry(inside, "_parameters"),
+                *(_entry(inside["_parameters"], weight) for weight in ("weight", "bias")),
+                *(("type", w, None, type(w)) for w in inside["_parameters"].values() if w is not None),
+            ]
+        self._found = _core.Facts(facts), names, (a.weight, b.weight, module.scaling[name])
+
+
+def _entry(held: dict[str, Any], name: str) -> tuple[str, Any, Any, Any]:
+    """The fact that `held` has this entry, or none of that name."""
+    return ("entry", held, name, held[name]) if name in held else ("missing", held, name, None)
 
 
 WEIGHTS = (nn.Parameter, FakeTensor)
@@ -105,7 +188,11 @@ class How(NamedTuple):
 
 
 def _forward(module: Any, x: Tensor, how: How) -> Tensor:
-    y: Tensor = module.base_layer(x)
+    return _add(module, module.base_layer(x), x, how)
+
+
+def _add(module: Any, y: Tensor, x: Tensor, how: How) -> Tensor:
+    """What the module's own forward makes of the result of its base."""
     adapters = []
     lora_a, lora_b, dropouts = _parts_of(module)
     for name in module.active_adapters:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from unswag import _core
 from unswag.torch.patterns.pattern import HOOKS, Candidate, maker, stock_class
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.layout, torch.memory_format)
@@ -108,7 +109,6 @@ class _Facts:
         helpers = [name for name in seen.members if name not in methods]
         fixed = [_Names(attrgetter, holder, names) for holder, names in seen.defined]
         self._fixed = [*fixed, *(_Names(itemgetter, mapping, names) for mapping, names in seen.globals)]
-        self._compared = [(names.get, names.holder, names.values) for names in self._fixed if names.names]
         self._helpers = _Names(attrgetter, type(module), helpers)
         settings = [k for k in own if k in seen.words and k not in (*reads, *TABLES, *HOOKS, "training")]
         plain = [k for k in settings if _is_plain(own[k])]
@@ -116,38 +116,41 @@ class _Facts:
         others = [(k, frozen(own[k], seen.words)) for k in settings if k not in plain]
         self._words, self._named = seen.words, seen.named
         self._others = [(k, v) for k, v in others if v is not OTHER]
-        shared = [(get, what, holder, _within(get(holder), seen.named)) for get, what, holder in seen.held]
-        self._shared = [(*where, v) for *where, v in shared if v is not OTHER]
+        shared = [(held, _within(held.value(), seen.named)) for held in seen.held]
+        self._shared = [(held, v) for held, v in shared if v is not OTHER]
         # Not "forward": one that is set on the instance runs instead of ours, and may call it.
         self._shadows = tuple(k for k in seen.members if k not in own and k != "forward")
         self._nones = [(table, k) for table in TABLES for k, v in own[table].items() if v is None]
         known = {*own, *seen.members, *itertools.chain.from_iterable(own[table] for table in TABLES)}
         self._absent = tuple(k for k in seen.constants if k not in known and not hasattr(cls, k))
+        lists = [held for held, _ in self._shared if type(v := held.value()) is list and all(map(_is_plain, v))]
+        self._open = [(held, v) for held, v in self._shared if held not in lists]
+        kinds = {itemgetter: "item", attrgetter: "attribute"}
+        self._quick = _core.Facts([
+            *((kinds[names.by], names.holder, *e) for names in self._fixed for e in names.entries()),
+            *(("item", None, *e) for e in self._settings.entries()),
+            *(("attribute", None, *e) for e in self._helpers.entries()),
+            *(("missing", None, k, None) for k in self._shadows),
+            *(("unset", table, k, None) for table, k in self._nones),
+            *(("unknown", TABLES, k, None) for k in self._absent),
+            *((kinds[held.by], held.holder, held.name, list(held.value())) for held in lists),
+        ])  # fmt: skip
 
     def hold(self, module: nn.Module) -> bool:
+        """Whether `changed` would find nothing."""
         own = module.__dict__
+        if not self._quick.hold(own, type(module)):
+            return False
         try:
-            for get, holder, values in self._compared:
-                if get(holder) != values:
-                    return False
-            if self._settings.names and self._settings.get(own) != self._settings.values:
-                return False
-            if self._helpers.names and self._helpers.get(type(module)) != self._helpers.values:
-                return False
-            if self._shadows and not own.keys().isdisjoint(self._shadows):
-                return False
-            for table, k in self._nones:
-                if own[table].get(k) is not None or k in own:
-                    return False
             for k, v in self._others:
                 if frozen(own[k], self._words) != v:
                     return False
-            for get, _, holder, v in self._shared:
-                if _within(get(holder), self._named) != v:
+            for held, v in self._open:
+                if _within(held.value(), self._named) != v:
                     return False
-            return not (self._absent and self._appeared(module))
         except Exception:  # it no longer exists, or cannot be compared
             return False
+        return True
 
     def changed(self, module: nn.Module) -> str | None:
         own = module.__dict__
@@ -161,13 +164,13 @@ class _Facts:
         for what, v in self._others:
             if frozen(own.get(what), self._words) != v:
                 return f"its {what} changed"
-        for get, what, holder, v in self._shared:
+        for held, v in self._shared:
             try:
-                differs = bool(_within(get(holder), self._named) != v)
+                differs = bool(_within(held.value(), self._named) != v)
             except Exception:
                 differs = True
             if differs:
-                return f"{what} changed"
+                return f"{held.what} changed"
         got = [k for table, k in self._nones if own[table].get(k) is not None or k in own]
         for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(module)):
             return f"it got its own {what}"
@@ -218,27 +221,23 @@ def _is_plain(value: Any) -> bool:
 
 
 class _Names:
-    """The values of names in a mapping, or of an object's attributes, read in one call."""
+    """The values of names in a mapping, or of an object's attributes."""
 
-    def __init__(self, getter: Callable[..., Callable[[Any], Any]], holder: Any, names: Iterable[str]) -> None:
-        self.holder, self.names = holder, tuple(names)
-        self._getter = getter
-        self.get = getter(*self.names) if self.names else _nothing
-        self.values = self.get(holder)
+    def __init__(self, by: type[itemgetter[Any]] | type[attrgetter[Any]], holder: Any, names: Iterable[str]) -> None:
+        self.by, self.holder = by, holder
+        self._values = {name: by(name)(holder) for name in names}
+
+    def entries(self) -> Iterable[tuple[str, Any]]:
+        return self._values.items()
 
     def differing(self, holder: Any) -> Iterator[str]:
-        values: Any = self.values if len(self.names) > 1 else (self.values,) * len(self.names)
-        for name, value in zip(self.names, values, strict=True):
+        for name, value in self._values.items():
             try:
-                differs = bool(self._getter(name)(holder) != value)
+                differs = bool(self.by(name)(holder) != value)
             except Exception:
                 differs = True
             if differs:
                 yield name
-
-
-def _nothing(holder: Any) -> None:
-    return None
 
 
 class _Any(frozenset[str]):
@@ -249,7 +248,17 @@ class _Any(frozenset[str]):
 ANY = _Any()  # the words of code that is not Python: it may read anything
 
 
-Held = tuple[Callable[[Any], Any], str, Any]  # (getter, description, holder) of mutable values and of closures
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A mutable value or the content of a closure: `by(name)(holder)`, and what to call it."""
+
+    by: type[itemgetter[Any]] | type[attrgetter[Any]]
+    name: str
+    holder: Any
+    what: str
+
+    def value(self) -> Any:
+        return self.by(self.name)(self.holder)
 
 
 @dataclass
@@ -302,10 +311,10 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
             globals_.setdefault(id(mapping), (mapping, {}))[1][name] = None
             todo.append(value)
         elif not of_torch:
-            hold(itemgetter(name), f"the global {name}", mapping)
+            hold(Held(itemgetter, name, mapping, f"the global {name}"))
 
-    def hold(get: Callable[[Any], Any], what: str, holder: Any) -> None:
-        held[id(holder), what] = get, what, holder
+    def hold(value: Held) -> None:
+        held[id(value.holder), value.what] = value
 
     todo: list[Any] = [vars(c)[name] for c in mro for name in methods if name in vars(c)]
     todo += [own[name] for name in methods if name in own]
@@ -333,7 +342,7 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
                 members[name] = None
                 todo += found
             elif found and not hasattr(type(found[0]), "__get__"):
-                hold(attrgetter(name), f"{cls.__name__}.{name}", cls)
+                hold(Held(attrgetter, name, cls, f"{cls.__name__}.{name}"))
             if (
                 callable(mine := own.get(name))
                 and _function(mine) is mine
@@ -344,7 +353,7 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
                 look(function.__globals__, name, mentioned)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if _filled(cell) and name != "__class__":
-                hold(attrgetter("cell_contents"), f"{name} of a closure", cell)
+                hold(Held(attrgetter, "cell_contents", cell, f"{name} of a closure"))
                 todo += [cell.cell_contents] if callable(cell.cell_contents) else []
         todo.append(getattr(function, "__wrapped__", None))
     defined = [(c, [k for k in members if k in vars(c)]) for c in mro[1:]]

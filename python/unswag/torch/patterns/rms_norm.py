@@ -50,7 +50,9 @@ class Variant:
     promotes: bool  # y has the dtype of x * weight, or else that of x
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        weight = getattr(module, self.weight) if self.weight else None
+        return self.of(module, x, getattr(module, self.weight) if self.weight else None)
+
+    def of(self, module: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor:
         eps = getattr(module, self.eps)
         if eps is None:  # torch.nn.RMSNorm: that of the dtype it computes in
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
@@ -60,7 +62,7 @@ class Variant:
             eps,
             weight_offset=self.weight_offset,
             cast_before_weight=self.cast_before_weight,
-            out_dtype=torch.promote_types(x.dtype, weight.dtype) if self.promotes and weight is not None else x.dtype,
+            out_dtype=x.dtype if weight is None or not self.promotes else torch.promote_types(x.dtype, weight.dtype),
         )
 
 
@@ -137,7 +139,7 @@ class RmsNorm:
             if variant is None:
                 proof.say(self, unproven(dtypes))
                 return stock(self, x)
-            return variant(self, x)
+            return variant.of(self, x, w)
 
         replace_unary_forward(candidate.module, forward, proof)
 

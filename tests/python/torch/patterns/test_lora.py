@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import unswag
 from unswag.torch.draws import DropoutInput
 from unswag.torch.lora import TILE
-from unswag.torch.patterns.lora import Lora, is_ordinary
+from unswag.torch.patterns.lora import KNOWN, Lora, is_ordinary
 from unswag.torch.patterns.pattern import Candidate, replaced
 from unswag.torch.patterns.probing import ulps
 from unswag.torch.patterns.proof import Proof
@@ -839,6 +839,112 @@ def test_what_changes_later_is_seen(change):
     x = torch.randn(6, 48).to(next(layer.base_layer.parameters()).dtype)
     layer.train(), ours.train()
     assert_equal(quietly(lambda: as_seeded(ours, x)), as_seeded(layer, x))
+
+
+def unwarned(function):
+    with warnings.catch_warnings(action="ignore"):
+        return function()
+
+
+def with_forward(module, forward):
+    module.forward = types.MethodType(forward, module)
+
+
+def doubled(module, args, y):
+    return 2 * y
+
+
+def another(m):
+    torch.manual_seed(6)
+    m.update_layer("other", 4, 6, LoraConfig(r=4, lora_alpha=6))
+    draw_b(m)
+    m.set_adapter("other")
+
+
+AFTER_A_CALL = {
+    "nothing": lambda m: None,
+    "switched off": lambda m: m.enable_adapters(False),
+    "merged": lambda m: m.merge(),
+    "another adapter": another,
+    "both adapters": lambda m: (another(m), m.set_adapter(["default", "other"])),
+    "scaling": lambda m: m.scaling.update(default=-2.5),
+    "scaling, anew": lambda m: setattr(m, "scaling", {"default": -2.5}),
+    "hook": lambda m: m.lora_A["default"].register_forward_hook(doubled),
+    "pre-hook": lambda m: m.lora_B["default"].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "hook on the dropout": lambda m: m.lora_dropout["default"].register_forward_hook(doubled),
+    "forward": lambda m: with_forward(m.lora_B["default"], lambda self, x: 2 * F.linear(x, self.weight)),
+    "class": lambda m: setattr(
+        m.lora_A["default"], "__class__",
+        type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)}),
+    ),
+    "weight": lambda m: setattr(m.lora_A["default"], "weight", nn.Parameter(torch.full((4, 48), 0.1))),
+    "weight of one adapter": lambda m: m.lora_B["default"]._parameters.update(weight=nn.Parameter(torch.ones(40, 4))),
+    "weight in place": lambda m: m.lora_A["default"].weight.data.mul_(2),
+    "data of a weight": lambda m: setattr(m.lora_A["default"].weight, "data", torch.full((4, 48), 0.1)),
+    "bias": lambda m: setattr(m.lora_B["default"], "bias", nn.Parameter(torch.ones(40))),
+    "part": lambda m: m.lora_A.update({"default": nn.Linear(48, 4, bias=False).requires_grad_(False)}),
+    "parts": lambda m: setattr(m, "lora_B", copy.deepcopy(m.lora_B).requires_grad_(False)),
+    "dtype": lambda m: m.to(F64),
+    "dtype of the adapter": lambda m: (m.lora_A.to(F64), m.lora_B.to(F64)),
+    "dtype of the base": lambda m: m.base_layer.to(F64),
+    "dropout": lambda m: m.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    "p": lambda m: setattr(m.lora_dropout["default"], "p", 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", AFTER_A_CALL)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_what_changes_after_a_call_is_seen(change, dropout):
+    """What a call found out of a module serves the next ones, as long as it is so."""
+    layer = peft_linear()
+    if dropout:
+        layer.lora_dropout["default"] = nn.Dropout(0.0)
+    ours, x = operated(layer), torch.randn(6, 48)
+    assert_equal(run(ours, x), run(layer, x))
+    assert vars(ours)[KNOWN].adapter(ours, x) is not None
+    if change == "p" and not dropout:
+        return
+    for m in (ours, layer):
+        torch.manual_seed(5)
+        AFTER_A_CALL[change](m)
+    got = []
+    for m in (ours, layer):
+        torch.manual_seed(4)
+        got.append(unwarned(lambda: run(m, x.to(m.base_layer.weight.dtype))))  # noqa: B023
+    assert got[0].keys() == got[1].keys()
+    for name, want in got[1].items():
+        if want is None:
+            assert got[0][name] is None, name
+        else:
+            assert_equal({name: got[0][name]}, {name: want})
+    assert (vars(ours)[KNOWN].adapter(ours, x) is not None) or change != "nothing"
+
+
+def test_global_hooks_and_a_patched_linear_are_seen_after_a_call(monkeypatch):
+    layer = peft_linear()
+    ours, x, seen = operated(layer), torch.randn(6, 48), []
+    run(ours, x)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)) or None)
+    try:
+        unwarned(lambda: run(ours, x))
+    finally:
+        hook.remove()
+    assert seen.count(nn.Linear) == 3  # A and B run as modules
+    run(ours, x)
+    assert vars(ours)[KNOWN].adapter(ours, x) is not None
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * plain(self, x))
+    assert_equal(unwarned(lambda: run(ours, x)), run(layer, x))
+
+
+def test_a_copy_knows_nothing_of_its_model():
+    ours, x = operated(peft_linear()), torch.randn(6, 48)
+    run(ours, x)
+    made = copy.deepcopy(ours)
+    assert vars(made)[KNOWN].adapter(made, x) is None
+    with torch.no_grad():
+        made.lora_B["default"].weight.zero_()
+    assert torch.equal(made(x), made.base_layer(x)) and not torch.equal(ours(x), made(x))
 
 
 def test_without_a_cast_of_x_dtypes_must_fit_as_in_stock():

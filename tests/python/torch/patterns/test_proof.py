@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import inspect
 import time
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from unswag import _core
 from unswag.torch import apply_unswag_surgery, remove_unswag_surgery
-from unswag.torch.patterns.pattern import Candidate
+from unswag.torch.patterns.pattern import METHODS, Candidate
 from unswag.torch.patterns.proof import Proof, frozen, mentioned
 
 EXAMPLES = {
@@ -176,6 +180,88 @@ def test_what_changed_after_the_surgery_is_what_runs(change, name, monkeypatch):
     assert len(words) <= 1
     if change not in SILENT and not ("held" in name or "partial" in name):
         assert words and "call apply_unswag_surgery again" in words[0]
+
+
+@pytest.mark.parametrize(("change", "name"), CASES)
+def test_the_core_sees_what_can_be_named(change, name, monkeypatch):
+    """`hold` asks the core, and `changed` is the same in Python."""
+    _, ours = pair(name)
+    proofs = {}
+    for module in ours.modules():
+        for method in filter(inspect.isfunction, vars(module).get(METHODS, {}).values()):
+            if isinstance(proof := inspect.getclosurevars(method).nonlocals.get("proof"), Proof):
+                proofs[module] = proof._facts
+    assert bool(proofs) != name.startswith(("activation, ", "relu, "))  # which are seen through an attribute
+    assert all(facts.hold(module) and facts.changed(module) is None for module, facts in proofs.items())
+    CHANGES[change][1](ours, monkeypatch)
+    for module, facts in proofs.items():
+        assert facts.hold(module) == (facts.changed(module) is None)
+
+
+class Asked(nn.Module):
+    kind = 1.0
+
+
+class WithMean(Asked):
+    mean = None
+
+
+ENTRIES, ONE = {"a": [1, 2]}, [1]
+FACTS = {  # kind: (holder, key, value) that are true of Asked(), and what makes them untrue
+    "item": ((None, "setting", 3.0), lambda m: setattr(m, "setting", 4.0)),
+    "item of a dict": ((ENTRIES, "a", [1, 2]), lambda m: ENTRIES["a"].append(3)),
+    "item that is gone": ((ENTRIES, "a", [1, 2]), lambda m: ENTRIES.pop("a")),
+    "item of another type": ((ENTRIES, "a", [1, 2]), lambda m: ENTRIES.update(a=type("List", (list,), {})((1, 2)))),
+    "entry": ((ENTRIES, "a", None), lambda m: ENTRIES.update(a=[1, 2])),
+    "attribute": ((None, "kind", 1.0), lambda m: setattr(m, "__class__", type("Other", (Asked,), {"kind": 2.0}))),
+    "attribute of an object": ((Asked, "kind", 1), lambda m: setattr(Asked, "kind", 2.0)),
+    "size": ((ONE, None, 1), lambda m: ONE.append(2)),
+    "missing": ((None, "new", None), lambda m: setattr(m, "new", None)),
+    "missing in a dict": ((ENTRIES, "b", None), lambda m: ENTRIES.update(b=None)),
+    "unset": (("_parameters", "bias", None), lambda m: setattr(m, "bias", nn.Parameter(torch.ones(1)))),
+    "unset, on the instance": (("_parameters", "bias", None), lambda m: m.__dict__.update(bias=None)),
+    "unknown": ((("_buffers",), "mean", None), lambda m: m._buffers.update(mean=None)),
+    "unknown, on the instance": ((("_buffers",), "mean", None), lambda m: m.__dict__.update(mean=None)),
+    "unknown, in the class": (
+        (("_buffers",), "mean", None),
+        lambda m: setattr(m, "__class__", type("Other", (Asked,), {"mean": 1})),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FACTS)
+def test_facts(kind, monkeypatch):
+    monkeypatch.setattr(Asked, "kind", 1.0)
+    ENTRIES["a"] = [1, 2]
+    (holder, key, value), change = FACTS[kind]
+    if kind == "entry":
+        value = ENTRIES["a"]
+    module = Asked()
+    module.setting = 3.0
+    facts = _core.Facts([(kind.replace(",", " ").split()[0], holder, key, value)])
+    assert facts.hold(module.__dict__, type(module))
+    change(module)
+    assert not facts.hold(module.__dict__, type(module))
+
+
+def test_the_fact_of_a_type_is_exact():
+    assert _core.Facts([("type", Asked(), None, Asked)]).hold({}, Asked)
+    assert not _core.Facts([("type", Asked(), None, nn.Module)]).hold({}, Asked)
+
+
+def test_a_fact_must_be_one():
+    for fact in (("what", None, "a", 1), ("item", [], "a", 1), ("entry", Asked(), "a", 1)):
+        with pytest.raises(TypeError, match="a fact is"):
+            _core.Facts([fact])
+
+
+def test_facts_that_hold_what_holds_them_are_collected():
+    holder = {"module": Asked()}
+    holder["facts"] = _core.Facts([("entry", holder, "module", holder["module"])])
+    dead = weakref.ref(holder["module"])
+    del holder
+    gc.collect()
+    assert dead() is None
 
 
 def test_the_warning_names_the_module_and_what_changed_once_for_a_kind():
