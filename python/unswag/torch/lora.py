@@ -20,6 +20,7 @@ from unswag import _core
 from unswag.torch import ops
 from unswag.torch.autograd import Function, once_differentiable
 from unswag.torch.draws import DropoutInput, Mask
+from unswag.torch.planned_device import on_cuda
 
 # Rows processed at once where the products are in 32 or 64 bits: on the CPU few enough for the cast of x to stay in the cache,
 # on CUDA as many as make a cast of 2^24 elements (64 MiB in float32), because each tile queues a dozen kernels. A multiple of
@@ -124,7 +125,7 @@ def _is_one_tile(base: Tensor, x: Tensor, compute: torch.dtype) -> bool:
     """Whether x has rows, and so few that `tiles` makes one slice of them, of memory that `view` and `mm` take as it is."""
     if not (x.is_contiguous() and base.is_contiguous() and x.numel()):
         return False
-    return len(tiles(x.numel() // x.shape[-1], x.shape[-1], compute, x.is_cuda)) == 1
+    return len(tiles(x.numel() // x.shape[-1], x.shape[-1], compute, on_cuda(x))) == 1
 
 
 def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[slice]:
@@ -188,7 +189,7 @@ class _AddLora(Function):
         total = torch.promote_types(base.dtype, how.compute)
         parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]
         products = [xs.new_empty(xs.shape[0], a.shape[0], dtype=how.compute) for a in parts[::3]]
-        for tile in tiles(xs.shape[0], xs.shape[1], how.compute, x.is_cuda):
+        for tile in tiles(xs.shape[0], xs.shape[1], how.compute, on_cuda(x)):
             x_tile, sum_ = xs[tile].to(how.dtype), bases[tile]
             for kind, mask, a, b, bias, xa in zip(
                 how.kinds, masks, parts[::3], parts[1::3], parts[2::3], products, strict=True
@@ -227,7 +228,7 @@ class _AddLora(Function):
         with torch.autocast(dy.device.type, enabled=False):
             parts = [(a.to(how.compute), b.to(how.compute)) for a, b in weights]
             masks = how.masks(state)[0] if state is not None else [None] * n
-            for tile in tiles(dys.shape[0], ctx.x_shape[-1], how.compute, dy.is_cuda):
+            for tile in tiles(dys.shape[0], ctx.x_shape[-1], how.compute, on_cuda(dy)):
                 x_tile = None if xs is None else xs[tile].to(how.dtype)
                 dx_tile: Any = None
                 for i in reversed(range(n)):  # the order in which autograd sums
