@@ -40,6 +40,8 @@ from unswag.torch.stash import Stash
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from unswag.plans import Plan
+
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left unchanged, each sentence once
 
@@ -115,6 +117,9 @@ def apply_unswag_surgery(
     verify: bool = True,
     dropout: str = "stock",
     verbose: bool = True,
+    plan: Plan | None = None,
+    memory: str | int | None = None,
+    context: int | None = None,
 ) -> SurgeryReport:
     """Makes `model` train with less activation memory and reports what it did.
 
@@ -136,6 +141,8 @@ def apply_unswag_surgery(
     dropout    "stock": draws of PyTorch. LoRA keeps the generator's state (5 KB per Linear on the CPU) and draws again, other
                dropouts keep PyTorch's masks. "redrawn": draws from seeds of UnSwag's, no mask is kept, and losses are those of
                another seed
+    plan       what `unswag.plan` returned: its policy is taken, and its gradient checkpointing switched on
+    memory, context  plan first: `plan=unswag.plan(model, memory, context)`
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
                same
 
@@ -146,11 +153,13 @@ def apply_unswag_surgery(
     are given: their values cannot be looked at there.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
-    on the meta device in part, or a lossy policy of whose roles nothing was found, RuntimeError if a forward
+    on the meta device in part, a lossy policy of whose roles nothing was found, or a plan that does not fit the device, RuntimeError if a forward
     that an earlier call replaced was wrapped since. If anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
+    if plan is not None or memory is not None:
+        policy = _planned(model, policy, plan, memory, context)
     options = {"attention": attention, "loss": loss, "dropout": dropout}
     for argument, given in options.items():
         if given not in CHOICES[argument]:
@@ -197,6 +206,19 @@ def apply_unswag_surgery(
     if shown:
         say(report)
     return report
+
+
+def _planned(model: nn.Module, policy: str | Policy, plan: Plan | None, memory: str | int | None, context: int | None) -> str:
+    """Makes ready for a plan, or for the one that `memory` and `context` ask for; returns its policy."""
+    from unswag.torch import plan as planner  # which uses this module
+
+    if policy != "exact" or (plan is not None and memory is not None):
+        raise ValueError("apply_unswag_surgery: plan, memory and policy say the same thing; pass one of them")
+    if plan is None:
+        assert memory is not None
+        plan = planner.plan(model, memory, context)
+    planner.prepare_for(model, plan)
+    return str(plan.surgery.get("policy", "exact"))
 
 
 def remove_unswag_surgery(model: nn.Module) -> None:

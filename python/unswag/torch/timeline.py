@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,9 +134,9 @@ class Timeline(TorchDispatchMode):
     _last = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for more often than anything is computed
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:
-            return out
         module = self._last = self.module
         backward = torch._C._current_autograd_node() is not None
         phase = "loss" if loss_buffers.is_inside_loss() else "backward" if backward and self.phase == "forward" else self.phase
