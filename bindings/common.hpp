@@ -28,5 +28,6 @@ void run(Status (*entry)(const Args&, Stream), const Args& args, Stream stream) 
 
 void bind_eager(nb::module_& m);
 void bind_stash(nb::module_& m);
+void bind_store(nb::module_& m);
 
 }  // namespace unswag::python

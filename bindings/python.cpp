@@ -509,4 +509,5 @@ shape), NotImplementedError (no kernel), RuntimeError (device).  The global lock
 
   unswag::python::bind_eager(m);
   unswag::python::bind_stash(m);
+  unswag::python::bind_store(m);
 }

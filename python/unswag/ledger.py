@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unswag.policy import STORE_TIERS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -24,8 +26,9 @@ class Row:
     role    mlp, residual, attention, checkpoint, logits, …
     shape   of the saved tensor;  dtype  its name without the framework: "bfloat16"
     bits    kept per element: 16.0 for a bfloat16 kept by reference, 0.0 when it is recomputed or shared with another row
-    tier    where it is: "device", or how it costs nothing: "recipe" (recomputed), "shared" (same storage as another row)
-    bytes   kept for this row; a storage is counted once, at its full size, however many tensors see it
+    tier    where it is: "device", "host" or "disk" (in a store), or how it costs nothing: "recipe" (recomputed), "shared" (same
+            storage as another row)
+    bytes   kept for this row in that tier; a storage is counted once, at its full size, however many tensors see it
     name    in JAX: of the residual (`unswag_mask`), or of the operation that made it;  source  in JAX: file and line
     """
 
@@ -81,8 +84,18 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """Bytes kept by all rows, each storage once."""
-        return sum(row.bytes for row in self.rows)
+        """Bytes kept on the device by all rows, each storage once."""
+        return sum(row.bytes for row in self.rows if row.tier not in STORE_TIERS)
+
+    @property
+    def host(self) -> int:
+        """Bytes in a store in host memory."""
+        return sum(row.bytes for row in self.rows if row.tier == "host")
+
+    @property
+    def disk(self) -> int:
+        """Bytes in a store on a disk."""
+        return sum(row.bytes for row in self.rows if row.tier == "disk")
 
     @property
     def bytes_per_token(self) -> float:
@@ -97,8 +110,9 @@ class Ledger:
             group = groups.setdefault(key, Group(*key))
             group.kept += row.tier not in FREE_TIERS
             group.free += row.tier in FREE_TIERS
-            group.bytes += row.bytes
-        return sorted(groups.values(), key=lambda group: -group.bytes)
+            group.bytes += 0 if row.tier in STORE_TIERS else row.bytes
+            group.stored += row.bytes if row.tier in STORE_TIERS else 0
+        return sorted(groups.values(), key=lambda group: (-group.bytes, -group.stored))
 
     def places(self) -> dict[tuple[str, str], int]:
         """Bytes by (group of modules, role), the loss's buffers among them, the largest first."""
@@ -134,7 +148,12 @@ class Ledger:
 
     def to_json(self) -> str:
         """Rows and sums as JSON."""
-        sums = {"total": self.total, "bytes_per_token": self.bytes_per_token if self.tokens else None}
+        sums = {
+            "total": self.total,
+            "host": self.host,
+            "disk": self.disk,
+            "bytes_per_token": self.bytes_per_token if self.tokens else None,
+        }
         return json.dumps(asdict(self) | sums, indent=1)
 
     @classmethod
@@ -219,7 +238,8 @@ class Comparison:
 
 @dataclass
 class Group:
-    """Rows of like modules, one role, name and source: how many tensors are kept, how many cost nothing, and the bytes."""
+    """Rows of like modules, one role, name and source: how many tensors are kept, how many cost nothing, the bytes on the device,
+    and those in a store."""
 
     module: str
     role: str
@@ -228,6 +248,7 @@ class Group:
     kept: int = 0
     free: int = 0
     bytes: int = 0
+    stored: int = 0
 
     @property
     def label(self) -> str:

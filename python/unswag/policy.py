@@ -17,7 +17,8 @@ protocols, and also aliases of policies: `alpha`, one bit per element, is part o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 
 ROLES = {
     "mlp": "the input of an activation; gate and up of a gated unit",
@@ -28,6 +29,8 @@ ROLES = {
 EXACT = "exact"
 BLOCKS = {"int8": 8.5, "int4": 5.0, "int2": 2.25, "e4m3": 8.5, "e5m2": 8.5}  # codec: bits per element (docs/format.md)
 TWO_BITS = "2bit"  # of the role mlp: the derivative as a code of two bits; values that the backward needs are kept in int2
+DEVICE = "device"
+STORE_TIERS = ("host", "disk")  # where a store keeps tensors (`unswag.torch.store`)
 ROUNDINGS = ("nearest", "stochastic")
 CODEBOOKS = ("mm1", "mm2", "optimal", "fewbit", "resilu2", "regelu2", "dither2", "seed")
 
@@ -40,9 +43,11 @@ class Policy:
     codebook  of "2bit", one of `CODEBOOKS`: the levels of the derivative
     scale     of "2bit": the standard deviation of the activation's input for which the codebook is made; None: each module's is
               measured on the first batch
+    tiers     where tensors of a role are kept, where that is not the device: {"checkpoint": "disk"}, or "host" (docs/store.md).
+              In the form that their codec gives them
     name      for reports
 
-    ValueError for a codec, a rounding or a codebook that does not exist.
+    ValueError for a role, a tier, a codec, a rounding or a codebook that does not exist.
     """
 
     name: str = "own"
@@ -53,6 +58,7 @@ class Policy:
     rounding: str = "nearest"
     codebook: str = "mm1"
     scale: float | None = None
+    tiers: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for role in ROLES:
@@ -67,6 +73,25 @@ class Policy:
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"Policy: scale={self.scale!r}; pass a positive number, or None to measure it on the first batch")
 
+        object.__setattr__(self, "tiers", {role: tier for role, tier in self._checked_tiers().items() if tier != DEVICE})
+
+    def _checked_tiers(self) -> dict[str, str]:
+        if not isinstance(self.tiers, Mapping):
+            raise ValueError(
+                f'Policy: tiers={self.tiers!r}; pass a tier for each role that leaves the device: {{"checkpoint": "disk"}}'
+            )
+        for role, tier in self.tiers.items():
+            for what, value, choices in (("role", role, tuple(ROLES)), ("tier", tier, (DEVICE, *STORE_TIERS))):
+                if value not in choices:
+                    raise ValueError(
+                        f"Policy: tiers={dict(self.tiers)!r}: no {what} {value!r}; choose one of {', '.join(map(repr, choices))}"
+                    )
+            if tier != DEVICE and getattr(self, role) == TWO_BITS:
+                raise ValueError(
+                    f"Policy: {role}={TWO_BITS!r} with tiers={dict(self.tiers)!r}: codes of two bits stay on the device; choose a block codec"
+                )
+        return dict(self.tiers)
+
     @property
     def lossy(self) -> bool:
         """Whether gradients differ from those of "exact"."""
@@ -77,11 +102,15 @@ class Policy:
         codec: str = getattr(self, role) if role in ROLES else EXACT
         return {EXACT: None, TWO_BITS: "int2"}.get(codec, codec)
 
+    def tier(self, role: str) -> str | None:
+        """The tier of a store for tensors of this role; None if they stay on the device."""
+        return self.tiers.get(role)
+
     def cost(self) -> str:
         """The measured error of the gradient, as a sentence for reports; "" for a policy that is exact."""
         if not self.lossy:
             return ""
-        error = MEASURED.get(self.name) if POLICIES.get(self.name) == self else None
+        error = MEASURED.get(self.name) if POLICIES.get(self.name) == replace(self, tiers={}) else None
         measured = (
             "its error was not measured (python -m bench.fidelity shows how)"
             if error is None
@@ -90,7 +119,8 @@ class Policy:
         return f"policy {self} is lossy; relative error of the gradient, {measured}"
 
     def __str__(self) -> str:
-        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.name != "name"]
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.name not in ("name", "tiers")]
+        values.append(("tiers", dict(self.tiers), {}))
         chosen = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
         return f"{self.name} ({chosen})" if chosen else self.name
 

@@ -1,34 +1,32 @@
-"""Sizes of memory as people write them. Framework-neutral."""
+"""Sizes of memory as people write them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["parse", "show"]
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+}
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
+def bytes_of(size: int | str, argument: str) -> int:
+    """The bytes of a number or of a text like "64GiB", "1.5 GiB" or "500MB" (powers of 1024 and of 1000).
 
-def parse(name: str, size: str | int | float) -> int:
-    """Bytes of "16GiB" (2^30 each), "24 GB" (10^9 each) or a number of bytes; `name` is the argument's, for errors.
-
-    ValueError for anything else, and for less than one byte.
-    """
-    found: float | None = None
-    if isinstance(size, (int, float)) and not isinstance(size, bool):
-        found = float(size)
-    elif isinstance(size, str) and (match := re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([a-zA-Z]*)\s*", size)):
-        unit = UNITS.get(match[2].lower())
-        found = None if unit is None else float(match[1]) * unit
-    if found is None or not 1 <= found < 2**63:
-        raise ValueError(f"{name}={size!r} is no size of memory; pass bytes, or a text such as '16GiB', '24GB' or '500MiB'")
-    return int(found)
+    ValueError for anything else and for what is negative; `argument` is its name in the message."""
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f'{argument}={size!r} is no size; pass a number of bytes, or a text like "64GiB" or "500MB"')
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def show(nbytes: float) -> str:
-    """"1.5 GiB": in the largest binary unit that leaves at least 1."""
-    for unit, words in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(nbytes) >= unit:
-            return f"{nbytes / unit:,.{2 if unit >= 2**30 else 1}f} {words}"
+    """The same for people, in the largest binary unit that leaves at least 1: "1.50 GiB"."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(nbytes) >= 1 << shift:
+            return f"{nbytes / (1 << shift):,.{2 if shift >= 30 else 1}f} {unit}"
     return f"{nbytes:,.0f} bytes"

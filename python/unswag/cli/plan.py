@@ -25,6 +25,8 @@ def plan(
     lora: Annotated[int | None, typer.Option(help="Rank of LoRA on all Linears; without it everything is trained.")] = None,
     weights: Annotated[str | None, typer.Option(help="nf4: 4-bit weights, with --lora.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit or sgd.")] = "adamw",
+    host_memory: Annotated[str | None, typer.Option(help="What checkpoints may take in host memory.")] = None,
+    disk: Annotated[str | None, typer.Option(help="What checkpoints may take on disk.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     lossy: Annotated[bool, typer.Option("--lossy", help="Also propose codecs that change gradients.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also say what the stock model takes.")] = False,
@@ -40,7 +42,7 @@ def plan(
         limit = memory if gpu is None else GPUS[gpu.lower()] << 20
         found = planned(
             model, limit, context, batch=batch, lora=lora, weights=weights, optimizer=optimizer, device=device, lossy=lossy,
-            compare=compare,
+            compare=compare, host_memory=host_memory, disk=disk,
         )  # fmt: skip
     print(found.to_json() if as_json else found)
     raise typer.Exit(0 if found.fits else 1)

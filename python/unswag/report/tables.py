@@ -57,7 +57,13 @@ def of_ledger(ledger: Ledger) -> Table:
             table.add_row("of it in no row (results, checkpoints)", *empty, *_figures(ledger, beside)[:2], "")
     if ledger.peak is not None:
         table.add_row("highest, forward and backward", *empty, *_figures(ledger, ledger.peak))
-    for name, extra in (("not in it: loss buffers", ledger.loss_buffers), ("not in it: weight copies", ledger.weight_copies)):
+    beside_it = {
+        "loss buffers": ledger.loss_buffers,
+        "weight copies": ledger.weight_copies,
+        "in host memory": ledger.host,
+        "on disk": ledger.disk,
+    }
+    for name, extra in ((f"not in it: {what}", nbytes) for what, nbytes in beside_it.items()):
         if extra:
             table.add_row(name, *empty, *_figures(ledger, extra)[:2], "")
     for name, nbytes in asdict(ledger.compiler).items() if ledger.compiler is not None else ():
@@ -82,6 +88,9 @@ def of_comparison(comparison: Comparison) -> Table:
         table.add_row(f"{len(rest)} others", "", *_pair(sum(part[2] for part in rest), sum(part[3] for part in rest)))
     table.add_section()
     table.add_row("total, loss buffers included", "", *_pair(one.total + one.loss_buffers, other.total + other.loss_buffers))
+    for where, a, b in (("in host memory", one.host, other.host), ("on disk", one.disk, other.disk)):
+        if a or b:
+            table.add_row(f"not in it: {where}", "", *_pair(a, b))
     if one.tokens and other.tokens:
         a, b = (round((ledger.total + ledger.loss_buffers) / ledger.tokens) for ledger in (one, other))
         table.add_row("per token", "", *_pair(a, b))
@@ -136,7 +145,7 @@ def _figures_of_surgery(report: SurgeryReport) -> str:
     }
     return (
         f"Saved for backward, bytes per {unit}: {a / n:,.0f} before, {b / n:,.0f} after"
-        f"{f' ({a / b:.1f} x less)' if b else ''}. Computed from shapes alone ({batch}){conditions[report.checkpointing]}."
+        f"{f' ({a / b:.1f} x less)' if b else ''}{_stored(after, n)}. Computed from shapes alone ({batch}){conditions[report.checkpointing]}."
     )
 
 
@@ -174,6 +183,12 @@ def of_plan(plan: Plan) -> Table:
             f"{option.step_cost:.2f} x{approximate}",
         )
     return table
+
+
+def _stored(ledger: Ledger, n: int) -> str:
+    """What a store keeps, per token or example."""
+    tiers = (("in host memory", ledger.host), ("on disk", ledger.disk))
+    return "".join(f", and {nbytes / n:,.0f} {where}" for where, nbytes in tiers if nbytes)
 
 
 def _pair(a: int, b: int) -> tuple[str, str, str]:

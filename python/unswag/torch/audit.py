@@ -16,7 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unswag.ledger import Ledger, Row, role_of
+from unswag.ledger import FREE_TIERS, Ledger, Row, role_of
+from unswag.policy import STORE_TIERS
 from unswag.torch import loss_buffers, stash
 from unswag.torch.stash import Stash, storages
 
@@ -188,7 +189,11 @@ class _Recorder:
     ) -> None:  # fmt: skip
         if tier == "parameter" or all(self._live.is_apart(s._cdata) for s in storages(t)):
             return
-        kept = sum(s.nbytes() for part in packed or (t,) for s in storages(part)) if tier == "device" else 0
+        kept = 0
+        if tier in STORE_TIERS:
+            kept = sum(part.numel() * part.element_size() for part in packed or (t,))
+        elif tier == "device":
+            kept = sum(s.nbytes() for part in packed or (t,) for s in storages(part))
         bits = 8.0 * t.element_size() if packed is None else 8.0 * kept / max(t.numel(), 1)
         is_logits = self._logits is not None and self._logits.are(t, self.module)
         row = Row(
@@ -196,7 +201,7 @@ class _Recorder:
             role=role or stash.current_role() or ("logits" if is_logits else role_of(self.module)),
             shape=tuple(t.shape),
             dtype=str(t.dtype).removeprefix("torch."),
-            bits=bits if tier == "device" else 0.0,
+            bits=bits if tier not in FREE_TIERS else 0.0,
             tier=tier,
             bytes=kept,
         )

@@ -65,6 +65,9 @@ class Forecast:
         self.blueprint, self.way, self.batch, self.device = blueprint, way, batch, device
         self.first = min(_first_length(blueprint, batch, device), tokens or 1 << 62)
         self._short, self._long = (self._step(n) for n in (self.first, 2 * self.first))
+        self._stored = np.array([int(step.stored.max()) for step in (self._short, self._long)], np.float64)
+        if way.tier:
+            self._short, self._long = self._short.with_store(), self._long.with_store()
         self._lines = np.array(list(_lines(self._short, self._long)), np.float64)
         ends = self._short.at_end, self._long.at_end
         self._end = (2 * ends[0] - ends[1], (ends[1] - ends[0]) / self.first)
@@ -75,6 +78,13 @@ class Forecast:
         best = int(held.argmax())
         at = int(self._lines[best, 0])
         return Peak(tokens, int(np.ceil(held[best])), self._long.instants[at], self._long, at)
+
+    def stored(self, tokens: int) -> int:
+        """Bytes in the store of such a step; 0 without one."""
+        if not self.way.tier:
+            return 0
+        first, second = self._stored
+        return int(np.ceil(first + (second - first) * (tokens - self.first) / self.first))
 
     def at_end(self, tokens: int) -> int:
         """Bytes held after the backward of such a step."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unswag import sizes
-from unswag.plans import Alive, Option, Plan
+from unswag.plans import MEMORIES, Alive, Option, Plan
 from unswag.torch import scratch
 from unswag.torch.blueprint import Blueprint, blueprint, model_of
 from unswag.torch.forecast import Forecast
@@ -61,9 +61,9 @@ def plan(
 
     ValueError for a size, a device or an optimizer that is not known; RuntimeError for a model that does not run without data.
     """
-    limits = {"device": sizes.parse("memory", memory), "pinned": None, "host": None, "disk": None}
-    limits["host"] = None if host_memory is None else sizes.parse("host_memory", host_memory)
-    limits["disk"] = None if disk is None else sizes.parse("disk", disk)
+    limits = {"device": sizes.bytes_of(memory, "memory"), "pinned": None, "host": None, "disk": None}
+    limits["host"] = None if host_memory is None else sizes.bytes_of(host_memory, "host_memory")
+    limits["disk"] = None if disk is None else sizes.bytes_of(disk, "disk")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"plan: optimizer={optimizer!r}; choose one of {', '.join(map(repr, OPTIMIZERS))}")
     if device not in (None, "cuda", "cpu"):
@@ -111,7 +111,9 @@ class Case:
 
     def fits(self, forecast: Forecast, tokens: int) -> bool:
         allocated = self.at(forecast, tokens)[0]
-        limit = self.limits["device"]
+        limit, tier = self.limits["device"], forecast.way.tier
+        if tier and forecast.stored(tokens) > (self.limits[tier] or 0):
+            return False
         return limit is not None and (scratch.reserved(allocated) if self.device == "cuda" else allocated) <= limit
 
     def longest(self, forecast: Forecast) -> int:
@@ -125,9 +127,11 @@ class Case:
 
 def _forecasts(case: Case, lossy: bool, context: int | None, compare: bool) -> Iterator[Forecast]:
     model, before = case.blueprint.model, None
-    for way in (*(STOCK if compare else ()), *sorted(WAYS, key=lambda way: str(way.surgery))):
-        if way.lossy and not lossy:
+    for way in (*(STOCK if compare else ()), *sorted(WAYS, key=lambda way: str((way.surgery or {}).get('policy')))):
+        if (way.lossy and not lossy) or (way.tier and case.limits[way.tier] is None):
             continue
+        if way.tier == "host" and case.device == "cpu":
+            continue  # that is the device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of transformers and PEFT, about a model that nobody trains
             try:
@@ -167,7 +171,7 @@ def _chosen(case: Case, forecasts: list[Forecast], context: int | None, training
     peak = chosen.peak(tokens)
     alive = [Alive(p.module, p.role, p.shape, p.dtype, p.bytes) for p in peak.alive(case.blueprint)[:MOST_ALIVE]]
     return Plan(
-        model=case.blueprint.name, device=case.device, context=tokens, batch=case.batch, peak=_by_memory(device),
+        model=case.blueprint.name, device=case.device, context=tokens, batch=case.batch, peak=_by_memory(case, chosen, tokens, device),
         reserved=_needed(case, chosen, tokens), instant=instant, alive=alive, choices=dict(chosen.way.choices), reason=reason,
         step_cost=round(chosen.way.cost(case.trains_weights), 2), fits=fits, limits=case.limits, weights=case.weights,
         states=case.states, way=chosen.way.name, training=training,
@@ -186,13 +190,15 @@ def _option(case: Case, forecast: Forecast, tokens: int, longest: int) -> Option
     here, further = (case.at(forecast, n)[0] for n in (tokens, 2 * tokens))
     slope = (further - here) / tokens
     return Option(
-        way.name, way not in STOCK, way.lossy, longest, _by_memory(here), round(way.cost(case.trains_weights), 2),
+        way.name, way not in STOCK, way.lossy, longest, _by_memory(case, forecast, tokens, here), round(way.cost(case.trains_weights), 2),
         (here - slope * tokens, slope),
     )  # fmt: skip
 
 
-def _by_memory(device: int) -> dict[str, int]:
-    return {"device": device, "pinned": 0, "host": 0, "disk": 0}
+def _by_memory(case: Case, forecast: Forecast, tokens: int, device: int) -> dict[str, int]:
+    """A store in host memory is page-locked where there is CUDA."""
+    where = {"": "", "disk": "disk", "host": "pinned" if case.device == "cuda" else "host"}[forecast.way.tier]
+    return {memory: device if memory == "device" else forecast.stored(tokens) * (memory == where) for memory in MEMORIES}
 
 
 def _partly(model: nn.Module) -> bool:

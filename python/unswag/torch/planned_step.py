@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class Step:
     instants  of the layers that the blueprint has;  things  alive at them
     held      bytes on the device at each instant, scratch included, without weights and optimizer states; -1 where an instant
               says nothing of the whole model (inside a layer that stands for many: the first and the last are as high)
-    away      bytes by memory other than the device, at their highest
+    stored    bytes of inputs of checkpointed layers at each instant, of the whole model
+    largest   bytes of the largest of these
     at_end    bytes held after the backward: the gradients
     """
 
@@ -38,6 +39,8 @@ class Step:
     instants: list[Instant]
     things: list[Thing]
     held: np.ndarray
+    stored: np.ndarray
+    largest: int
     at_end: int
 
     @property
@@ -50,10 +53,11 @@ class Step:
         """The instant of the peak, the first if it is reached more than once."""
         return self.instants[int(self.held.argmax())]
 
-    def alive(self) -> list[Thing]:
-        """What is alive at the peak, largest first, in the layers that the blueprint has."""
-        at = int(self.held.argmax())
-        return sorted((t for t in self.things if t.born <= at and (t.died is None or at < t.died)), key=lambda t: -t.bytes)
+    def with_store(self) -> Step:
+        """The same step where a store keeps the inputs of checkpointed layers: two of them at a time are on the device, one that
+        is computed with and one that is written or read."""
+        away = np.maximum(self.stored - 2 * self.largest, 0)
+        return replace(self, held=np.where(self.held < 0, -1, self.held - away))
 
 
 def planned_step(blueprint: Blueprint, tokens: int, batch: int = 1, device: str = "cpu", surgery: bool = True) -> Step:
@@ -93,16 +97,26 @@ def _whole(line: Timeline, blueprint: Blueprint, tokens: int, batch: int) -> Ste
                     change[thing.died] -= thing.bytes
         return np.cumsum(change[:n])
 
-    total = held(lambda thing: True)
-    for (one, other), times in blueprint.left_out.items():
-        total += times * np.minimum(held(_in(one)), held(_in(other)))
+    def of_all(of: Callable[[Thing], bool]) -> np.ndarray:
+        total = held(of)
+        for pair, times in blueprint.left_out.items():
+            one, other = (held(lambda thing, layer=layer: of(thing) and _in(layer)(thing)) for layer in pair)  # type: ignore[misc]
+            total += times * np.minimum(one, other)
+        return total
+
+    total, stored = of_all(lambda thing: True), of_all(_is_stored)
+    largest = max((thing.bytes for thing in line.things if _is_stored(thing)), default=0)
     at_end = int(total[-1])
     total += np.array([instant.scratch for instant in line.instants], np.int64)
     pairs = [f"{layer}." for pair in blueprint.left_out for layer in pair]
     for i, instant in enumerate(line.instants):
         if any(f"{instant.module}.".startswith(layer) for layer in pairs):
             total[i] = -1
-    return Step(tokens, batch, line.instants, line.things, total, at_end)
+    return Step(tokens, batch, line.instants, line.things, total, stored, largest, at_end)
+
+
+def _is_stored(thing: Thing) -> bool:
+    return thing.role == "checkpoint"
 
 
 def _in(layer: str) -> Callable[[Thing], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import Counter
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from unswag.ledger import Ledger
-from unswag.policy import EXACT, Policy
+from unswag.policy import EXACT, ROLES, STORE_TIERS, Policy
 from unswag.report import html, tables
 from unswag.report.terminal import Meter, say
 from unswag.torch import checkpoint, patterns
@@ -36,6 +37,7 @@ from unswag.torch.patterns.pattern import (
 from unswag.torch.patterns.probing import Writes, kind, sealed
 from unswag.torch.patterns.relu import kept_as
 from unswag.torch.stash import Stash
+from unswag.torch.store import Stores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from unswag.plans import Plan
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
+STORES = "_unswag_stores"  # model.__dict__[STORES]: where the policy's tiers are kept
 NOTES = "_unswag_notes"  # model.__dict__[NOTES]: what checkpoint.prepare left unchanged, each sentence once
 
 
@@ -117,6 +120,9 @@ def apply_unswag_surgery(
     verify: bool = True,
     dropout: str = "stock",
     verbose: bool = True,
+    store: str | None = None,
+    store_dir: str | None = None,
+    store_limit: int | str | None = None,
     plan: Plan | None = None,
     memory: str | int | None = None,
     context: int | None = None,
@@ -141,6 +147,10 @@ def apply_unswag_surgery(
     dropout    "stock": draws of PyTorch. LoRA keeps the generator's state (5 KB per Linear on the CPU) and draws again, other
                dropouts keep PyTorch's masks. "redrawn": draws from seeds of UnSwag's, no mask is kept, and losses are those of
                another seed
+    store      "host" or "disk": what checkpointed layers are recomputed from is kept there instead of on the device, as with
+               `Policy(..., tiers={"checkpoint": store})`. Takes effect when gradient checkpointing is on (docs/store.md)
+    store_dir  folder of the disk store's file, which has no name; None: $TMPDIR, or /tmp
+    store_limit  bytes that a store may keep: a number, or a text like "64GiB"; None: what there is
     plan       what `unswag.plan` returned: its policy is taken, and its gradient checkpointing switched on
     memory, context  plan first: `plan=unswag.plan(model, memory, context)`
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
@@ -153,19 +163,25 @@ def apply_unswag_surgery(
     are given: their values cannot be looked at there.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
-    on the meta device in part, a lossy policy of whose roles nothing was found, or a plan that does not fit the device, RuntimeError if a forward
-    that an earlier call replaced was wrapped since. If anything else goes wrong the model is as it was before the call.
+    on the meta device in part, a policy or a store of whose roles nothing was found, or a plan that does not fit the device,
+    RuntimeError if a forward that an earlier call replaced was wrapped since, or if the store cannot be opened. If anything else
+    goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
     if plan is not None or memory is not None:
-        policy = _planned(model, policy, plan, memory, context)
+        policy, store = _planned(model, policy, store, plan, memory, context)
     options = {"attention": attention, "loss": loss, "dropout": dropout}
     for argument, given in options.items():
         if given not in CHOICES[argument]:
             known = " or ".join(map(repr, CHOICES[argument]))
             raise ValueError(f"apply_unswag_surgery: {argument}={given!r}; choose {known}")
-    chosen = Policy.named(policy)
+    chosen = _with_store(Policy.named(policy), store)
+    if not chosen.tiers and not (store_dir is store_limit is None):
+        raise ValueError(
+            "apply_unswag_surgery: store_dir and store_limit do nothing without a store; pass store='disk' or 'host'"
+        )
+    stores = Stores(store_dir, store_limit)
     refuse_meta("apply_unswag_surgery", model)
     stock = {name for name, option in options.items() if option == "stock"}
     shown = verbose and _is_first_rank()
@@ -177,16 +193,35 @@ def apply_unswag_surgery(
         for pattern, candidate in planned:
             pattern.apply(candidate)
         patched = [(candidate.name, pattern.name) for pattern, candidate in planned]
-        if chosen.lossy and not any(pattern.role and getattr(chosen, pattern.role) != EXACT for pattern, _ in planned):
+        checkpointing = checkpoints(model)
+        found = {pattern.role for pattern, _ in planned} | ({"checkpoint"} if patched and checkpointing is not None else set())
+        if chosen.lossy and not any(role in found and getattr(chosen, role) != EXACT for role in ROLES):
             raise ValueError(
                 f"apply_unswag_surgery: policy {chosen.name!r} would change nothing, because no module that plays one of its "
                 "roles was patched (policy='exact' reports why); use policy='exact'"
             )
+        if nowhere := [role for role in chosen.tiers if role not in found]:
+            why = (
+                "the model has no gradient checkpointing"
+                if nowhere[0] == "checkpoint"
+                else "no module that plays it was patched"
+            )
+            raise ValueError(
+                f"apply_unswag_surgery: the {chosen.tiers[nowhere[0]]} store would keep nothing of the role {nowhere[0]!r}, because "
+                f"{why}; leave store or the policy's tiers out"
+            )
         if patched:
             notes: list[str] = []
+            if "checkpoint" in chosen.tiers and not checkpointing:
+                notes.append(
+                    f"the {chosen.tiers['checkpoint']} store keeps nothing until gradient checkpointing is switched on "
+                    "(model.gradient_checkpointing_enable())"
+                )
+            for tier in set(chosen.tiers.values()):
+                stores.of(tier)  # here, so that a folder that cannot be used is an error now
             leave_caches_out(model)
             for module in (model, *_backbones(model)):
-                _put_stash_around(module, chosen, notes)
+                _put_stash_around(module, chosen, notes, stores)
             patched.append(("", "stash"))
             notes.extend(checkpoint.prepare(model))
         with sealed():
@@ -208,17 +243,19 @@ def apply_unswag_surgery(
     return report
 
 
-def _planned(model: nn.Module, policy: str | Policy, plan: Plan | None, memory: str | int | None, context: int | None) -> str:
-    """Makes ready for a plan, or for the one that `memory` and `context` ask for; returns its policy."""
+def _planned(
+    model: nn.Module, policy: str | Policy, store: str | None, plan: Plan | None, memory: str | int | None, context: int | None
+) -> tuple[str, str | None]:
+    """Makes ready for a plan, or for the one that `memory` and `context` ask for; returns its policy and its store."""
     from unswag.torch import plan as planner  # which uses this module
 
-    if policy != "exact" or (plan is not None and memory is not None):
-        raise ValueError("apply_unswag_surgery: plan, memory and policy say the same thing; pass one of them")
+    if policy != "exact" or store is not None or (plan is not None and memory is not None):
+        raise ValueError("apply_unswag_surgery: plan, or memory, says what policy and store would say; pass one of them")
     if plan is None:
         assert memory is not None
         plan = planner.plan(model, memory, context)
     planner.prepare_for(model, plan)
-    return str(plan.surgery.get("policy", "exact"))
+    return plan.surgery.get("policy", "exact"), plan.surgery.get("store")
 
 
 def remove_unswag_surgery(model: nn.Module) -> None:
@@ -307,13 +344,22 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     return [base for base in dict.fromkeys(bases) if isinstance(base, nn.Module) and base is not model]
 
 
-def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str]) -> None:
+def _with_store(policy: Policy, store: str | None) -> Policy:
+    if store is None:
+        return policy
+    if store not in STORE_TIERS:
+        raise ValueError(f"apply_unswag_surgery: store={store!r}; choose {' or '.join(map(repr, STORE_TIERS))}, or None")
+    return dataclasses.replace(policy, tiers={**policy.tiers, "checkpoint": store})
+
+
+def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores: Stores) -> None:
     """The model's forward, inside a stash. With the signature it had: HF Trainer reads it to choose columns."""
     replace(model, NOTES, notes)
+    replace(model, STORES, stores)
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
-        with Stash(policy, model=self):
+        with Stash(policy, model=self, stores=vars(self)[STORES]):
             return inner(self, *args, **kwargs)
 
     wrap_method(model, "forward", around)

@@ -32,6 +32,8 @@ class Way:
     work       time of a step beside the products of forward, backward and recompute, as a share of checkpointing's
                (codecs, copies; bench/results)
     lossy      whether gradients differ from those of "exact"
+    tier       where the inputs of checkpointed layers go: "host" (page-locked with CUDA), "disk", or "" for the device. A step
+               without data is run without the store, and what it would keep counted there
     """
 
     name: str
@@ -40,6 +42,7 @@ class Way:
     recompute: bool = False
     work: float = 0.0
     lossy: bool = False
+    tier: str = ""
 
     def cost(self, trains_weights: bool) -> float:
         """Time of a step relative to plain checkpointing, by counting products: a forward is 1, a backward 2, or 1 where
@@ -57,6 +60,8 @@ WAYS = (
     Way("keep in int8", {"layers": "keep", "mlp": "int8", "residual": "int8"}, {"policy": "int8"}, work=0.05, lossy=True),
     Way("keep in int4", {"layers": "keep", "mlp": "int4", "residual": "int8"}, {"policy": "int4"}, work=0.05, lossy=True),
     Way("checkpointing", {"layers": "recompute", "checkpoint": "exact"}, recompute=True),
+    Way("checkpoints in host memory", {"layers": "recompute", "checkpoint": "host"}, {"store": "host"}, True, 0.05, tier="host"),
+    Way("checkpoints on disk", {"layers": "recompute", "checkpoint": "disk"}, {"store": "disk"}, True, 0.1, tier="disk"),
     Way("checkpointing in int8", {"layers": "recompute", "checkpoint": "int8"}, {"policy": "int8"}, True, 0.03, True),
 )
 
@@ -77,9 +82,13 @@ def checkpoint_layers(model: Any, on: bool) -> None:
 
 def prepared(model: nn.Module, way: Way, before: Way | None) -> None:
     """Makes `model`, which was prepared for `before`, ready for `way`."""
-    if before is None or before.surgery != way.surgery:
+    if before is None or _without_store(before) != _without_store(way):
         remove_unswag_surgery(model)
         checkpoint_layers(model, False)
         if way.surgery is not None:
-            apply_unswag_surgery(model, verify=False, verbose=False, **way.surgery)
+            apply_unswag_surgery(model, verify=False, verbose=False, **(_without_store(way) or {}))
     checkpoint_layers(model, way.recompute)
+
+
+def _without_store(way: Way) -> dict[str, Any] | None:
+    return None if way.surgery is None else {name: value for name, value in way.surgery.items() if name != "store"}

@@ -11,6 +11,7 @@ door       the stash's pack hook (`Stash.door`): PyTorch calls it with every ten
 handle     what the door returns and autograd keeps in the tensor's place until the backward (`handles.Handle`)
 by reference   the handle holds the tensor itself, and the version it had (`handles.ByReference`)
 recomputed     the handle holds a recipe: a function, its constants, and handles of its inputs (`handles.Recomputed`)
+stored     in a store, in host memory or on a disk (`handles.Stored`); an input of the recipe that reads or decodes it
 recipe     belongs to all handles on its tensor and holds the result between two readers (`handles.Recipe`)
 lease      what all handles by reference on one storage share, and so what says how long it is held (`handles.Lease`)
 remembered output   an op's output with a recipe, in the stash's registry while the forward runs
@@ -25,7 +26,8 @@ The first of these that applies:
 2. held already: another tensor of the same storage is held by reference, so this one costs nothing;
 3. the output of an op with a recipe (`remember`), or a dtype cast of one: not held, but recomputed from the recipe's inputs, if
    no program that PyTorch accepts can change those before the backward (see `outputs.UnsavedInput`);
-4. marked by an op as playing a role (`plays`) for which the policy has a codec: encoded once, for all ops that save it;
+4. marked by an op as playing a role (`plays`) for which the policy has a codec or a tier: encoded or stored once, for all ops
+   that save it;
 5. held by reference.
 
 A tensor that was overwritten after it was saved by reference is an error in the backward, as in plain PyTorch (a plain hook

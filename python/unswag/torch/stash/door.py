@@ -7,7 +7,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from unswag import _core
 from unswag.policy import Policy
 from unswag.torch.draws import Draws, draw_seed
 from unswag.torch.stash import codecs
-from unswag.torch.stash.handles import ByReference, Handle, Lease, Leases, Recipe, Recomputed, Results, VersionGuard
+from unswag.torch.stash.handles import ByReference, Handle, Lease, Leases, Recipe, Recomputed, Results, Stored, VersionGuard
 from unswag.torch.stash.hooks import can_enter, top_hooks, torch_interpreter, warn_compiled, warn_once
 from unswag.torch.stash.layout import (
     Layout,
@@ -66,7 +66,7 @@ def plays(role: str, *tensors: torch.Tensor) -> None:
     if torch.compiler.is_dynamo_compiling():
         return
     frame = state.frames[-1] if state.frames else None
-    if frame is None or not frame.stash.lossy:
+    if frame is None or not frame.stash.has_forms:
         return
     stash = Stash.current()
     if stash is not None:
@@ -103,6 +103,13 @@ class Entries(NamedTuple):
     leases: int
 
 
+class OpenStores(Protocol):
+    """The stores of a model (`unswag.torch.store.Stores`)."""
+
+    def of(self, tier: str) -> Any:
+        """The store of that tier, whose `put(t, role)` gives a `handles.Ticket`."""
+
+
 _NOT_ENTERED: Any = None  # what a stash has beside its registries exists while it is entered
 
 
@@ -111,15 +118,20 @@ class Stash:
 
     policy  a `Policy` or its name
     model   only for names in error messages; held weakly
+    stores  where the policy's tiers are kept (`unswag.torch.store.Stores`); None: in stores of its own
 
     Has no effect when gradients are off, when other saved-tensor hooks are already in place (a checkpoint, save_on_cpu or an
     offloader around the model: ours would switch theirs off), inside another stash (that one stays in use), under torch.func
     and under torch.compile. Except for the first and the third, it warns once.
     """
 
-    def __init__(self, policy: str | Policy = "exact", model: nn.Module | None = None) -> None:
+    def __init__(
+        self, policy: str | Policy = "exact", model: nn.Module | None = None, stores: OpenStores | None = None
+    ) -> None:  # fmt: skip
         self.policy = Policy.named(policy)
-        self.lossy = self.policy.lossy
+        self.has_forms = self.policy.lossy or bool(self.policy.tiers)  # whether a role is kept otherwise than by reference
+        self._stores = stores
+        self._stored: weakref.ref[Stored] | None = None  # the handle that was stored last
         self.results: Results = _NOT_ENTERED
         self.awaited: set[PendingOutput] = set()  # those whose handles are to be replaced
         self._model = weakref.ref(model) if model is not None else None
@@ -194,6 +206,7 @@ class Stash:
         self._marks.clear()
         self._pending.clear()
         self.awaited.clear()
+        self._stored = None
         self.results = self._leases = _NOT_ENTERED
         self.remembers = None
 
@@ -252,9 +265,24 @@ class Stash:
             state.references.append(reference)
         return reference
 
-    def packed(self, parts: tuple[torch.Tensor, ...], role: str | None) -> tuple[ByReference, ...]:
-        """Handles that hold tensors of our own making, in which a saved tensor of that role is packed."""
-        return tuple(ByReference(part, "device", role, self._model) for part in parts)
+    def packed(
+        self, parts: tuple[torch.Tensor, ...], role: str | None, tier: str | None = None
+    ) -> tuple[ByReference | Stored, ...]:  # fmt: skip
+        """Handles that hold tensors of our own making, in which a saved tensor of that role is packed, on the device or in the
+        store of that tier."""
+        if tier is None:
+            return tuple(ByReference(part, "device", role, self._model) for part in parts)
+        return tuple(self._store(part, role, tier) for part in parts)
+
+    def _store(self, part: torch.Tensor, role: str | None, tier: str) -> Stored:
+        if self._stores is None:
+            from unswag.torch.store import Stores  # which is above the stash
+
+            self._stores = Stores()
+        before = None if self._stored is None else self._stored()
+        handle = Stored(self._stores.of(tier).put(part, role), before)
+        self._stored = weakref.ref(handle)
+        return handle
 
     def free(self, t: torch.Tensor) -> Handle | None:
         """A handle for `t` if one costs nothing: its storage is held already, or it has a recipe."""
@@ -309,17 +337,20 @@ class Stash:
 
     def mark(self, role: str, tensors: tuple[torch.Tensor, ...]) -> None:
         """Does the work of `plays`, for the stash in use."""
-        codec = self.policy.codec(role)
-        if codec is None:
+        wanted, tier = self.policy.codec(role), self.policy.tier(role)
+        if wanted is None and tier is None:
             return
         self._prune()
         for t in tensors:
             key = storage_key(t)
-            if key is None or not codecs.takes(codec, t):
+            if key is None or t.numel() < codecs.FEWEST:
+                continue
+            codec = wanted if wanted is not None and codecs.takes(wanted, t) else None
+            if codec is None and tier is None:
                 continue
             marks = self._marks.setdefault(key, [])
             if not any((mark.layout, mark.offset) == (Layout.of(t), t.storage_offset()) for mark in marks):
-                marks.append(MarkedTensor(t, role, codec))
+                marks.append(MarkedTensor(t, role, codec, tier))
 
     def entries(self) -> Entries:
         """How many entries the registries have now."""
@@ -388,7 +419,7 @@ class Stash:
         return self.reliable(x, key, node) or UnsavedInput(x)
 
     def _coded(self, t: torch.Tensor, key: int) -> Recomputed | None:
-        """A handle on the packed form of `t`; None if `t` is not marked."""
+        """A handle on the packed or stored form of `t`; None if `t` is not marked."""
         for mark in self._marks.get(key, ()):
             if mark.storage.expired():
                 continue
@@ -398,19 +429,19 @@ class Stash:
             recipe = None if mark.recipe is None else mark.recipe()
             packed = None
             if recipe is None or mark.version != t._version:
-                packed = codecs.encode(mark.codec, whole, self._draws)
+                packed = (whole,) if mark.codec is None else codecs.encode(mark.codec, whole, self._draws)
                 layout = mark.layout
                 if not layout.is_dense():
                     layout = layout._replace(stride=dense_stride(layout.size))
                 constants = {"codec": mark.codec, "layout": layout}
-                recipe = Recipe(_decode, self.packed(packed, mark.role), constants, layout, self.results)
+                recipe = Recipe(_decode, self.packed(packed, mark.role, mark.tier), constants, layout, self.results)
                 mark.recipe, mark.version = weakref.ref(recipe), t._version
             if (t.size(), t.stride()) == (mark.layout.size, mark.layout.stride):
                 handle = Recomputed(recipe, recipe.layout.size, recipe.layout.stride, 0)
             else:
                 handle = Recomputed(recipe, t.size(), t.stride(), int(t.storage_offset()) - mark.offset)
             if state.recorder is not None:
-                state.recorder.note(t, recipe, "shared" if packed is None else "device", mark.role, packed)
+                state.recorder.note(t, recipe, "shared" if packed is None else mark.tier or "device", mark.role, packed)
             return handle
         return None
 
@@ -452,5 +483,5 @@ def _guard(t: torch.Tensor, handle: Handle) -> None:
         handle.guard = VersionGuard(t, "checkpoint")
 
 
-def _decode(*packed: torch.Tensor, codec: str, layout: Layout) -> torch.Tensor:
-    return codecs.decode(codec, packed, layout.size, layout.dtype)
+def _decode(*packed: torch.Tensor, codec: str | None, layout: Layout) -> torch.Tensor:
+    return packed[0] if codec is None else codecs.decode(codec, packed, layout.size, layout.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ class Handle:
     nobody else. No handle refers to the graph. So what it holds is freed with the node, by reference counting alone.
 
     tier   what it costs: "device" (the storage, or what was packed in its place, is in device memory because of this handle),
-           "shared" (another handle holds that storage already), "parameter" (the model holds it) or "recipe" (recomputed)
+           "shared" (another handle holds that storage already), "parameter" (the model holds it), "recipe" (recomputed), "host"
+           or "disk" (in a store)
     bytes  of device memory that this handle adds: of whole storages, each counted when its first handle is made, whoever else
            holds it; 0 for the tiers other than "device". The inputs of a recipe are handles, which count for themselves.
     """
@@ -99,6 +100,42 @@ def _overwritten(t: torch.Tensor, shape: torch.Size, version: int, description: 
         f"expected version {version} instead. Hint: UnSwag holds it by reference until the backward pass; "
         "do not modify it between forward and backward, or clone it first."
     )
+
+
+class Stored(Handle):
+    """In a store, outside the device's memory: Stored(ticket, before), where `before` is the handle that was stored before it in
+    this forward. A backward pass reads backwards, so that one is prefetched when this one is opened."""
+
+    __slots__ = ("__weakref__", "before", "ticket")
+
+    def __init__(self, ticket: Ticket, before: Stored | None) -> None:
+        self.ticket, self.before = ticket, None if before is None else weakref.ref(before)
+
+    @property
+    def tier(self) -> str:  # type: ignore[override]
+        return self.ticket.tier
+
+    @property
+    def bytes(self) -> int:
+        return 0
+
+    def open(self) -> torch.Tensor:
+        t = self.ticket.get()
+        before = None if self.before is None else self.before()
+        if before is not None:
+            before.ticket.prefetch()
+        return t
+
+
+class Ticket(Protocol):
+    """What a store gives for a tensor (`unswag.torch.store.Ticket`)."""
+
+    @property
+    def tier(self) -> str: ...
+
+    def prefetch(self) -> None: ...
+
+    def get(self) -> torch.Tensor: ...
 
 
 class VersionGuard:

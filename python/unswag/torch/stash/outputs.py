@@ -213,14 +213,14 @@ class PendingOutput(RememberedOutput):
 
 
 class MarkedTensor:
-    """The registry's entry for a tensor that plays a role: where it lies in its storage, and the recipe that decodes it once it
-    is encoded. The recipe belongs to its handles."""
+    """The registry's entry for a tensor that plays a role: where it lies in its storage, and the recipe that gives it back once
+    it is encoded (`codec`; None: exactly) or stored (`tier`; None: on the device). The recipe belongs to its handles."""
 
-    __slots__ = ("codec", "layout", "offset", "recipe", "role", "storage", "version")
+    __slots__ = ("codec", "layout", "offset", "recipe", "role", "storage", "tier", "version")
 
-    def __init__(self, t: torch.Tensor, role: str, codec: str) -> None:
+    def __init__(self, t: torch.Tensor, role: str, codec: str | None, tier: str | None) -> None:
         self.storage = WeakStorage(t.untyped_storage())
-        self.role, self.codec = role, codec
+        self.role, self.codec, self.tier = role, codec, tier
         self.layout, self.offset = Layout.of(t), int(t.storage_offset())
         self.recipe: weakref.ref[Recipe] | None = None
         self.version = 0

@@ -20,8 +20,8 @@ class Recorder(Protocol):
     def note(
         self, t: torch.Tensor, owner: object, tier: str, role: str | None = None, packed: tuple[torch.Tensor, ...] | None = None
     ) -> None:  # fmt: skip
-        """`t` was saved and costs what `tier` says, as `Handle.tier` ("device": `packed` instead of itself, if that is given),
-        until `owner` dies. `role`: the one that `plays` gave it."""
+        """`t` was saved and costs what `tier` says, as `Handle.tier` (`packed` instead of itself, if that is given), until
+        `owner` dies. `role`: the one that `plays` gave it."""
 
 
 class Frame(NamedTuple):
