@@ -38,7 +38,12 @@ WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # name: checkpointing, argumen
     "int8": (False, {"policy": "int8"}),
     "checkpoint": (True, {}),
     "checkpoint int8": (True, {"policy": "int8"}),
+    "checkpoint disk": (True, {"store": "disk"}),
 }
+PLANNED = {  # the planner's names of them
+    "keep": "keep", "int8": "keep in int8", "checkpoint": "checkpointing", "checkpoint int8": "checkpointing in int8",
+    "checkpoint disk": "checkpoints on disk",
+}  # fmt: skip
 FITTED = 1536
 LORA = 16
 
@@ -175,11 +180,80 @@ def measured(rows: list[dict[str, Any]], live: bool) -> list[dict[str, Any]]:
     return [found[json.dumps(row)] for row in rows]
 
 
+def predicted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the planner says of each case, without data: bytes above the weights, and the instant."""
+    from unswag.torch.blueprint import blueprint
+    from unswag.torch.forecast import Forecast
+    from unswag.torch.plan import Case
+    from unswag.torch.ways import WAYS as ALL
+    from unswag.torch.ways import prepared
+
+    found: dict[str, dict[str, Any]] = {}
+    order = sorted(rows, key=lambda row: (row["model"], row["training"], str(WAYS[row["way"]][1].get("policy")), row["way"]))
+    for (name, training), group in itertools.groupby(order, key=lambda row: (row["model"], row["training"])):
+        case = Case(
+            blueprint(model_of(name), LORA if training == "lora" else None), 1, "cpu", "adamw", dict.fromkeys(["device"])
+        )
+        before = None
+        for row in group:
+            way = next(way for way in ALL if way.name == PLANNED[row["way"]])
+            prepared(case.blueprint.model, way, before)
+            before = way
+            forecast = Forecast(case.blueprint, way, 1, "cpu", row["tokens"])
+            peak, instant = case.at(forecast, row["tokens"])
+            libraries = case.always(way) - case.weights - case.states
+            found[json.dumps(row)] = {
+                "predicted_bytes": peak - case.weights, "of_it_libraries_bytes": libraries, "instant": instant
+            }  # fmt: skip
+            say("predicted", row, f"{(peak - case.weights) / MIB:,.1f} MiB")
+    return [found[json.dumps(row)] for row in rows]
+
+
+def summary(ratios: list[float]) -> dict[str, Any]:
+    return {
+        "cases": len(ratios), "min": min(ratios), "median": statistics.median(ratios), "max": max(ratios),
+        "above_1": sum(r > 1 for r in ratios), "above_1.02": sum(r > 1.02 for r in ratios),
+        "below_0.90": sum(r < 0.9 for r in ratios),
+    }  # fmt: skip
+
+
+def main() -> None:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true", help="print what the constants of unswag.torch.scratch are fitted to")
+    parser.add_argument("--measured-only", action="store_true", help="only cases that were measured before")
+    args = parser.parse_args()
+    rows = cases()
+    if args.fit:
+        rows = [dict(model=m, training=t, way=w, tokens=FITTED) for m in MODELS for t in ("full", "lora") for w in WAYS]
+    if args.measured_only:
+        kept = Kept("planner", of="measured 1")
+        rows = [row for row in rows if kept.get({**row, "live": False}) is not None]
+    got = measured(rows, live=False)
+    said = predicted(rows)
+    results = [
+        {**row, **m, **p, "ratio": round(m["process_bytes"] / p["predicted_bytes"], 4)}
+        for row, m, p in zip(rows, got, said, strict=True)
+    ]
+    groups = {"all": [r["ratio"] for r in results]}
+    for key in ("model", "training", "way", "tokens"):
+        for r in results:
+            groups.setdefault(f"{key} {r[key]}", []).append(r["ratio"])
+    summaries = {name: summary(ratios) for name, ratios in groups.items()}
+    if not args.fit:
+        write("planner", {"measure": "VmHWM of the second step above the idle model, by what is predicted above the weights",
+                          "summary": summaries, "cases": results})  # fmt: skip
+    table(
+        "Measured / predicted, process memory above the weights",
+        ("cases of", "n", "min", "median", "max", "above 1", "above 1.02"),
+        [
+            (name, s["cases"], f"{s['min']:.3f}", f"{s['median']:.3f}", f"{s['max']:.3f}", s["above_1"], s["above_1.02"])
+            for name, s in summaries.items()
+        ],
+    )
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        serve()
-    else:
-        fit = [dict(model=m, training=t, way=w, tokens=FITTED) for m in MODELS for t in ("full", "lora") for w in WAYS]
-        rows = fit if sys.argv[1:] == ["fit"] else cases()
-        for row, got in zip(rows, measured(rows, live=False)):
-            print(row, {k: round(v / MIB, 1) for k, v in got.items()})
+    serve() if sys.argv[1:2] == ["--serve"] else main()
