@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unswag.ledger import Ledger
     from unswag.plans import Plan
     from unswag.policy import Policy
+    from unswag.torch.max_context import find_max_context
     from unswag.torch.surgery import SurgeryReport, apply_unswag_surgery, remove_unswag_surgery
 
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "unswag_relu": "unswag.jax",
     "audit": "unswag.front",
     "plan": "unswag.front",
+    "find_max_context": "unswag.torch.max_context",
     "prepare_data": "unswag.data",
     "Ledger": "unswag.ledger",
     "Plan": "unswag.plans",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "apply_unswag_surgery",
     "audit",
+    "find_max_context",
     "plan",
     "prepare_data",
     "remove_unswag_surgery",

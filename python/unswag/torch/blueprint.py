@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from unswag.torch.audit import config_of
 from unswag.torch.patterns.probing import setting
 from unswag.torch.surgery import remove_unswag_surgery
 
-__all__ = ["Blueprint", "blueprint", "model_of"]
+__all__ = ["Blueprint", "blueprint", "config_of_model", "model_of"]
 
 NF4_BLOCK, NF4_NESTED = 64, 256  # weights per scale of 8 bits; scales per float32, as bitsandbytes' double quantisation has it
 
@@ -68,32 +67,41 @@ class Blueprint:
                 yield name, t
 
 
-def model_of(model: nn.Module | str | Path | dict[str, Any] | Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """A causal language model without data: of a module (left as it is), a config, a dict of a config's values with
-    `model_type`, or a folder, a config.json or a name that transformers knows. No weights are read.
+def config_of_model(model: str | Path | dict[str, Any] | Any) -> Any:
+    """The config of transformers: itself, of a dict of its values with `model_type`, of a folder, a config.json or a name.
 
-    ValueError or OSError, as transformers raises it, for what is no config.
+    ValueError for a path that does not exist and for what is no config; OSError as transformers raises it for a name.
     """
-    if isinstance(model, nn.Module):
-        return model
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         if path.is_file():
             model = json.loads(path.read_text())
+        elif not path.is_dir() and (path.is_absolute() or str(model).startswith(".")):
+            raise ValueError(f"model={str(model)!r}: there is no such folder or file")
         else:
             model = AutoConfig.from_pretrained(str(model))
     if isinstance(model, dict):
         values = dict(model)
         if "model_type" not in values:
-            raise ValueError("plan: the config has no model_type, which names its architecture; pass a config.json of transformers")
+            raise ValueError("model: the config has no model_type, which names its architecture; pass a config of transformers")
         model = AutoConfig.for_model(values.pop("model_type"), **values)
     if not isinstance(model, PretrainedConfig):
-        raise TypeError(f"plan: model is a {type(model).__name__}; pass a module, a config, a folder or a name of transformers")
-    dtype = dtype or getattr(model, "dtype", None) or torch.bfloat16
+        raise TypeError(f"model is a {type(model).__name__}; pass a module, a config, a folder or a name of transformers")
+    return model
+
+
+def model_of(model: nn.Module | str | Path | dict[str, Any] | Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model without data, of what `config_of_model` takes; a module passes through. No weights are read."""
+    if isinstance(model, nn.Module):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    config = config_of_model(model)
+    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
-        made: nn.Module = AutoModelForCausalLM.from_config(model, dtype=dtype, attn_implementation="sdpa")
+        made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return made
 
 
@@ -217,7 +225,9 @@ def _kind(layer: nn.Module) -> Hashable:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("layer_idx", "layer_id", "layer_number")}
+    own = {
+        k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("layer_idx", "layer_id", "layer_number")
+    }
     return tuple((k, setting(v)) for k, v in own.items() if isinstance(v, (int, float, str, bool, type(None))))
 
 
@@ -285,10 +295,3 @@ def _pack(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child is not head:
                 setattr(module, name, Packed4Bit(child))
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype in which the model computes."""
-    config = config_of(model)
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return own if config is None else getattr(config, "dtype", None) or own

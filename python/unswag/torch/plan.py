@@ -79,7 +79,9 @@ def plan(
         blueprint(made, lora, weights), batch, device or ("cuda" if stands_on == "meta" else stands_on), optimizer, limits
     )
     words = f"LoRA of rank {lora}" if lora else ("as its parameters require" if _partly(made) else "full training")
-    return _chosen(case, list(_forecasts(case, lossy, context, compare)), context, words + (f" on {weights} weights" if weights else ""))
+    return _chosen(
+        case, list(_forecasts(case, lossy, context, compare)), context, words + (f" on {weights} weights" if weights else "")
+    )
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Case:
 
 def _forecasts(case: Case, lossy: bool, context: int | None, compare: bool) -> Iterator[Forecast]:
     model, before = case.blueprint.model, None
-    for way in (*(STOCK if compare else ()), *sorted(WAYS, key=lambda way: str((way.surgery or {}).get('policy')))):
+    for way in (*(STOCK if compare else ()), *sorted(WAYS, key=lambda way: str((way.surgery or {}).get("policy")))):
         if (way.lossy and not lossy) or (way.tier and case.limits[way.tier] is None):
             continue
         if way.tier == "host" and case.device == "cpu":

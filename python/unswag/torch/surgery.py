@@ -20,6 +20,7 @@ from unswag.report.terminal import Meter, say
 from unswag.torch import checkpoint, patterns
 from unswag.torch.audit import refuse_meta
 from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
+from unswag.torch.out_of_memory import explain, is_out_of_memory
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
@@ -359,8 +360,13 @@ def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores
 
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
-        with Stash(policy, model=self, stores=vars(self)[STORES]):
-            return inner(self, *args, **kwargs)
+        try:
+            with Stash(policy, model=self, stores=vars(self)[STORES]):
+                return inner(self, *args, **kwargs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                explain(self, policy, error, args, kwargs)
+            raise
 
     wrap_method(model, "forward", around)
 

@@ -172,4 +172,3 @@ class Timeline(TorchDispatchMode):
 
 def _is_numbered(node: Any) -> bool:
     return bool(node._sequence_nr() < 1 << 63)  # those that gather gradients have the largest number
-

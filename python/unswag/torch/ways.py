@@ -60,7 +60,9 @@ WAYS = (
     Way("keep in int8", {"layers": "keep", "mlp": "int8", "residual": "int8"}, {"policy": "int8"}, work=0.05, lossy=True),
     Way("keep in int4", {"layers": "keep", "mlp": "int4", "residual": "int8"}, {"policy": "int4"}, work=0.05, lossy=True),
     Way("checkpointing", {"layers": "recompute", "checkpoint": "exact"}, recompute=True),
-    Way("checkpoints in host memory", {"layers": "recompute", "checkpoint": "host"}, {"store": "host"}, True, 0.05, tier="host"),
+    Way(
+        "checkpoints in host memory", {"layers": "recompute", "checkpoint": "host"}, {"store": "host"}, True, 0.05, tier="host"
+    ),
     Way("checkpoints on disk", {"layers": "recompute", "checkpoint": "disk"}, {"store": "disk"}, True, 0.1, tier="disk"),
     Way("checkpointing in int8", {"layers": "recompute", "checkpoint": "int8"}, {"policy": "int8"}, True, 0.03, True),
 )
