@@ -1,8 +1,8 @@
 """How near `unswag.plan` is: the peak that it predicts beside the peak that one training step takes, on the CPU.
 
-Two measures. "process": what the kernel counts (VmHWM) above the loaded idle model, in the second of two steps, with
-MALLOC_MMAP_THRESHOLD_=65536; weights are in neither side of the ratio. "live": storages really alive, counted by weak references
-in the same step (a run of its own, because counting takes memory). The ratio is measured / predicted.
+Measured is what the kernel counts (VmHWM) above the loaded idle model, in the second of two steps, with
+MALLOC_MMAP_THRESHOLD_=65536; weights are in neither side of the ratio, which is measured / predicted. The
+interpreter and its libraries as loaded are in the idle model; what libraries take with the first steps is predicted, too.
 
 Models are random and small, of the shapes of Llama, Qwen 2 and GPT-2, and SmolLM2-135M; bf16, batch 1, AdamW. The constants of
 `unswag.torch.scratch` were fitted on 1,536 tokens, a length of no case here. Results are kept as they come.
@@ -89,6 +89,7 @@ def measure(model: Any, way: str, tokens: int, live: bool) -> dict[str, int]:
     import gc
 
     import torch
+
     from unswag import apply_unswag_surgery
     from unswag.torch.timeline import Timeline
 
@@ -135,7 +136,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     first = json.loads(sys.argv[2])
     model = with_training(model_of(first["model"]), first["training"])
-    import unswag.torch.surgery  # noqa: F401
+    import unswag.torch.surgery
     import unswag.torch.timeline  # noqa: F401
 
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""A plan: how to train in a given memory, what it will take, and why. Plain data, framework-neutral; `unswag.torch.plan` makes it."""
+"""A plan: how to train in a given memory, what it takes, and why. Framework-neutral; `unswag.torch.plan` makes it."""
 
 from __future__ import annotations
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unswag.cli import errors
 from unswag.ledger import Ledger
+
+if TYPE_CHECKING:
+    from unswag.torch.blueprint import Blueprint
 
 
 def audit(
@@ -20,6 +23,7 @@ def audit(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a report, one file that needs no network.")] = None,
+    memory: Annotated[str | None, typer.Option(help="In the report, also contexts against this memory, as planned.")] = None,
     diff: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Compare two audits that --json wrote, instead of making one.")
     ] = None,
@@ -36,21 +40,37 @@ def audit(
                 shown.save_html(html)
             typer.echo(str(shown))
             return
-        ledger = _of(str(model), tokens, lora, None if stock else policy, checkpointing)
+        made = _prepared(str(model), lora, None if stock else policy, checkpointing)
+        ledger = _ledger(str(model), made, tokens)
         if html is not None:
-            ledger.save_html(html)
+            _report(html, ledger, made, tokens, not stock, str(model), memory, lora)
     print(ledger.to_json() if as_json else ledger)
 
 
-def _of(model: str, tokens: int, lora: int | None, policy: str | None, checkpointing: bool) -> Ledger:
+def _prepared(model: str, lora: int | None, policy: str | None, checkpointing: bool) -> Blueprint:
     from unswag.torch.blueprint import blueprint, model_of
-    from unswag.torch.dry_run import NoDryRun, dry_run
     from unswag.torch.ways import Way, prepared
 
-    made = blueprint(model_of(model), lora, whole=True).model
-    surgery = None if policy is None else {"policy": policy}
-    prepared(made, Way("audited", {}, surgery, recompute=checkpointing), None)
+    made = blueprint(model_of(model), lora, whole=True)
+    prepared(made.model, Way("audited", {}, None if policy is None else {"policy": policy}, recompute=checkpointing), None)
+    return made
+
+
+def _ledger(model: str, made: Blueprint, tokens: int) -> Ledger:
+    from unswag.torch.dry_run import NoDryRun, dry_run
+
     try:
-        return dry_run(made, tokens)
+        return dry_run(made.model, tokens)
     except NoDryRun as error:
         raise RuntimeError(f"{model}: {error}") from error
+
+
+def _report(
+    path: Path, ledger: Ledger, made: Blueprint, tokens: int, patched: bool, model: str, memory: str | None, lora: int | None
+) -> None:  # fmt: skip
+    from unswag.front import plan
+    from unswag.report import page
+    from unswag.torch.planned_step import planned_step
+
+    planned = None if memory is None else plan(model, memory, lora=lora, compare=True)
+    page.save(path, {"": ledger}, planned, planned_step(made, tokens, surgery=patched).drawn())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 from collections.abc import Hashable, Iterator
@@ -124,7 +125,7 @@ def blueprint(model: nn.Module, lora: int | None = None, weights: str | None = N
         for tensors in (module._parameters, module._buffers):
             for key, t in tensors.items():
                 if t is not None and t.is_meta:
-                    tensors[key] = _zeros_like(t)
+                    tensors[key] = _zeros_like(t)  # type: ignore[assignment]
     _tie(made)
     if weights is not None:
         _pack(made)
@@ -140,8 +141,8 @@ def blueprint(model: nn.Module, lora: int | None = None, weights: str | None = N
 
 @contextlib.contextmanager
 def _without_data(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """A memo for deepcopy in which parameters and buffers are on the meta device; packed weights, whose class only their library
-    can copy, are shared."""
+    """A memo for deepcopy in which parameters and buffers are on the meta device; packed weights, which only their own
+    library can copy, are shared."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         plain = type(p) is nn.Parameter
@@ -205,7 +206,7 @@ def _choose(kinds: list[Hashable]) -> tuple[list[int], dict[tuple[int, int], int
     ends = {kinds.index(k) for k in kinds} | {len(kinds) - 1 - kinds[::-1].index(k) for k in kinds}
     kept, stands_for = set(ends), {}
     borders = sorted(ends)
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in itertools.pairwise(borders):
         between: dict[Hashable, list[int]] = {}
         for i in range(begin + 1, end):
             between.setdefault(kinds[i], []).append(i)
@@ -242,7 +243,7 @@ def _keep_settings(model: nn.Module, layers: int, chosen: list[int]) -> None:
             config.num_hidden_layers = len(chosen)
 
 
-# ---- adapters and 4-bit weights -----------------------------------------------------------------------------------------------
+# ---- adapters and 4-bit weights ---------------------------------------------------------------------------------------------
 
 
 def _with_lora(model: nn.Module, rank: int) -> nn.Module:

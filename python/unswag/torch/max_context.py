@@ -70,10 +70,10 @@ def find_max_context(
     most_tries: int = 6,
     verbose: bool = True,
 ) -> Found:
-    """The longest context of which `steps` training steps run in `memory`, found by trying: random weights, random tokens, batch 1,
+    """The longest context of which `steps` training steps run in `memory`, found by trying: random weights and tokens, batch 1,
     each try in a process of its own. `unswag.plan` chooses the way and says where to begin.
 
-    model    a folder, a config.json, a name or a config's values, as `unswag.plan` takes them (a process cannot be given a module)
+    model    a folder, a config.json, a name or a config's values, as `unswag.plan` takes them; no module
     memory   of the process on a CPU (its data segment is limited to it, RLIMIT_DATA), of PyTorch's allocator on CUDA. A try
              must leave 2 % of it free and give a finite loss
     steps    of each try; the last is measured
@@ -173,7 +173,7 @@ def _steps(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limit(job: dict[str, Any], weights: int) -> int:
-    """Sets the limit of this process; returns the bytes of it that the plan does not count: the interpreter and its libraries."""
+    """Sets the limit of this process; returns the bytes that the plan does not count: of the interpreter."""
     if job["device"] == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, job["limit"] / torch.cuda.get_device_properties(0).total_memory))
         return 0

@@ -1,10 +1,10 @@
 """What an out-of-memory error of a patched model says: which memory, where, what is alive there, and what to turn next.
 
-Nothing runs for this until there is such an error. Then the same step runs once more on tensors without data, which says what is
-alive at the peak; what the failing process itself holds cannot be told apart by module any more.
+Nothing runs for this until there is such an error. Then the same step runs once more on tensors without data, which says what
+is alive at its peak; what the failing process itself holds cannot be told apart by module any more.
 
-Covered is the forward of the model, and whatever runs inside it. An error in the backward is PyTorch's own, except where a
-checkpointed layer is recomputed.
+Covered is the forward of the model, and whatever runs inside it. An error in the backward, the recompute of checkpointed layers
+included, and in the optimizer's step is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _alive(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: Mapp
         way = Way("as it is", {}, {"policy": dataclasses.replace(policy, tiers={})}, recompute)
         prepared(made.model, way, None)
         peak = Forecast(made, way, batch, ids.device.type, tokens).peak(tokens)
-    found = [f"Computed without data, a step of {batch} × {tokens} tokens holds {sizes.show(peak.held)} beside weights and optimizer "
-             f"states, at its highest in {peak.instant}. The largest there:"]  # fmt: skip
+    found = [f"Computed without data, a step of {batch} × {tokens} tokens holds {sizes.show(peak.held)} beside weights and "
+             f"optimizer states, at its highest in {peak.instant}. The largest there:"]  # fmt: skip
     for piece in peak.alive(made)[:MOST]:
         shape = "×".join(map(str, piece.shape))
         found.append(f"  {sizes.show(piece.bytes)}: {piece.role} of {piece.module or 'the model'}, {piece.dtype} {shape}")

@@ -159,7 +159,7 @@ def _chosen(case: Case, forecasts: list[Forecast], context: int | None, training
         reason = f"{chosen.way.name} reaches the longest context in {limit}"
         if not tokens:
             fits, tokens = False, STEP
-            reason = f"not even {STEP} tokens fit in {limit}: weights and optimizer states take {sizes.show(case.always(chosen.way))}"
+            reason = f"not even {STEP} tokens fit in {limit}: without any, {sizes.show(case.always(chosen.way))} are taken"
     elif fitting:
         chosen, tokens = fitting[0], context
         faster = [f.way.name for f in ranked if f.way.cost(case.trains_weights) < chosen.way.cost(case.trains_weights)]
@@ -173,7 +173,8 @@ def _chosen(case: Case, forecasts: list[Forecast], context: int | None, training
     peak = chosen.peak(tokens)
     alive = [Alive(p.module, p.role, p.shape, p.dtype, p.bytes) for p in peak.alive(case.blueprint)[:MOST_ALIVE]]
     return Plan(
-        model=case.blueprint.name, device=case.device, context=tokens, batch=case.batch, peak=_by_memory(case, chosen, tokens, device),
+        model=case.blueprint.name, device=case.device, context=tokens, batch=case.batch, 
+        peak=_by_memory(case, chosen, tokens, device),
         reserved=_needed(case, chosen, tokens), instant=instant, alive=alive, choices=dict(chosen.way.choices), reason=reason,
         step_cost=round(chosen.way.cost(case.trains_weights), 2), fits=fits, limits=case.limits, weights=case.weights,
         states=case.states, way=chosen.way.name, training=training,
@@ -192,7 +193,8 @@ def _option(case: Case, forecast: Forecast, tokens: int, longest: int) -> Option
     here, further = (case.at(forecast, n)[0] for n in (tokens, 2 * tokens))
     slope = (further - here) / tokens
     return Option(
-        way.name, way not in STOCK, way.lossy, longest, _by_memory(case, forecast, tokens, here), round(way.cost(case.trains_weights), 2),
+        way.name, way not in STOCK, way.lossy, longest, _by_memory(case, forecast, tokens, here),
+        round(way.cost(case.trains_weights), 2),
         (here - slope * tokens, slope),
     )  # fmt: skip
 
@@ -219,8 +221,8 @@ def prepare_for(model: nn.Module, plan: Plan) -> None:
         slope = next(option.line[1] for option in plan.options if option.name == plan.way)
         tokens = max(0, plan.context - int(room / slope)) // STEP * STEP
         raise ValueError(
-            f"apply_unswag_surgery: the plan takes {sizes.show(plan.reserved)} on the device, and this one has {sizes.show(here)}; "
-            f"about {tokens:,} tokens would fit: unswag.plan(model, memory='{here // 2**20}MiB')"
+            f"apply_unswag_surgery: the plan takes {sizes.show(plan.reserved)} on the device, and "
+            f"this one has {sizes.show(here)}; about {tokens:,} tokens would fit: unswag.plan(model, memory='{here // 2**20}MiB')"
         )
     checkpoint_layers(model, plan.checkpointing)
 

@@ -1,4 +1,4 @@
-"""For which device a step without data is planned: tensors without data say "cpu", and the kernels' chunks depend on the device."""
+"""For which device a step without data is planned: its tensors say "cpu", and chunks depend on the device."""
 
 from __future__ import annotations
 

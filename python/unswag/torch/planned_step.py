@@ -16,7 +16,6 @@ from unswag.torch import scratch
 from unswag.torch.blueprint import Blueprint
 from unswag.torch.dry_run import copied
 from unswag.torch.planned_device import planned_for
-from unswag.torch.stash import Stash
 from unswag.torch.timeline import Instant, Thing, Timeline
 
 __all__ = ["Step", "planned_step"]
@@ -53,9 +52,22 @@ class Step:
         """The instant of the peak, the first if it is reached more than once."""
         return self.instants[int(self.held.argmax())]
 
+    def drawn(self) -> dict[str, Any]:
+        """The curve and its larger things, ready for JSON (`report.page`). Inside layers that stand for many the curve stays
+        where it was."""
+        held = np.where(self.held < 0, 0, self.held)
+        shown = np.maximum.accumulate(np.where(self.held < 0, 0, np.arange(len(held))))
+        least, last = self.peak // 1000, len(held)
+        things = [
+            [t.born, last if t.died is None else t.died, t.bytes, t.module, t.role, f"{t.dtype} {'×'.join(map(str, t.shape))}"]
+            for t in self.things
+            if t.bytes >= least
+        ]
+        return {"instants": [f"{i}, {i.op}" for i in self.instants], "held": held[shown].tolist(), "things": things}
+
     def with_store(self) -> Step:
-        """The same step where a store keeps the inputs of checkpointed layers: two of them at a time are on the device, one that
-        is computed with and one that is written or read."""
+        """The same step where a store keeps the inputs of checkpointed layers: two of them at a time are on the device, one
+        that is computed with and one that is written or read."""
         away = np.maximum(self.stored - 2 * self.largest, 0)
         return replace(self, held=np.where(self.held < 0, -1, self.held - away))
 

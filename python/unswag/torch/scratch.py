@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 __all__ = ["SHORTEST", "fixed", "of", "reserved"]
 
 SHORTEST = 1024  # tokens of the shorter of two steps on a CPU
@@ -35,7 +33,7 @@ def _of_cuda(func: Any, args: Any, out: Any) -> int:
     """FlashAttention-2's backward sums dq in float32, and makes dk and dv for each query head."""
     if "flash_attention" not in str(func) or "backward" not in str(func):
         return 0
-    dy, query, key = (t for t in args[:3])
+    _, query, key = args[:3]
     return int(4 * query.numel() + 2 * (query.numel() if key.shape[1] != query.shape[1] else 0) * query.element_size())
 
 

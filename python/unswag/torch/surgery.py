@@ -165,8 +165,8 @@ def apply_unswag_surgery(
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss or dropout, a model that is
     on the meta device in part, a policy or a store of whose roles nothing was found, or a plan that does not fit the device,
-    RuntimeError if a forward that an earlier call replaced was wrapped since, or if the store cannot be opened. If anything else
-    goes wrong the model is as it was before the call.
+    RuntimeError if a forward that an earlier call replaced was wrapped since, or if the store cannot be opened. If anything
+    else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")

@@ -1,7 +1,7 @@
 """What is alive at each instant of a training step, storage by storage.
 
-An instant is the moment after an op. A `Timeline` is a dispatch mode: it sees every tensor that an op makes, and looks after each
-op which storages are gone. It runs on real tensors and, with the same result, on tensors without data
+An instant is the moment after an op. A `Timeline` is a dispatch mode: it sees every tensor that an op makes, and looks after
+each op which storages are gone. It runs on real tensors and, with the same result, on tensors without data
 (`torch._subclasses.FakeTensorMode`), which is how the planner runs it.
 
 What autograd and the stash hold, Python's references and the gradients are all in it, because it asks the storages themselves.

@@ -1,7 +1,7 @@
 """The ways to keep less that the planner chooses among: how a model is prepared for each, and what a step costs.
 
-A way is a line of `WAYS`. A new one needs its arguments of `apply_unswag_surgery`, its choice per role, and its cost; what it takes
-on the device follows from running the prepared model without data.
+A way is a line of `WAYS`. A new one needs its arguments of `apply_unswag_surgery`, its choice per role, and its cost; what it
+takes on the device follows from running the prepared model without data.
 """
 
 from __future__ import annotations
