@@ -184,30 +184,46 @@ def measured(rows: list[dict[str, Any]], live: bool) -> list[dict[str, Any]]:
 def predicted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the planner says of each case, without data: bytes above the weights, and the instant."""
     from unswag.torch.blueprint import blueprint
-    from unswag.torch.forecast import Forecast
     from unswag.torch.plan import Case
     from unswag.torch.ways import WAYS as ALL
     from unswag.torch.ways import prepared
 
     found: dict[str, dict[str, Any]] = {}
-    order = sorted(rows, key=lambda row: (row["model"], row["training"], str(WAYS[row["way"]][1].get("policy")), row["way"]))
+    order = sorted(
+        rows, key=lambda row: (row["model"], row["training"], str(WAYS[row["way"]][1].get("policy")), row["way"], row["tokens"])
+    )
     for (name, training), group in itertools.groupby(order, key=lambda row: (row["model"], row["training"])):
         case = Case(
             blueprint(model_of(name), LORA if training == "lora" else None), 1, "cpu", "adamw", dict.fromkeys(["device"])
         )
-        before = None
+        before, made = None, {}
         for row in group:
             way = next(way for way in ALL if way.name == PLANNED[row["way"]])
             prepared(case.blueprint.model, way, before)
             before = way
-            forecast = Forecast(case.blueprint, way, 1, "cpu", row["tokens"])
-            peak, instant = case.at(forecast, row["tokens"])
+            forecasts = made.setdefault(way.name, Forecasts(case.blueprint, way))
+            peak, instant = case.at(forecasts.of(row["tokens"]), row["tokens"])
             libraries = case.always(way) - case.weights - case.states
             found[json.dumps(row)] = {
                 "predicted_bytes": peak - case.weights, "of_it_libraries_bytes": libraries, "instant": instant
             }  # fmt: skip
             say("predicted", row, f"{(peak - case.weights) / MIB:,.1f} MiB")
     return [found[json.dumps(row)] for row in rows]
+
+
+class Forecasts:
+    """Of one way: the one that `unswag.plan` makes for a context, made once where several contexts have the same."""
+
+    def __init__(self, blueprint: Any, way: Any):
+        self.blueprint, self.way, self.made = blueprint, way, {}
+
+    def of(self, tokens: int) -> Any:
+        from unswag.torch.forecast import Forecast, first_length
+
+        first = min(tokens, first_length(self.blueprint, 1, "cpu"))
+        if first not in self.made:
+            self.made[first] = Forecast(self.blueprint, self.way, 1, "cpu", first)
+        return self.made[first]
 
 
 def summary(ratios: list[float]) -> dict[str, Any]:

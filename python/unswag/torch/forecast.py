@@ -15,7 +15,7 @@ from unswag.torch.planned_step import Step, planned_step
 from unswag.torch.timeline import Instant
 from unswag.torch.ways import Way
 
-__all__ = ["Forecast", "Peak", "Piece"]
+__all__ = ["Forecast", "Peak", "Piece", "first_length"]
 
 CUDA_TOKENS = 4096  # of the shorter of the two steps: from there on the chunks of the loss and of LoRA have their full size
 
@@ -63,7 +63,7 @@ class Forecast:
 
     def __init__(self, blueprint: Blueprint, way: Way, batch: int, device: str, tokens: int | None = None) -> None:
         self.blueprint, self.way, self.batch, self.device = blueprint, way, batch, device
-        self.first = min(_first_length(blueprint, batch, device), tokens or 1 << 62)
+        self.first = min(first_length(blueprint, batch, device), tokens or 1 << 62)
         self._short, self._long = (self._step(n) for n in (self.first, 2 * self.first))
         self._stored = np.array([int(step.stored.max()) for step in (self._short, self._long)], np.float64)
         if way.tier:
@@ -94,7 +94,7 @@ class Forecast:
         return planned_step(self.blueprint, tokens, self.batch, self.device, surgery=self.way.surgery is not None)
 
 
-def _first_length(blueprint: Blueprint, batch: int, device: str) -> int:
+def first_length(blueprint: Blueprint, batch: int, device: str) -> int:
     """The shorter length: chunks of the loss are full there, or it is one chunk up to the longer."""
     if device == "cuda":
         return -(-CUDA_TOKENS // batch)

@@ -19,7 +19,7 @@ from unswag.torch.forecast import Forecast
 from unswag.torch.optimizers import OPTIMIZERS
 from unswag.torch.ways import STOCK, WAYS, Way, checkpoint_layers, prepared
 
-__all__ = ["plan"]
+__all__ = ["Case", "forecasts_of", "machine_memory", "plan", "plan_of", "prepare_for"]
 
 LONGEST = 1 << 26  # tokens: no plan is for more
 STEP = 64  # a longest context is a multiple of it
@@ -80,7 +80,7 @@ def plan(
     )
     words = f"LoRA of rank {lora}" if lora else ("as its parameters require" if _partly(made) else "full training")
     return _chosen(
-        case, list(_forecasts(case, lossy, context, compare)), context, words + (f" on {weights} weights" if weights else "")
+        case, list(forecasts_of(case, lossy, context, compare)), context, words + (f" on {weights} weights" if weights else "")
     )
 
 
@@ -127,7 +127,8 @@ class Case:
         return low * STEP
 
 
-def _forecasts(case: Case, lossy: bool, context: int | None, compare: bool) -> Iterator[Forecast]:
+def forecasts_of(case: Case, lossy: bool, context: int | None, compare: bool) -> Iterator[Forecast]:
+    """One for each way that is allowed; with `compare`, the stock ways before them."""
     model, before = case.blueprint.model, None
     for way in (*(STOCK if compare else ()), *sorted(WAYS, key=lambda way: str((way.surgery or {}).get("policy")))):
         if (way.lossy and not lossy) or (way.tier and case.limits[way.tier] is None):
@@ -146,7 +147,8 @@ def _forecasts(case: Case, lossy: bool, context: int | None, compare: bool) -> I
                 ) from error
 
 
-def _chosen(case: Case, forecasts: list[Forecast], context: int | None, training: str) -> Plan:
+def plan_of(case: Case, forecasts: list[Forecast], context: int | None, training: str) -> Plan:
+    """The best of the forecasts for a context, or for the longest."""
     longest = {f.way.name: case.longest(f) for f in forecasts}
     ours = [f for f in forecasts if f.way not in STOCK]
     ranked = sorted(ours, key=lambda f: (f.way.lossy, f.way.cost(case.trains_weights)))
