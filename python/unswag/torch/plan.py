@@ -79,7 +79,7 @@ def plan(
         blueprint(made, lora, weights), batch, device or ("cuda" if stands_on == "meta" else stands_on), optimizer, limits
     )
     words = f"LoRA of rank {lora}" if lora else ("as its parameters require" if _partly(made) else "full training")
-    return _chosen(
+    return plan_of(
         case, list(forecasts_of(case, lossy, context, compare)), context, words + (f" on {weights} weights" if weights else "")
     )
 
@@ -224,7 +224,8 @@ def prepare_for(model: nn.Module, plan: Plan) -> None:
         tokens = max(0, plan.context - int(room / slope)) // STEP * STEP
         raise ValueError(
             f"apply_unswag_surgery: the plan takes {sizes.show(plan.reserved)} on the device, and "
-            f"this one has {sizes.show(here)}; about {tokens:,} tokens would fit: unswag.plan(model, memory='{here // 2**20}MiB')"
+            f"this one has {sizes.show(here)}; about {tokens:,} tokens would fit: "
+            f"unswag.plan(model, memory='{here // 2**20}MiB')"
         )
     checkpoint_layers(model, plan.checkpointing)
 
