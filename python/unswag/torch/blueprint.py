@@ -234,7 +234,7 @@ def _settings(module: nn.Module) -> Hashable:
 
 def _keep_settings(model: nn.Module, layers: int, chosen: list[int]) -> None:
     """Makes the configs of the model (copies, of this model alone) those of the layers that stay."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := vars(m).get("config"), "to_dict")}
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if hasattr(c := vars(m).get("config"), "to_dict")}
     for config in configs.values():
         for key, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == layers:
@@ -249,7 +249,7 @@ def _keep_settings(model: nn.Module, layers: int, chosen: list[int]) -> None:
 def _with_lora(model: nn.Module, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    made: Any = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+    made: Any = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     return made
 
 
@@ -284,7 +284,7 @@ class _Product(torch.autograd.Function):
         return x @ packed.new_zeros(ctx.shape, dtype=dtype).T.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return dy @ dy.new_zeros(ctx.shape, dtype=ctx.dtype).to(dy.dtype), None, None, None
 
 

@@ -116,7 +116,7 @@ class Timeline(TorchDispatchMode):
     @module.setter
     def module(self, name: str) -> None:
         self._module = name
-        self._starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+        self._starts.append(torch.autograd._get_sequence_nr())
         self._names.append(name)
 
     def note(
