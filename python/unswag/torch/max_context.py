@@ -112,15 +112,15 @@ def find_max_context(
 def _search(attempt: Callable[[int], bool], start: int, most: int) -> int:
     """The largest multiple of STEP found to hold, in at most so many tries around `start`."""
     good, bad, next_try = 0, 0, start
+    stride = max(STEP, start // 25 // STEP * STEP)
     for _ in range(most):
         if attempt(next_try):
             good = next_try
-            following = good + (bad - good) // 2 if bad else round(good * 1.04)
         else:
             bad = next_try
-            following = good + (bad - good) // 2 if good else round(bad * 0.94)
-        following = following // STEP * STEP
-        if following <= good or (bad and following >= bad):
+        following = (good + bad) // 2 if good and bad else good + stride if good else bad - stride
+        following, stride = max(0, following // STEP * STEP), 2 * stride
+        if not following or following <= good or (bad and following >= bad):
             break
         next_try = following
     return good
