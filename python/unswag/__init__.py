@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unswag.data import prepare_data
-    from unswag.front import audit
+    from unswag.front import audit, plan
     from unswag.jax import unswag_relu
     from unswag.ledger import Ledger
+    from unswag.plans import Plan
     from unswag.policy import Policy
+    from unswag.torch.max_context import find_max_context
     from unswag.torch.surgery import SurgeryReport, apply_unswag_surgery, remove_unswag_surgery
 
 _HOME = {
@@ -26,18 +28,24 @@ _HOME = {
     "SurgeryReport": "unswag.torch.surgery",
     "unswag_relu": "unswag.jax",
     "audit": "unswag.front",
+    "plan": "unswag.front",
+    "find_max_context": "unswag.torch.max_context",
     "prepare_data": "unswag.data",
     "Ledger": "unswag.ledger",
+    "Plan": "unswag.plans",
     "Policy": "unswag.policy",
 }
 
 __all__ = [
     "Ledger",
+    "Plan",
     "Policy",
     "SurgeryReport",
     "__version__",
     "apply_unswag_surgery",
     "audit",
+    "find_max_context",
+    "plan",
     "prepare_data",
     "remove_unswag_surgery",
     "unswag_relu",

@@ -7,8 +7,9 @@ from typing import Any
 
 from unswag import extras
 from unswag.ledger import Ledger
+from unswag.plans import Plan
 
-__all__ = ["audit"]
+__all__ = ["audit", "plan"]
 
 
 def audit(model: Any, /, *args: Any, **kwargs: Any) -> Ledger:
@@ -31,3 +32,15 @@ def audit(model: Any, /, *args: Any, **kwargs: Any) -> Ledger:
     except ModuleNotFoundError as error:
         extras.missing("unswag.audit of a function", error, "jax")
     return of_function(model, *args, **kwargs)
+
+
+def plan(model: Any, memory: str | int = "16GiB", context: int | None = None, **options: Any) -> Plan:
+    """How to train a model of PyTorch in a given memory: `unswag.torch.plan.plan`, which says what it takes.
+
+    ModuleNotFoundError if PyTorch or transformers are not installed.
+    """
+    try:
+        from unswag.torch.plan import plan as of_model
+    except ModuleNotFoundError as error:
+        extras.missing("unswag.plan", error, "torch")
+    return of_model(model, memory, context, **options)

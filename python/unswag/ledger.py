@@ -156,6 +156,26 @@ class Ledger:
         }
         return json.dumps(asdict(self) | sums, indent=1)
 
+    @classmethod
+    def from_json(cls, text: str) -> Ledger:
+        """What `to_json` wrote. ValueError for anything else."""
+        try:
+            read = json.loads(text)
+            rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in read.pop("rows")]
+            compiler = read.pop("compiler")
+            batch = {name: tuple(shape) for name, shape in read.pop("batch").items()}
+            known = {name: value for name, value in read.items() if name in cls.__dataclass_fields__}
+            return cls(rows=rows, compiler=None if compiler is None else CompilerMemory(**compiler), batch=batch, **known)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no audit that Ledger.to_json wrote ({type(error).__name__}: {error})") from error
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes a report for a browser, one file that needs no network: where the memory goes, by module, role and tensor.
+        ModuleNotFoundError without jinja2."""
+        from unswag.report import page
+
+        page.save(path, {"": self})
+
     def __str__(self) -> str:
         from unswag.report import tables
 
@@ -176,6 +196,12 @@ class Comparison:
     one: Ledger
     other: Ledger
     names: tuple[str, str] = ("before", "after")
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes a report of both for a browser, as `Ledger.save_html` does."""
+        from unswag.report import page
+
+        page.save(path, dict(zip(self.names, (self.one, self.other), strict=True)))
 
     def parts(self) -> list[tuple[str, str, int, int]]:
         """(module, role, bytes of the one, bytes of the other) of each group of modules, the largest first."""

@@ -22,3 +22,11 @@ def bytes_of(size: int | str, argument: str) -> int:
     if found is None or found[2] not in _UNITS:
         raise ValueError(f'{argument}={size!r} is no size; pass a number of bytes, or a text like "64GiB" or "500MB"')
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def show(nbytes: float) -> str:
+    """The same for people, in the largest binary unit that leaves at least 1: "1.50 GiB"."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(nbytes) >= 1 << shift:
+            return f"{nbytes / (1 << shift):,.{2 if shift >= 30 else 1}f} {unit}"
+    return f"{nbytes:,.0f} bytes"

@@ -1,20 +1,24 @@
-"""The command `unswag`. Results go to stdout; exit code 0, or 2 for an argument that is not understood.
+"""The command `unswag`. Results go to stdout, everything else to stderr. Exit codes: 0, or 1 where something does not fit, or 2
+for what is not understood or missing, with one line that says what.
 
-Each module of this package is a command, under the module's name: its function of that name. docs/cli.md is made from them:
+Each module of this package is a command, under the module's name with dashes: its function of that name. docs/cli.md is made
+from them:
 typer unswag.cli utils docs --name unswag --output docs/cli.md
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 import unswag
 
-__all__ = ["app", "main"]
+__all__ = ["app", "errors", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -39,5 +43,16 @@ def _unswag(
     """UnSwag cuts the activation memory of training without changing the result, and shows what is left."""
 
 
+@contextlib.contextmanager
+def errors(command: str) -> Iterator[None]:
+    """Around a command's work: an error that its arguments have caused becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        typer.echo(f"unswag {command}: {first}", err=True)
+        raise typer.Exit(2) from None
+
+
 for _module in pkgutil.iter_modules(__path__):
-    app.command(_module.name)(getattr(importlib.import_module(f"{__name__}.{_module.name}"), _module.name))
+    app.command(_module.name.replace("_", "-"))(getattr(importlib.import_module(f"{__name__}.{_module.name}"), _module.name))

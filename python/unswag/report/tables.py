@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from unswag import sizes
+
 if TYPE_CHECKING:
     from unswag.ledger import Comparison, Ledger
+    from unswag.plans import Plan
     from unswag.torch.surgery import SurgeryReport
 
-__all__ = ["MOST_ROWS", "of_comparison", "of_ledger", "of_surgery", "text"]
+__all__ = ["MOST_ROWS", "of_comparison", "of_ledger", "of_plan", "of_surgery", "text"]
 
 MOST_ROWS = 24  # of groups: a table is a page at most
 WIDTH = 120
@@ -145,6 +148,42 @@ def _figures_of_surgery(report: SurgeryReport) -> str:
         f"Saved for backward, bytes per {unit}: {a / n:,.0f} before, {b / n:,.0f} after{less}{_stored(after, n)}. Computed "
         f"from shapes alone ({batch}){conditions[report.checkpointing]}."
     )
+
+
+MOST_ALIVE = 8
+
+
+def of_plan(plan: Plan) -> Table:
+    """What to do, why, what it takes, and the other ways."""
+    table = Table(title=f"Plan: {plan.title()}", title_justify="left", show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("is", overflow="fold")
+    table.add_row("fits" if plan.fits else "does not fit", plan.reason)
+    table.add_row("context", f"{plan.context:,} tokens")
+    table.add_row("how", ", ".join(f"{role}: {choice}" for role, choice in plan.choices.items()))
+    table.add_row("step", f"{plan.step_cost:.2f} x the time of plain checkpointing (counted, not measured)")
+    table.add_section()
+    taken = f"{sizes.show(plan.peak['device'])} allocated"
+    if plan.device == "cuda":
+        taken += f", {sizes.show(plan.reserved)} with what the allocator and CUDA hold"
+    words = f"{taken}; weights {sizes.show(plan.weights)}, optimizer states {sizes.show(plan.states)}"
+    table.add_row(f"peak, {plan.device}", words)
+    for memory, name in (("pinned", "page-locked host memory"), ("host", "host memory"), ("disk", "disk")):
+        table.add_row(f"peak, {name}", sizes.show(plan.peak[memory]))
+    table.add_row("reached in", plan.instant)
+    for one in plan.alive[:MOST_ALIVE]:
+        shape = "×".join(map(str, one.shape))
+        table.add_row("alive there", f"{sizes.show(one.bytes)}  {one.role} of {one.module or 'the model'}, {one.dtype} {shape}")
+    table.add_section()
+    for option in plan.options:
+        mark = ", chosen" if option.name == plan.way else ""
+        approximate = " (changes gradients)" if option.lossy else ""
+        table.add_row(
+            f"{option.name}{mark}",
+            f"longest context {option.longest:,}; {sizes.show(option.peak['device'])} at {plan.context:,} tokens; step "
+            f"{option.step_cost:.2f} x{approximate}",
+        )
+    return table
 
 
 def _stored(ledger: Ledger, n: int) -> str:

@@ -55,7 +55,7 @@ def measure(model: nn.Module, batch: dict[str, Any], *, backward: bool = False, 
     live = LiveStorages(model, batch, peaks=backward)
     recorder = _Recorder(ledger, live, _logits(model))
     with live:
-        with stash.recording(recorder), _Watch(), _tracked(model, recorder):
+        with stash.recording(recorder), _Watch(), tracked(model, recorder):
             output = model(**batch)
             loss = _loss(output)
         held = output if loss is None else loss
@@ -240,10 +240,10 @@ def _logits(model: nn.Module) -> _Logits | None:
 
 
 @contextlib.contextmanager
-def _tracked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Keeps `recorder.module` at the name of the module that runs, and records which sequences modules return. By global
-    hooks: a hook on a module would change what a patched parent does with it (a LoRA adapter with hooks is run as PEFT runs
-    it)."""
+def tracked(model: nn.Module, recorder: Any) -> Iterator[None]:
+    """Keeps `recorder.module` at the name of the module that runs, and adds to `recorder.sequences` which sequences modules
+    return, as (name, shape). By global hooks: a hook on a module would change what a patched parent does with it (a LoRA adapter
+    with hooks is run as PEFT runs it)."""
     names = {module: name for name, module in model.named_modules()}
     stack = [""]
 

@@ -17,7 +17,7 @@ from unswag.ledger import Ledger
 from unswag.torch.audit import config_of, measure
 from unswag.torch.patterns.probing import HOOKS
 
-__all__ = ["NoDryRun", "checkpoints", "dry_run"]
+__all__ = ["NoDryRun", "checkpoints", "copied", "dry_run"]
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -39,7 +39,7 @@ def dry_run(model: nn.Module, tokens: int = 64) -> Ledger:
     quiet, log.disabled = log.disabled, True
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        copy = _copied(model, fake)
+        copy = copied(model, fake)
         device = next(model.parameters()).device
         failed: Exception | None = None
         for shapes in _batches(model, tokens):
@@ -71,7 +71,7 @@ def checkpoints(model: nn.Module) -> bool | None:
     return None if all(switch is None for switch in switches) else any(switches)
 
 
-def _copied(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+def copied(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """The model in training mode, with parameters and buffers that have no data, and without hooks of strangers."""
     memo: dict[int, Any] = {id(b): fake.from_tensor(b) for b in model.buffers()}
     for p in model.parameters():

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.loss import LossOptions, head_cross_entropy, linear_cross_entropy
+from unswag.torch.planned_device import is_planned
 from unswag.torch.stash import dense_stride, is_plain
 
 LABELS = (torch.int64, torch.uint8)  # dtypes that F.cross_entropy takes
@@ -396,7 +397,7 @@ class LazyLogits(Tensor):
         if chosen.reduction == "none" and deferral.head.linear is None:
             return None
         deferral.check(look=False)
-        if deferral.fake:  # surgery's dry run: no values to make a loss of, and what the chunks keep is not counted there
+        if deferral.fake and not is_planned():  # surgery's dry run, in which what the chunks keep is not counted
             deferral.consumed = True
             return hidden.sum()
         with deferral.its_autocast():

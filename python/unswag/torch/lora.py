@@ -20,6 +20,7 @@ from unswag import _core
 from unswag.torch import ops
 from unswag.torch.autograd import Function, once_differentiable
 from unswag.torch.draws import DropoutInput, Mask
+from unswag.torch.planned_device import on_cuda
 
 # Rows processed at once where the products are in 32 or 64 bits: on the CPU few enough for the cast of x to stay in the cache,
 # on CUDA as many as make a cast of 2^24 elements (64 MiB in float32), because each tile queues a dozen kernels. A multiple of
@@ -125,10 +126,10 @@ def is_plain_lora(x: Tensor, a: Tensor, b: Tensor) -> bool:
     `tiles` makes one slice of them. Not to be traced by torch.compile."""
     if not _core.eager.are_dense(x, a, b):
         return False
-    cols, on_cuda = x.shape[-1], x.is_cuda
-    if x.numel() > cols * _step(x.numel(), cols, x.dtype, on_cuda):
+    cols, cuda = x.shape[-1], x.is_cuda
+    if x.numel() > cols * _step(x.numel(), cols, x.dtype, cuda):
         return False
-    device = "cuda" if on_cuda else "cpu"
+    device = "cuda" if cuda else "cpu"
     return not torch.is_autocast_enabled(device) or x.dtype in (torch.float64, torch.get_autocast_dtype(device))
 
 
@@ -141,18 +142,18 @@ def add_plain_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
     return y
 
 
-def tiles(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> list[slice]:
+def tiles(rows: int, cols: int, compute: torch.dtype, cuda: bool) -> list[slice]:
     """The slices of rows of x [rows, cols] that are processed at once. For 16-bit products it is one slice: x is not cast to a
     wider dtype, and a single product sums in float32."""
-    step = _step(rows, cols, compute, on_cuda)
+    step = _step(rows, cols, compute, cuda)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def _step(rows: int, cols: int, compute: torch.dtype, on_cuda: bool) -> int:
+def _step(rows: int, cols: int, compute: torch.dtype, cuda: bool) -> int:
     """How many of `rows` rows."""
     if compute.itemsize < 4:
         return max(rows, 1)
-    return max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if on_cuda else TILE
+    return max(TILE_ELEMENTS // max(cols, 1) // 4 * 4, 4) if cuda else TILE
 
 
 class _AddPlainLora(Function):
@@ -204,7 +205,7 @@ class _AddLora(Function):
         total = torch.promote_types(base.dtype, how.compute)
         parts: list[Any] = [None if w is None else w.to(how.compute) for w in weights]
         products = [xs.new_empty(xs.shape[0], a.shape[0], dtype=how.compute) for a in parts[::3]]
-        for tile in tiles(xs.shape[0], xs.shape[1], how.compute, x.is_cuda):
+        for tile in tiles(xs.shape[0], xs.shape[1], how.compute, on_cuda(x)):
             x_tile, sum_ = xs[tile].to(how.dtype), bases[tile]
             for kind, mask, a, b, bias, xa in zip(
                 how.kinds, masks, parts[::3], parts[1::3], parts[2::3], products, strict=True
@@ -243,7 +244,7 @@ class _AddLora(Function):
         with torch.autocast(dy.device.type, enabled=False):
             parts = [(a.to(how.compute), b.to(how.compute)) for a, b in weights]
             masks = how.masks(state)[0] if state is not None else [None] * n
-            for tile in tiles(dys.shape[0], ctx.x_shape[-1], how.compute, dy.is_cuda):
+            for tile in tiles(dys.shape[0], ctx.x_shape[-1], how.compute, on_cuda(dy)):
                 x_tile = None if xs is None else xs[tile].to(how.dtype)
                 dx_tile: Any = None
                 for i in reversed(range(n)):  # the order in which autograd sums

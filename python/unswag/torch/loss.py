@@ -25,12 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from unswag.torch import loss_buffers, ops
 from unswag.torch.autograd import once_differentiable
 from unswag.torch.functional import check_integer, check_number
+from unswag.torch.planned_device import is_planned, on_cuda
 
 NumItems = Tensor | float | None
 
@@ -168,7 +170,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("class_weight", options.class_weight)):
         if tensor is None:
             continue
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
             raise NotImplementedError(
                 f"linear_cross_entropy: {name} is a {type(tensor).__name__}; pass a plain tensor (of a sharded one: "
                 "full_tensor() or its local shard)"
@@ -222,7 +224,7 @@ def check_inputs(hidden: Tensor, labels: Tensor, classes: int, options: LossOpti
             f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}: one label per row of hidden is needed, "
             f"{tuple(hidden.shape[:-1])}"
         )
-    if not _under_functorch():  # whose tensors have no values to look at
+    if not _under_functorch() and not is_fake(labels):  # whose tensors have no values to look at
         check_labels(labels, classes, options.ignore_index)
 
 
@@ -359,6 +361,8 @@ def _kept_for_the_chunk() -> Any:
 
 
 def _rows_with_label(labels: Tensor, options: LossOptions) -> Tensor:
+    if is_fake(labels):  # of a planned step: a causal loss has no label for the last token
+        return torch.arange(max(0, labels.numel() - 1), device=labels.device)
     return (labels != options.ignore_index).nonzero().squeeze(1)
 
 
@@ -380,9 +384,10 @@ def beside_swept_layers() -> Iterator[None]:
         _limit.rows = before
 
 
-def _rows_of_chunk(classes: int, device: torch.device) -> int:
+def rows_of_chunk(classes: int, cuda: bool) -> int:
+    """How many rows a chunk has at most, on CUDA or elsewhere."""
     rows = max(1, CHUNK_LOGITS // max(1, classes))
-    if device.type == "cuda":
+    if cuda:
         return max(rows, GPU_ROWS)
     return rows if _limit.rows is None else min(rows, _limit.rows)
 
@@ -401,7 +406,7 @@ def _sweep(
     losses = sweep.x.new_zeros(labels.shape, dtype=sweep.sum_dtype)
     class_weight = None if options.class_weight is None else options.class_weight.to(sweep.sum_dtype)
     everything = kept.numel() == labels.numel()
-    limit = options.chunk_rows or _rows_of_chunk(sweep.classes, labels.device)
+    limit = options.chunk_rows or rows_of_chunk(sweep.classes, on_cuda(labels))
     chunks = math.ceil(kept.numel() / limit)
     for i in range(chunks):  # of nearly equal size; the borders depend on the labels and the limit alone
         begin, end = i * kept.numel() // chunks, (i + 1) * kept.numel() // chunks
@@ -513,7 +518,7 @@ class _ReducedLoss(torch.autograd.Function):
     @loss_buffers.inside_loss()
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, *dparameters = ctx.saved_tensors
-        scale = float(dloss)
+        scale = 1.0 if is_planned() else float(dloss)
         return (
             *(None,) * 5,
             _scaled(dhidden, scale * ctx.late),

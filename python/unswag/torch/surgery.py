@@ -24,6 +24,7 @@ from unswag.torch.audit import refuse_meta
 from unswag.torch.checkpoint import Sweep
 from unswag.torch.dry_run import NoDryRun, checkpoints, dry_run
 from unswag.torch.loss import beside_swept_layers
+from unswag.torch.out_of_memory import explain, is_out_of_memory
 from unswag.torch.patterns.attention import leave_caches_out
 from unswag.torch.patterns.loss import logits_counters
 from unswag.torch.patterns.pattern import (
@@ -45,6 +46,8 @@ from unswag.torch.store import Stores
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from unswag.plans import Plan
 
 CHOICES = {"attention": ("auto", "stock"), "loss": ("chunked", "stock"), "dropout": ("stock", "redrawn")}
 STORES = "_unswag_stores"  # model.__dict__[STORES]: where the policy's tiers are kept
@@ -127,6 +130,9 @@ def apply_unswag_surgery(
     store_dir: str | None = None,
     store_limit: int | str | None = None,
     sweep: bool | int | Sweep = False,
+    plan: Plan | None = None,
+    memory: str | int | None = None,
+    context: int | None = None,
 ) -> SurgeryReport:
     """Makes `model` train with less activation memory and reports what it did.
 
@@ -156,6 +162,8 @@ def apply_unswag_surgery(
                one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens per tile;
                or a `checkpoint.Sweep`. Each layer is compared with itself as a whole when it is first called in training. What
                cannot be swept is checkpointed as without, with a warning and a note in the report
+    plan       what `unswag.plan` returned: its policy is taken, and its gradient checkpointing switched on
+    memory, context  plan first: `plan=unswag.plan(model, memory, context)`
     verbose    True: print the report to stderr, on the first rank alone. False: print nothing; the report is returned all the
                same
 
@@ -166,12 +174,14 @@ def apply_unswag_surgery(
     are given: their values cannot be looked at there.
 
     Raises TypeError if `model` is not a module, ValueError for an unknown policy, attention, loss, dropout or store, a model
-    that is on the meta device in part, or a policy or a store of whose roles nothing was found, RuntimeError if a forward that
-    an earlier call replaced was wrapped since, or if the store cannot be opened. If anything else goes wrong the model is as it
-    was before the call.
+    that is on the meta device in part, a policy or a store of whose roles nothing was found, or a plan that does not fit the
+    device, RuntimeError if a forward that an earlier call replaced was wrapped since, or if the store cannot be opened. If
+    anything else goes wrong the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_unswag_surgery: model is a {type(model).__name__}; pass the torch.nn.Module to be trained")
+    if plan is not None or memory is not None:
+        policy, store = _planned(model, policy, store, plan, memory, context)
     options = {"attention": attention, "loss": loss, "dropout": dropout}
     for argument, given in options.items():
         if given not in CHOICES[argument]:
@@ -246,6 +256,21 @@ def apply_unswag_surgery(
     if shown:
         say(report)
     return report
+
+
+def _planned(
+    model: nn.Module, policy: str | Policy, store: str | None, plan: Plan | None, memory: str | int | None, context: int | None
+) -> tuple[str, str | None]:
+    """Makes ready for a plan, or for the one that `memory` and `context` ask for; returns its policy and its store."""
+    from unswag.torch import plan as planner  # which uses this module
+
+    if policy != "exact" or store is not None or (plan is not None and memory is not None):
+        raise ValueError("apply_unswag_surgery: plan, or memory, says what policy and store would say; pass one of them")
+    if plan is None:
+        assert memory is not None
+        plan = planner.plan(model, memory, context)
+    planner.prepare_for(model, plan)
+    return plan.surgery.get("policy", "exact"), plan.surgery.get("store")
 
 
 def remove_unswag_surgery(model: nn.Module) -> None:
@@ -371,8 +396,13 @@ def _put_stash_around(model: nn.Module, policy: Policy, notes: list[str], stores
     def around(inner: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_checkpoints(self)
         chunks = contextlib.nullcontext() if vars(self)[SWEEP] is None else beside_swept_layers()
-        with chunks, Stash(policy, model=self, stores=vars(self)[STORES]):
-            return inner(self, *args, **kwargs)
+        try:
+            with chunks, Stash(policy, model=self, stores=vars(self)[STORES]):
+                return inner(self, *args, **kwargs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                explain(self, policy, error, args, kwargs)
+            raise
 
     wrap_method(model, "forward", around)
 
