@@ -292,7 +292,7 @@ def _examine(name: str) -> dict[str, Any]:
         from unswag.torch.dry_run import NoDryRun
 
         # the surgery's dry run, two thirds of the time, estimates what is counted here
-        with mock.patch("unswag.torch.surgery.dry_run", side_effect=NoDryRun("left out")):
+        with mock.patch("unswag.torch.operation.dry_run", side_effect=NoDryRun("left out")):
             for loss in ("stock", "chunked"):
                 ours = trial.operated(loss)
                 if not problems:
@@ -549,7 +549,7 @@ def examine_swept(name: str) -> dict[str, Any]:
     WORSE times as far from fp64 (+ FLOOR). "swept": all of its layers; "in part"; "left": none; "wrong"; "not built"."""
     from unswag import apply_unswag_surgery
     from unswag.torch.dry_run import NoDryRun
-    from unswag.torch.surgery import SWEEP
+    from unswag.torch.operation import SWEEP
 
     if name in NOT_BUILT:
         return {"name": name, "verdict": "not built", "reason": NOT_BUILT[name]}
@@ -563,7 +563,7 @@ def examine_swept(name: str) -> dict[str, Any]:
         except Exception as error:
             return {"name": name, "verdict": "not built", "reason": _said(error)}
         try:
-            with mock.patch("unswag.torch.surgery.dry_run", side_effect=NoDryRun("left out")):
+            with mock.patch("unswag.torch.operation.dry_run", side_effect=NoDryRun("left out")):
                 apply_unswag_surgery(model, loss="stock", sweep=TILE, verbose=False)
         except ValueError as error:
             return {"name": name, "verdict": "left", "reason": str(error)}

@@ -123,7 +123,7 @@ def saved(way: str, folder: str | None, tokens: int) -> dict:
     """Bytes per token of the second step's forward. Runs in a process of its own."""
     from bench import bf16_matmul
     from bench.live import LiveStorages
-    from unswag.torch.surgery import STORES
+    from unswag.torch.operation import STORES
 
     bf16_matmul.enable()
     run = prepared(way, folder, tokens=tokens)

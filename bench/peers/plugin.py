@@ -58,7 +58,7 @@ class Surgeon:
         if any(p.is_meta for p in model.parameters()):
             self.left["on the meta device"] += 1
             return
-        dry = mock.patch("unswag.torch.surgery.dry_run", side_effect=NoDryRun("left out"))
+        dry = mock.patch("unswag.torch.operation.dry_run", side_effect=NoDryRun("left out"))
         try:
             with self._inside(), dry:
                 apply_unswag_surgery(model, verbose=False)

@@ -242,8 +242,8 @@ def _logits(model: nn.Module) -> _Logits | None:
 @contextlib.contextmanager
 def tracked(model: nn.Module, recorder: Any) -> Iterator[None]:
     """Keeps `recorder.module` at the name of the module that runs, and adds to `recorder.sequences` which sequences modules
-    return, as (name, shape). By global hooks: a hook on a module would change what a patched parent does with it (a LoRA adapter
-    with hooks is run as PEFT runs it)."""
+    return, as (name, shape). By global hooks: a hook on a module would change what a patched parent does with it (a LoRA
+    adapter with hooks is run as PEFT runs it)."""
     names = {module: name for name, module in model.named_modules()}
     stack = [""]
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from unswag.torch.operation import take_back
 from unswag.torch.patterns.probing import setting
-from unswag.torch.surgery import remove_unswag_surgery
 
 __all__ = ["Blueprint", "blueprint", "config_of_model", "model_of"]
 
@@ -119,7 +119,7 @@ def blueprint(model: nn.Module, lora: int | None = None, weights: str | None = N
         raise ValueError(f"plan: weights={weights!r}; pass 'nf4', or None for the weights as they are")
     with _without_data(model) as memo:
         made = copy.deepcopy(model, memo)
-    remove_unswag_surgery(made)
+    take_back(made)
     left_out, layers = _thin(made, whole)
     for module in made.modules():
         for tensors in (module._parameters, module._buffers):

@@ -19,18 +19,16 @@ from torch import nn
 
 from unswag import sizes
 from unswag.policy import Policy
+from unswag.torch.blueprint import blueprint
 from unswag.torch.dry_run import checkpoints
+from unswag.torch.forecast import Forecast
+from unswag.torch.operation import CPU_ALLOCATOR
+from unswag.torch.ways import Way, prepared
 
-__all__ = ["explain", "is_out_of_memory"]
+__all__ = ["explain"]
 
 MARK = "\nUnSwag: "
 MOST = 5
-CPU = "DefaultCPUAllocator"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of PyTorch found no memory, on a device or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and CPU in str(error))
 
 
 def explain(
@@ -38,9 +36,7 @@ def explain(
 ) -> None:  # fmt: skip
     """Adds to the message of an out-of-memory error that `model(*args, **kwargs)` raised; the error stays the same object."""
     said = str(error.args[0]) if error.args else ""
-    if MARK in said:  # an inner model explained it
-        return
-    memory = "the memory of this process (pageable)" if CPU in said else "the memory of the device"
+    memory = "the memory of this process (pageable)" if CPU_ALLOCATOR in said else "the memory of the device"
     lines = [f"{memory} ran out in the {_where(model, error)}."]
     try:
         lines += _alive(model, policy, args, kwargs)
@@ -65,10 +61,6 @@ def _where(model: nn.Module, error: BaseException) -> str:
 
 
 def _alive(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    from unswag.torch.blueprint import blueprint
-    from unswag.torch.forecast import Forecast
-    from unswag.torch.ways import Way, prepared
-
     ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         return ["What is alive there is not known: the batch has no input_ids of [batch, tokens]."]

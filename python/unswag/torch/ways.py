@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from unswag.torch.dry_run import checkpoints
-from unswag.torch.surgery import apply_unswag_surgery, remove_unswag_surgery
+from unswag.torch.operation import operate, take_back
 
 __all__ = ["STOCK", "WAYS", "Way", "checkpoint_layers", "prepared"]
 
@@ -85,10 +85,10 @@ def checkpoint_layers(model: Any, on: bool) -> None:
 def prepared(model: nn.Module, way: Way, before: Way | None) -> None:
     """Makes `model`, which was prepared for `before`, ready for `way`."""
     if before is None or _without_store(before) != _without_store(way):
-        remove_unswag_surgery(model)
+        take_back(model)
         checkpoint_layers(model, False)
         if way.surgery is not None:
-            apply_unswag_surgery(model, verify=False, verbose=False, **(_without_store(way) or {}))
+            operate(model, verify=False, verbose=False, **(_without_store(way) or {}))
     checkpoint_layers(model, way.recompute)
 
 

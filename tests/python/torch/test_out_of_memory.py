@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_models import batch, tiny_llama
 
-from unswag import apply_unswag_surgery
+from unswag import Policy, apply_unswag_surgery
+from unswag.torch.out_of_memory import explain
 
 CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 
@@ -39,11 +40,8 @@ def test_it_says_which_memory_where_what_and_what_next(error, memory):
 def test_what_is_alive_is_told_with_module_and_role():
     model = tiny_llama(layers=3)
     apply_unswag_surgery(model, verbose=False)
-    from unswag.policy import Policy
-    from unswag.torch.out_of_memory import explain
-
     error = RuntimeError(CPU)
-    explain(model, Policy.named("exact"), error, (), batch())
+    explain(model, Policy.named("exact"), error, (), batch(tokens=512))
     assert str(error).count(" of model.") >= 3 and "mlp of model.layers" in str(error)
 
 

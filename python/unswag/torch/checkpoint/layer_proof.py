@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from unswag.torch import stash
 from unswag.torch.attention import Piece, Spans
-from unswag.torch.checkpoint import sweep as sweeps
 from unswag.torch.checkpoint.tile_attention import Unswept
+from unswag.torch.checkpoint.visit import Autocast, Call, SweptLayer, Visit
 from unswag.torch.patterns.attention import View
 from unswag.torch.patterns.pattern import METHODS, Candidate, foreign_forward, replace_view, stock_class
 from unswag.torch.patterns.probing import sealed, whole_twin
@@ -41,12 +41,12 @@ class Verdict:
     proofs: tuple[tuple[str, type[nn.Module], Proof], ...] = ()
 
     @classmethod
-    def of(cls, call: sweeps.Call) -> Verdict:
+    def of(cls, call: Call) -> Verdict:
         """Compares. Changes nothing of the layer, of its gradients, buffers and hooks, nor of the random state."""
         layer = call.layer
         if reason := _cannot_be_compared(layer):
             return cls(reason)
-        autocast = sweeps.Autocast(call.x.device)
+        autocast = Autocast(call.x.device)
         found: list[str | None] = []
         thread = threading.Thread(
             target=lambda: found.append(_compared(call, autocast))
@@ -80,7 +80,7 @@ def _foreign(module: nn.Module) -> str | None:
     return None if other is None else f"the forward of a {type(module).__name__} was replaced by {other}"
 
 
-def _compared(call: sweeps.Call, autocast: sweeps.Autocast) -> str | None:
+def _compared(call: Call, autocast: Autocast) -> str | None:
     try:
         if call.x.is_cuda:
             torch.cuda.set_device(call.x.device)
@@ -102,7 +102,7 @@ def _cannot_be_compared(layer: nn.Module) -> str | None:
     return None
 
 
-def _differs(call: sweeps.Call, autocast: sweeps.Autocast) -> str | None:
+def _differs(call: Call, autocast: Autocast) -> str | None:
     """How the layer in tiles differs from the whole, or None."""
     errors: list[Exception] = []
     plain = [p for p in call.layer.parameters() if p.is_floating_point()]
@@ -151,7 +151,7 @@ def _twin(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return twin
 
 
-def _probe_call(call: sweeps.Call, twin: nn.Module, dtype: torch.dtype) -> sweeps.Call:
+def _probe_call(call: Call, twin: nn.Module, dtype: torch.dtype) -> Call:
     """The call with few tokens, random hidden states, and a mask of the same kind."""
     tokens = min(TOKENS, call.tokens)
     arguments = {}
@@ -186,7 +186,7 @@ def _spans(batch: int, tokens: int, window: bool, device: torch.device) -> Spans
     return Spans(pieces, batch, tokens, make, length if window else None)
 
 
-def _gradients(call: sweeps.Call, y: Tensor) -> list[Tensor]:
+def _gradients(call: Call, y: Tensor) -> list[Tensor]:
     leaves = [call.x, *(p for p in call.layer.parameters() if p.requires_grad)]
     generator = torch.Generator(y.device).manual_seed(1)
     dy = torch.randn(y.shape, device=y.device, generator=generator).to(y.dtype)
@@ -194,7 +194,7 @@ def _gradients(call: sweeps.Call, y: Tensor) -> list[Tensor]:
     return [y.detach(), *found]
 
 
-def _whole(call: sweeps.Call) -> list[Tensor]:
+def _whole(call: Call) -> list[Tensor]:
     y = call.forward(call.layer, **{call.hidden: call.x}, **call.arguments)
     if isinstance(y, tuple):
         if any(part is not None for part in y[1:]):
@@ -205,12 +205,11 @@ def _whole(call: sweeps.Call) -> list[Tensor]:
     return _gradients(call, y)
 
 
-def _swept(call: sweeps.Call) -> list[Tensor]:
+def _swept(call: Call) -> list[Tensor]:
     tile = min(TILE, max(1, call.tokens * TILE // TOKENS))
-    plan = sweeps.Sweep(tile, key_block=KEY_BLOCK)
     parameters = [p for p in call.layer.parameters() if p.requires_grad]
-    visit = sweeps.Visit(call, tile, plan, None, parameters)
-    y: Tensor = sweeps.SweptLayer.apply(call.x, visit, *parameters)
+    visit = Visit(call, tile, KEY_BLOCK, False, None, parameters)
+    y: Tensor = SweptLayer.apply(call.x, visit, *parameters)
     return _gradients(call, y)
 
 

@@ -17,8 +17,10 @@ from unswag.policy import Policy
 from unswag.torch import stash
 from unswag.torch.audit import LiveStorages
 from unswag.torch.checkpoint import sweep as sweeps
+from unswag.torch.checkpoint import visit as visits
+from unswag.torch.checkpoint.tile_attention import KEY_BLOCK
+from unswag.torch.operation import STORES, SWEEP
 from unswag.torch.stash import thread
-from unswag.torch.surgery import STORES, SWEEP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
@@ -350,8 +352,8 @@ class Layer(nn.Module):
 def visited(x):
     """y = 3 x by `SweptLayer`."""
     layer = Layer()
-    call = sweeps.Call(layer, Layer.forward, "x", x, x.shape[1], {})
-    return sweeps.SweptLayer.apply(x, sweeps.Visit(call, 3, sweeps.Sweep(3), None, [layer.weight]), layer.weight)
+    call = visits.Call(layer, Layer.forward, "x", x, x.shape[1], {})
+    return visits.SweptLayer.apply(x, visits.Visit(call, 3, KEY_BLOCK, None, None, [layer.weight]), layer.weight)
 
 
 HELD = {

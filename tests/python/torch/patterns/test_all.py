@@ -34,7 +34,7 @@ ONE_INPUT = [key for key, (_, example) in EXAMPLES.items() if len(example.inputs
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr("unswag.torch.surgery.say", lambda *_: None)
+    monkeypatch.setattr("unswag.torch.operation.say", lambda *_: None)
 
 
 def built(example: Example) -> nn.Module:

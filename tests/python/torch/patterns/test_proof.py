@@ -45,7 +45,7 @@ EXAMPLES = {
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr("unswag.torch.surgery.say", lambda *_: None)
+    monkeypatch.setattr("unswag.torch.operation.say", lambda *_: None)
     torch.manual_seed(0)
 
 

@@ -14,9 +14,9 @@ import unswag
 from unswag import Policy
 from unswag.torch import functional, stash
 from unswag.torch.audit import LiveStorages
+from unswag.torch.operation import STORES
 from unswag.torch.stash import Stash, handles
 from unswag.torch.store import Stores, Ticket
-from unswag.torch.surgery import STORES
 
 pytestmark = [
     pytest.mark.native,
