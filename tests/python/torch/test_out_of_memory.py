@@ -22,14 +22,18 @@ class Fails(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("error", "memory"),
-    [(RuntimeError(CPU), "memory of this process"), (torch.OutOfMemoryError("CUDA out of memory."), "memory of the device")],
+    ("kind", "said", "memory"),
+    [
+        (RuntimeError, CPU, "memory of this process"),
+        (torch.OutOfMemoryError, "CUDA out of memory.", "memory of the device"),
+    ],
 )
-def test_it_says_which_memory_where_what_and_what_next(error, memory):
+def test_it_says_which_memory_where_what_and_what_next(kind, said, memory):
+    error = kind(said)
     model = tiny_llama(layers=3)
     apply_unswag_surgery(model, verbose=False)
     model.model.layers[1].self_attn.forward = Fails(error).forward
-    with pytest.raises(type(error)) as raised:
+    with pytest.raises(kind) as raised:
         model(**batch())
     text = str(raised.value)
     assert raised.value is error and text.count("UnSwag:") == 1
