@@ -178,10 +178,15 @@ def operate(
             )
         if patched:
             notes: list[str] = [] if tiles is None else tiles.notes
+            if tiles is not None:
+                notes.append(
+                    f"layers under gradient checkpointing are swept, {tiles.tile or '1,024 (on a GPU 4,096)'} tokens at a time,"
+                    " where the batch has more; each is compared with itself as a whole at its first such call"
+                )
             if "checkpoint" in chosen.tiers and not checkpointing:
                 notes.append(
-                    f"the {chosen.tiers['checkpoint']} store keeps nothing until gradient checkpointing is switched on "
-                    "(model.gradient_checkpointing_enable())"
+                    f"the {chosen.tiers['checkpoint']} store is for gradient checkpointing, which was off at the surgery "
+                    "(model.activation_checkpointing_enable() switches it on)"
                 )
             for tier in set(chosen.tiers.values()):
                 stores.of(tier)  # here, so that a folder that cannot be used is an error now

@@ -11,25 +11,30 @@ import contextlib
 import copy
 import itertools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unswag.torch import stash
 from unswag.torch.attention import Piece, Spans
 from unswag.torch.checkpoint.tile_attention import Unswept
-from unswag.torch.checkpoint.visit import Autocast, Call, SweptLayer, Visit
+from unswag.torch.checkpoint.visit import SCALARS, Autocast, Call, SweptLayer, Visit
 from unswag.torch.patterns.attention import View
-from unswag.torch.patterns.pattern import METHODS, Candidate, foreign_forward, replace_view, stock_class
+from unswag.torch.patterns.pattern import HOOKS, METHODS, Candidate, foreign_forward, replace_view, stock_class
 from unswag.torch.patterns.probing import sealed, whole_twin
-from unswag.torch.patterns.proof import Proof
+from unswag.torch.patterns.proof import Proof, lengths, others_global_hooks
 
 TOKENS, TILE, KEY_BLOCK = 64, 24, 16  # of the comparison; none divides the next
 WINDOW, CUT = 20, 29  # of a mask of more than one piece: the window, and where its second sequence begins
 MOST_WIDENED = 1 << 27  # elements of a layer that is compared in float32 whatever its own dtype
 ERROR, ERROR_16_BITS = 2e-5, 3e-2  # ‖swept - whole‖ / ‖whole‖ (layers in float64 have float32 inside); a lost tile makes 0.1
+MOST_TOKENS = 1025  # of a second comparison, where the code of a layer names numbers that may be lengths
+SMALL, SMALL_16 = 1e-6, 1e-2  # of dy; a loss over a million tokens makes it so small
+RECORDER = "transformers.utils.output_capturing"
 SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")  # settings of a layer that a trainer changes
 
 
@@ -39,6 +44,8 @@ class Verdict:
 
     reason: str | None
     proofs: tuple[tuple[str, type[nn.Module], Proof], ...] = ()
+    calls: int = 0  # of its attention
+    draws: bool = False  # random numbers
 
     @classmethod
     def of(cls, call: Call) -> Verdict:
@@ -47,16 +54,17 @@ class Verdict:
         if reason := _cannot_be_compared(layer):
             return cls(reason)
         autocast = Autocast(call.x.device)
-        found: list[str | None] = []
-        thread = threading.Thread(
-            target=lambda: found.append(_compared(call, autocast))
-        )  # without the caller's hooks and modes
+        found: list[_Found | str] = []
+        # in a thread, without the caller's hooks and modes
+        thread = threading.Thread(target=lambda: found.append(_compared(call, autocast)))
         thread.start()
         thread.join()
-        if not found or found[0] is not None:
-            return cls(found[0] if found else "the comparison of its tiles with the whole was interrupted")
+        seen = found[0] if found else "the comparison of its tiles with the whole was interrupted"
+        if isinstance(seen, str):
+            return cls(seen)
         named = layer.named_modules()
-        return cls(None, tuple((name, stock_class(m), Proof(Candidate(name, m), reads=SWITCHES)) for name, m in named))
+        proofs = tuple((name, stock_class(m), Proof(Candidate(name, m), reads=SWITCHES)) for name, m in named)
+        return cls(None, proofs, seen.calls, seen.draws)
 
     def check(self, layer: nn.Module) -> None:
         """Raises Unswept if the layer may not be swept."""
@@ -73,6 +81,24 @@ class Verdict:
                 what = proof.changed(module) or _foreign(module)
             if what is not None:
                 raise Unswept(f"its {name or 'code'} is not as it was proven ({what}); apply the surgery again")
+        if reason := _looks_inside(layer):
+            raise Unswept(reason)
+
+
+def _looks_inside(layer: nn.Module) -> str | None:
+    """What would see tiles instead of the whole, or would be seen by nobody: the reason not to sweep, or None."""
+    for name, module in layer.named_modules():
+        for hook in (hook for hooks in HOOKS if module is not layer for hook in vars(module)[hooks].values()):
+            if getattr(hook, "__module__", None) != RECORDER:  # which acts only where `visit.Call.of` refuses
+                return f"a hook on its {name} ({getattr(hook, '__qualname__', type(hook).__name__)}) would see each tile"
+    if (reason := others_global_hooks()) is not None:
+        return f"{reason}, and it would see each tile"
+    for name, p in layer.named_parameters():
+        if p._backward_hooks:
+            return f"a hook on the gradient of its {name} would see that of each tile"
+    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
+        return "torch.nn.functional.scaled_dot_product_attention was replaced"
+    return None
 
 
 def _foreign(module: nn.Module) -> str | None:
@@ -80,12 +106,20 @@ def _foreign(module: nn.Module) -> str | None:
     return None if other is None else f"the forward of a {type(module).__name__} was replaced by {other}"
 
 
-def _compared(call: Call, autocast: Autocast) -> str | None:
+class _Found(NamedTuple):
+    calls: int
+    draws: bool
+
+
+def _compared(call: Call, autocast: Autocast) -> _Found | str:
     try:
         if call.x.is_cuda:
             torch.cuda.set_device(call.x.device)
         with sealed():
-            return _differs(call, autocast)
+            found = _same(call, autocast, min(TOKENS, call.tokens))
+            if (longer := _longer(call)) is not None:
+                _same(call, autocast, longer)
+            return found
     except Unswept as reason:
         return str(reason)
     except Exception as error:  # of a stranger's code, on inputs that it did not expect
@@ -97,13 +131,19 @@ def _cannot_be_compared(layer: nn.Module) -> str | None:
         return other
     if any(type(p).__name__ == "DTensor" for p in layer.parameters()):
         return "its parameters are sharded while it runs"
-    if any(hasattr(module, "unshard") for module in layer.modules() if module is not layer):
-        return "a part of it is sharded on its own, and would be gathered once per tile"
-    return None
+    if any(hasattr(module, "unshard") for module in layer.modules()):
+        return "it is sharded (fully_shard)"
+    return _looks_inside(layer)
 
 
-def _differs(call: Call, autocast: Autocast) -> str | None:
-    """How the layer in tiles differs from the whole, or None."""
+def _longer(call: Call) -> int | None:
+    """A number of tokens above those at which the code of the layer seems to take another path, if it names such numbers."""
+    named = {n for module in call.layer.modules() for n in lengths(module) if TOKENS < n <= MOST_TOKENS}
+    return min(max(named), call.tokens) if named else None
+
+
+def _same(call: Call, autocast: Autocast, tokens: int) -> _Found:
+    """Compares the layer in tiles with the whole, for so many tokens. Raises Unswept if it may not be swept."""
     errors: list[Exception] = []
     plain = [p for p in call.layer.parameters() if p.is_floating_point()]
     wide = call.x.is_cpu and sum(p.numel() for p in plain) <= MOST_WIDENED and call.x.dtype != torch.float64
@@ -111,8 +151,8 @@ def _differs(call: Call, autocast: Autocast) -> str | None:
         try:
             twin = _twin(call.layer, dtype if wide and dtype == torch.float32 else None)
         except ValueError as error:
-            return str(error)
-        probe = _probe_call(call, twin, dtype)
+            raise Unswept(str(error)) from None
+        probe = _probe_call(call, twin, dtype, tokens)
         with contextlib.nullcontext() if dtype == torch.float32 and wide else autocast.entered():
             state = torch.get_rng_state()
             try:
@@ -122,12 +162,47 @@ def _differs(call: Call, autocast: Autocast) -> str | None:
             except Exception as error:  # it does not take this dtype, perhaps
                 errors.append(error)
                 continue
-            if not torch.equal(state, torch.get_rng_state()):  # in tiles it would draw otherwise
+            draws = not torch.equal(state, torch.get_rng_state())
+            if draws:  # in tiles it would draw otherwise
                 twin.eval()
                 whole = _whole(probe)
-            swept = _swept(probe)
-        return _compare(swept, whole, dtype)
+            before = _kept_by(twin)
+            swept, calls = _swept(probe)
+            if left := _changed(before, _kept_by(twin)):
+                raise Unswept(f"a forward leaves something in its {left}, which would be that of the last tile")
+        _compare(swept, whole, dtype)
+        return _Found(calls, draws)
     raise errors[0]
+
+
+Kept = dict[tuple[str, str], tuple[Any, Any]]
+
+
+def _kept_by(twin: nn.Module) -> Kept:
+    """What its modules hold beside parameters, parts and what UnSwag puts there: (value, version or copy)."""
+    found: Kept = {}
+    for name, module in twin.named_modules():
+        for key, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
+            ours = key.startswith("_unswag") or type(value).__module__.partition(".")[0] == "unswag"
+            if ours or key in ("_parameters", "_modules", "_buffers", *HOOKS):
+                continue
+            if isinstance(value, Tensor):
+                found[name, key] = value, value._version
+            elif isinstance(value, (list, dict, set)):
+                found[name, key] = value, (len(value), [id(v) for v in (value.values() if isinstance(value, dict) else value)])
+            else:
+                found[name, key] = value, None
+    return found
+
+
+def _changed(before: Kept, after: Kept) -> str | None:
+    """What is there now and was not, or is another object or version, or another number."""
+    for place, (value, version) in after.items():
+        old, old_version = before.get(place, (None, -1))
+        same = value is old or (isinstance(value, SCALARS) and type(value) is type(old) and value == old)
+        if not same or version != old_version:
+            return ".".join(filter(None, place))
+    return None
 
 
 def _twin(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -151,9 +226,8 @@ def _twin(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return twin
 
 
-def _probe_call(call: Call, twin: nn.Module, dtype: torch.dtype) -> Call:
+def _probe_call(call: Call, twin: nn.Module, dtype: torch.dtype, tokens: int) -> Call:
     """The call with few tokens, random hidden states, and a mask of the same kind."""
-    tokens = min(TOKENS, call.tokens)
     arguments = {}
     for name, value in call.arguments.items():
         if isinstance(value, Spans):
@@ -187,9 +261,15 @@ def _spans(batch: int, tokens: int, window: bool, device: torch.device) -> Spans
 
 
 def _gradients(call: Call, y: Tensor) -> list[Tensor]:
+    """y, and the gradients of x and the parameters for a small dy: what a layer adds to a gradient whatever dy is, as auxiliary
+    losses inside Functions do, shows then."""
     leaves = [call.x, *(p for p in call.layer.parameters() if p.requires_grad)]
     generator = torch.Generator(y.device).manual_seed(1)
-    dy = torch.randn(y.shape, device=y.device, generator=generator).to(y.dtype)
+    dy = (
+        torch.randn(y.shape, device=y.device, generator=generator)
+        .mul_(SMALL_16 if y.dtype == torch.float16 else SMALL)
+        .to(y.dtype)
+    )
     found = torch.autograd.grad((y * dy).sum(), leaves, allow_unused=True, materialize_grads=True)
     return [y.detach(), *found]
 
@@ -202,26 +282,43 @@ def _whole(call: Call) -> list[Tensor]:
         y = y[0]
     if not isinstance(y, Tensor):
         raise Unswept("it does not return hidden states [batch, tokens, hidden]")
+    trained = {id(call.x), *map(id, call.layer.parameters())}
+    if any(id(leaf) not in trained for leaf in _leaves(y)):
+        raise Unswept("something is trained in it that is no parameter of it")
     return _gradients(call, y)
 
 
-def _swept(call: Call) -> list[Tensor]:
+def _leaves(y: Tensor) -> Iterator[Tensor]:
+    """Tensors whose gradients a backward pass from y adds up."""
+    todo, seen = [y.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        todo += [following for following, _ in node.next_functions]
+
+
+def _swept(call: Call) -> tuple[list[Tensor], int]:
+    """As `_whole`, in tiles; and how often the attention was called in each."""
     tile = min(TILE, max(1, call.tokens * TILE // TOKENS))
     parameters = [p for p in call.layer.parameters() if p.requires_grad]
     visit = Visit(call, tile, KEY_BLOCK, False, None, parameters)
     y: Tensor = SweptLayer.apply(call.x, visit, *parameters)
-    return _gradients(call, y)
+    calls = visit.calls
+    return _gradients(call, y), calls
 
 
-def _compare(swept: list[Tensor], whole: list[Tensor], dtype: torch.dtype) -> str | None:
+def _compare(swept: list[Tensor], whole: list[Tensor], dtype: torch.dtype) -> None:
     allowed = ERROR if dtype.itemsize >= 4 else ERROR_16_BITS
     gradients = [w.double().norm() for w in whole[1:]]
     least = 1e-3 * max(gradients)
     for i, (ours, theirs) in enumerate(zip(swept, whole, strict=True)):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            return "in tiles it returns another shape or dtype"
+            raise Unswept("in tiles it returns another shape or dtype")
         apart = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(least if i else 1e-30)
         if not apart <= allowed:
             what = "output is not that" if i == 0 else "gradients are not those"
-            return f"in tiles its {what} of the whole: something beside its attention looks at other tokens, or draws"
-    return None
+            raise Unswept(f"in tiles its {what} of the whole: something beside its attention looks at other tokens, or draws")

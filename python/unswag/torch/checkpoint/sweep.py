@@ -33,6 +33,7 @@ from unswag.torch.checkpoint.visit import Call, SweptLayer, Visit
 from unswag.torch.stash import Stash
 
 TILE = {"cpu": 1024, "cuda": 4096}  # tokens, by device: large enough for full-speed products, small against a long sequence
+DRAWS = "swept layers draw their dropout tile by tile: other numbers than stock's for the same seed, of the same distribution"
 
 
 class Sweep:
@@ -45,6 +46,13 @@ class Sweep:
     """
 
     def __init__(self, tile: int | None = None, keep_attention: bool | None = None, key_block: int = KEY_BLOCK) -> None:
+        for argument, value in (("tile", tile), ("key_block", key_block)):
+            if type(value) is not int if value is not None else argument != "tile":
+                raise TypeError(f"Sweep: {argument} is {value!r}; pass a positive number of tokens")
+            if value is not None and value < 1:
+                raise ValueError(f"Sweep: {argument} is {value}; pass a positive number of tokens")
+        if keep_attention not in (None, True, False):
+            raise TypeError(f"Sweep: keep_attention is {keep_attention!r}; pass True, False or None")
         self.tile, self.keep_attention, self.key_block = tile, keep_attention, key_block
         self.verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Verdict]] = weakref.WeakKeyDictionary()
         self.swept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -87,11 +95,16 @@ class Sweep:
                 if is_fake(call.x):
                     return NotImplemented
                 known[key] = Verdict.of(call)
-            known[key].check(layer)
+            verdict = known[key]
+            verdict.check(layer)
+            if verdict.draws and DRAWS not in self.notes:
+                self.notes.append(DRAWS)
             parameters = [p for p in layer.parameters() if p.requires_grad]
             if not call.x.requires_grad and not parameters:
                 return NotImplemented
-            visit = Visit(call, tile, self.key_block, self.keep_attention, Stash.current(), parameters)
+            visit = Visit(
+                call, tile, self.key_block, self.keep_attention, Stash.current(), parameters, verdict.check, verdict.calls
+            )
             y = SweptLayer.apply(call.x, visit, *parameters)
         except Unswept as reason:
             self.leave(layer, str(reason))

@@ -28,6 +28,7 @@ from unswag.torch.stash import Stash
 from unswag.torch.stash.thread import state
 
 SCALARS = (bool, int, float, str, type(None), torch.dtype)
+OF_THE_BATCH = ("num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # not of tokens
 ASKS = ("output_attentions", "output_router_logits")  # arguments that ask for more than hidden states
 
 
@@ -80,7 +81,7 @@ class Call:
         return {name: self._cut(name, value, start, stop) for name, value in self.arguments.items()}
 
     def _cut(self, name: str, value: Any, start: int, stop: int) -> Any:
-        if isinstance(value, SCALARS) or (isinstance(value, Spans) and value.length == self.tokens):
+        if name in OF_THE_BATCH or isinstance(value, SCALARS) or (isinstance(value, Spans) and value.length == self.tokens):
             return value
         if "position" not in name:
             raise Unswept(f"how its argument {name} ({type(value).__name__}) belongs to tokens is not known")
@@ -99,7 +100,8 @@ class Call:
         """Equal for calls that a proof need not tell apart: it does not contain values of tensors, nor the number of tokens."""
         device = self.x.device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        arguments = tuple((name, _signature(value)) for name, value in sorted(self.arguments.items()))
+        given = ((name, type(value) if name in OF_THE_BATCH else _signature(value)) for name, value in self.arguments.items())
+        arguments = tuple(sorted(given, key=lambda item: item[0]))
         return self.x.dtype, device, autocast, self.layer.training, arguments
 
 
@@ -196,7 +198,10 @@ class Visit:
         keep_attention: bool | None,
         current: Stash | None,
         parameters: Sequence[nn.Parameter],
+        check: Callable[[nn.Module], None] = lambda layer: None,
+        calls: int = -1,
     ) -> None:
+        """check  raises Unswept if the layer is not what was proven;  calls  of its attention in each tile, -1 if not known"""
         self.call = replace(call, x=call.x.detach()[:, :0].clone())  # x belongs to autograd
         self.layer, self.tokens, self.size, self.key_block = call.layer, call.tokens, tile, key_block
         self.starts = list(range(0, call.tokens, tile))
@@ -208,7 +213,8 @@ class Visit:
         self.stored: list[list[Ticket]] = []  # of each tile: x, and with `keeps` o, lse, k, v
         self.kept: list[Kept] = []  # without a store, until autograd has them
         self.random, self.autocast = Random(call.x.device), Autocast(call.x.device)
-        self.calls = -1  # of the attention, in each tile; -1: not known yet
+        self.calls, self.check = calls, check
+        self.training = [module.training for module in call.layer.modules()]
         self.versions = [p._version for p in parameters]
         self.returns: Any = None  # what the layer returns beside hidden states: None, or the length of its tuple
 
@@ -289,6 +295,9 @@ class Visit:
                 "the backward of a swept layer ran before and freed what the layer kept; pass retain_graph=True to the first "
                 "backward if there is to be a second"
             )
+        self.check(self.layer)
+        if [module.training for module in self.layer.modules()] != self.training:
+            raise Unswept("it is in another mode (train or eval)")
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
         if [p._version for p in parameters] != self.versions:
             raise RuntimeError(
@@ -406,7 +415,7 @@ class SweptLayer(torch.autograd.Function):
         except Unswept as reason:
             raise RuntimeError(
                 f"{type(visit.layer).__name__} was swept in the forward, but in the backward {reason}; do not change the model "
-                "between the two, or use sweep=None"
+                "between the two, or use sweep=False"
             ) from None
 
 

@@ -310,7 +310,8 @@ def _elsewhere(module: nn.Module, wiring: AnyWiring) -> str | None:
             narrow = single
         widths = [n for name in wiring.linears for n in _sizes(getattr(narrow, name))]
         first = getattr(narrow, wiring.linears[0]).in_features
-        many = [draw(n, first) for n in lengths(module) if n * max(widths) <= MOST]
+        rows = [n for n in lengths(module) if n * max(widths) <= MOST]
+        many = [draw(*shape, first) for n in rows for shape in ((n,), (1, n))]
         reason = differs_in_use(narrow, wiring, many, torch.float32, (PLAIN, NO_GRAD))
     return reason
 

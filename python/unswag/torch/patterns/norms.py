@@ -134,7 +134,8 @@ def differs_elsewhere(
         if reason is None and dtype is torch.float32 and not autocast:
             few = min(cols, 8)  # the width is that of the weight, unless its code knows another
             few = few if takes(copy(few, dtype), draw(2, few)) else cols
-            many = (draw(n, few) for n in lengths(module) if n * few <= MOST)
+            rows = [n for n in lengths(module) if n * few <= MOST]
+            many = (draw(*shape, few) for n in rows for shape in ((n,), (1, n)))
             reason = differs_in_use(copy(few, dtype), ours, many, dtype, (PLAIN, NO_GRAD))
         if reason is not None:
             return reason

@@ -302,7 +302,7 @@ def _follow(module: nn.Module, methods: tuple[str, ...]) -> _Seen:
 
     def look(mapping: dict[str, Any], name: str, mentioned: set[str]) -> None:
         value = mapping[name]
-        of_torch = mapping.get("__name__", "").partition(".")[0] == "torch"
+        of_torch = mapping.get("__name__", "").partition(".")[0] in ("torch", "unswag")  # ours changes in each step
         if isinstance(value, types.ModuleType):
             for word in sorted(mentioned & vars(value).keys()) if id(value) not in inside else ():
                 inside.add(id(value))

@@ -8,11 +8,12 @@ import warnings
 
 import pytest
 import torch
-from families import build, distance, ids, redraw, step
+from families import build, distance, step
+from sweeping import TILE, assert_close, batch, checkpointed, plan, swept, with_lora
 from torch import nn
 from torch.nn import functional as F
 
-from unswag import apply_unswag_surgery, remove_unswag_surgery
+from unswag import remove_unswag_surgery
 from unswag.policy import Policy
 from unswag.torch import stash
 from unswag.torch.audit import LiveStorages
@@ -27,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unswag. .* is not swept:UserWarning"),
 ]
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
-TILE = 32
 
 
 @pytest.fixture(autouse=True)
@@ -38,43 +38,8 @@ def _clean():
     assert stash.top_hooks() is None
 
 
-def batch(tokens=70, rows=2):
-    return {"input_ids": ids(rows, tokens), "labels": ids(rows, tokens), "use_cache": False}
-
-
 def packed(*lengths):
     return batch(sum(lengths), 1) | {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-
-
-def checkpointed(family="llama", dtype=torch.float64, reentrant=False, **settings):
-    model = build(family, dtype, **settings)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    return model
-
-
-def with_lora(model, **settings):
-    from peft import LoraConfig, get_peft_model
-
-    dtype = model.dtype
-    model = redraw(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **settings)))
-    return model.to(dtype)
-
-
-def swept(model, sweep=TILE, **options):
-    return apply_unswag_surgery(model, sweep=sweep, verbose=False, **{"loss": "stock"} | options)
-
-
-def plan(model):
-    return vars(model)[SWEEP]
-
-
-def assert_close(ours, stock, tolerance=2e-6):
-    assert ours[1].keys() == stock[1].keys()
-    assert abs(ours[0] - stock[0]) <= tolerance * abs(stock[0])
-    largest = max(g.double().norm() for g in stock[1].values())
-    for name, g in stock[1].items():
-        apart = (ours[1][name].double() - g.double()).norm() / g.double().norm().clamp_min(1e-4 * largest)
-        assert apart <= tolerance, f"{name}: {apart:.1e}"
 
 
 def compare(model, data, sweep=TILE, layers=2, tolerance=2e-6):

@@ -290,7 +290,7 @@ def test_the_report_says_what_is_stored():
 def test_without_checkpointing_it_says_so_and_begins_when_that_is_switched_on():
     model = tiny_llama(2)
     report = unswag.apply_unswag_surgery(model, store="host", verbose=False)
-    assert any("keeps nothing until gradient checkpointing is switched on" in note for note in report.notes)
+    assert any("is for gradient checkpointing, which was off" in note for note in report.notes)
     model.gradient_checkpointing_enable()
     step(model, batch(48))
     assert kept(model)["host_peak"] == 2 * 48 * 64 * 4
