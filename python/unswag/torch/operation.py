@@ -178,11 +178,6 @@ def operate(
             )
         if patched:
             notes: list[str] = [] if tiles is None else tiles.notes
-            if tiles is not None:
-                notes.append(
-                    f"layers under gradient checkpointing are swept, {tiles.tile or '1,024 (on a GPU 4,096)'} tokens at a time,"
-                    " where the batch has more; each is compared with itself as a whole at its first such call"
-                )
             if "checkpoint" in chosen.tiers and not checkpointing:
                 notes.append(
                     f"the {chosen.tiers['checkpoint']} store is for gradient checkpointing, which was off at the surgery "
@@ -204,6 +199,8 @@ def operate(
         raise
     left = vars(model).get(NOTES, [])
     words, relus = chosen.cost() or str(chosen), kept_as(model)
+    if tiles is not None:
+        words += f"; checkpointed layers are swept, {tiles.tile or 'on a CPU 1,024'} tokens at a time (sweep)"
     report = SurgeryReport(
         model=type(model).__name__, patched=patched, skipped=skipped, before=kept_before, after=kept_after,
         unknown=unknown or changed, checkpointing=checkpoints(model), notes=left, policy=words,

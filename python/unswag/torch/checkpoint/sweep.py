@@ -97,8 +97,6 @@ class Sweep:
                 known[key] = Verdict.of(call)
             verdict = known[key]
             verdict.check(layer)
-            if verdict.draws and DRAWS not in self.notes:
-                self.notes.append(DRAWS)
             parameters = [p for p in layer.parameters() if p.requires_grad]
             if not call.x.requires_grad and not parameters:
                 return NotImplemented
@@ -110,4 +108,6 @@ class Sweep:
             self.leave(layer, str(reason))
             return NotImplemented
         self.swept.add(layer)
+        if verdict.draws and DRAWS not in self.notes:
+            self.notes.append(DRAWS)
         return visit.returned(y)
