@@ -15,7 +15,7 @@ not built  the reason is transformers' own
 
 python -m bench.architectures [name …]    all of `cases()` without names; kept results are not run again
 python -m bench.architectures --sweep [name …]    causal types under gradient checkpointing, layers swept in tiles of 7 tokens
-                                                  (docs/long_context.md): swept, or left and why; gradients right
+                                                  (docs/long-context.md): swept, or left and why; gradients right
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def apply_unswag_surgery(
     store_dir  folder of the disk store's file, which has no name; None: $TMPDIR, or /tmp
     store_limit  bytes that a store may keep: a number, or a text like "64GiB"; None: what there is
     sweep      True: layers under gradient checkpointing are recomputed and differentiated in tiles of tokens, which lowers what
-               one layer needs from ten hidden states and more to about two (docs/long_context.md); a number: tokens per tile;
+               one layer needs from ten hidden states and more to about two (docs/long-context.md); a number: tokens per tile;
                or a `checkpoint.Sweep`. Each layer is compared with itself as a whole when it is first called in training. What
                cannot be swept is checkpointed as without, with a warning and a note in the report
     plan       what `unswag.plan` returned: its policy is taken, and its gradient checkpointing switched on

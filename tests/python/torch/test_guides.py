@@ -28,8 +28,8 @@ def test_the_guide_to_longer_sequences(capsys):
     names: dict = {"model": model, "batch": batch(), "torch": torch, "unswag": unswag, "budget": 2**30}
     if not hasattr(model, "activation_checkpointing_enable"):  # an older transformers
         model.activation_checkpointing_enable = model.gradient_checkpointing_enable
-    for snippet in snippets("long_context.md"):
-        exec(compile(snippet, "docs/long_context.md", "exec"), names)
+    for snippet in snippets("long-context.md"):
+        exec(compile(snippet, "docs/long-context.md", "exec"), names)
     assert names["ledger"].peak > 0 and 0 < names["short"].peak < names["long"].peak
     tokens = re.search(rf"{2**30} bytes hold about ([\d,]+) tokens", capsys.readouterr().out)
     assert int(tokens[1].replace(",", "")) > 512
