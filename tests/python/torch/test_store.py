@@ -222,15 +222,15 @@ def test_an_interrupt_at_any_instruction_leaves_nothing(tier, fake):
     assert count > 100
 
 
-def test_a_loss_at_the_end_of_the_process_is_no_leak_report():
+def test_what_is_alive_at_the_end_of_the_process_is_no_leak_report():
+    """As is a loss that a script still has; here for certain."""
     code = """
-import torch, unswag
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8))
-unswag.apply_unswag_surgery(model, verbose=False)
-model.last = model(torch.randn(4, 8)).sum()
+import ctypes
+from unswag import _core
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_core.StoreCount(_core.store_open(False, "", -1), 4)))
 """
     output, _ = (process := run(code)).communicate(timeout=120)
-    assert process.returncode == 0 and "nanobind" not in output and "leaked" not in output, output
+    assert process.returncode == 0 and not output
 
 
 @TIERS
