@@ -61,13 +61,13 @@ def throughput(folder: str, rounds: int) -> dict:
                 assert os.preadv(fd, [memoryview(target)[:whole]], i * whole) == whole
 
         def ours(n: int = n, size: int = size) -> None:
-            tickets = [_core.store_put(store, addresses[0], size, b"") for _ in range(n)]
+            blocks = [_core.StoreBlock(store, addresses[0], size, b"") for _ in range(n)]
             for i in reversed(range(n)):
-                _core.store_get(store, tickets[i], addresses[1])
-                for ahead in tickets[max(i - AHEAD, 0) : i]:
-                    _core.store_prefetch(store, ahead)
-            for ticket in tickets:
-                _core.store_drop(store, ticket)
+                blocks[i].get(addresses[1])
+                for ahead in blocks[max(i - AHEAD, 0) : i]:
+                    ahead.prefetch()
+            for block in blocks:
+                block.drop()
 
         seconds: dict[str, list[float]] = {"plain": [], "store": []}
         for round_ in range(rounds + 1):
@@ -97,9 +97,9 @@ def checksum() -> float:
     address = ctypes.addressof(ctypes.c_char.from_buffer(source))
     for _ in range(9):
         start = time.perf_counter()
-        ticket = _core.store_put(store, address, size, b"")
+        block = _core.StoreBlock(store, address, size, b"")
         best = min(best, time.perf_counter() - start)
-        _core.store_drop(store, ticket)
+        block.drop()
     return size / best / 2**30
 
 

@@ -406,6 +406,9 @@ nb::dict capsules(const std::array<XlaTarget, n>& targets) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+#ifdef NDEBUG
+  nb::set_leak_warnings(false);  // a tensor that a script still has at its end holds objects of ours, as every extension's
+#endif
   m.doc() = R"(The C++ core: addresses, strides and sizes are integers; address 0 means none.
 
 Strides count elements, those of packed rows bytes.  Codes are positions in `dtypes`, `masks`, `activations` and `blocks`.

@@ -15,13 +15,19 @@ _UNITS = {
 def bytes_of(size: int | str, argument: str) -> int:
     """The bytes of a number or of a text like "64GiB", "1.5 GiB" or "500MB" (powers of 1024 and of 1000).
 
-    ValueError for anything else and for what is negative; `argument` is its name in the message."""
+    ValueError for anything else, for what is negative and from 2^63 on; `argument` is its name in the message."""
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
+        return _fitting(size, size, argument)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     if found is None or found[2] not in _UNITS:
         raise ValueError(f'{argument}={size!r} is no size; pass a number of bytes, or a text like "64GiB" or "500MB"')
-    return int(float(found[1]) * _UNITS[found[2]])
+    return _fitting(size, float(found[1]) * _UNITS[found[2]], argument)
+
+
+def _fitting(size: int | str, nbytes: float, argument: str) -> int:
+    if nbytes >= 1 << 63:
+        raise ValueError(f"{argument}={size!r} is more than a signed 64-bit size holds; pass less than 8 EiB (2^63 bytes)")
+    return int(nbytes)
 
 
 def show(nbytes: float) -> str:

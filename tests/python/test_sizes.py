@@ -24,3 +24,10 @@ def test_sizes(size, expected):
 def test_other_texts_are_errors_with_the_argument_s_name(size):
     with pytest.raises(ValueError, match=r"store_limit=.* is no size; pass a number of bytes"):
         bytes_of(size, "store_limit")
+
+
+@pytest.mark.parametrize("size", [1 << 63, "8388608TiB", "99999999999999TiB", "9" * 400])
+def test_sizes_beyond_64_bits_are_errors_with_the_argument_s_name(size):
+    with pytest.raises(ValueError, match=r"store_limit=.* is more than a signed 64-bit size holds; pass less than 8 EiB"):
+        bytes_of(size, "store_limit")
+    assert bytes_of((1 << 63) - 1, "store_limit") == (1 << 63) - 1

@@ -148,6 +148,11 @@ def operate(
         raise ValueError(
             "apply_unswag_surgery: store_dir and store_limit do nothing without a store; pass store='disk' or 'host'"
         )
+    if store_dir is not None and "disk" not in chosen.tiers.values():
+        raise ValueError(
+            f"apply_unswag_surgery: store_dir={store_dir!r}, and a host store has no folder; leave store_dir out, or pass "
+            "store='disk'"
+        )
     stores = Stores(store_dir, store_limit)
     refuse_meta("apply_unswag_surgery", model)
     stock = {name for name, option in options.items() if option == "stock"}

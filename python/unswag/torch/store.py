@@ -10,7 +10,6 @@ The core (`unswag/store.hpp`, docs/store.md) writes, reads and verifies bytes; h
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import warnings
@@ -41,6 +40,15 @@ def can_store(t: torch.Tensor) -> bool:
     )
 
 
+def _folder(dir: Any, argument: str) -> str:
+    """The path as a text, "" for None."""
+    if isinstance(dir, os.PathLike):
+        dir = os.fspath(dir)
+    if dir is not None and not isinstance(dir, str):
+        raise TypeError(f"{argument}={dir!r} is no path; pass the folder's path as a str or a pathlib.Path")
+    return dir or ""
+
+
 _warned: set[str] = set()  # places in memory that were warned of
 
 
@@ -48,7 +56,7 @@ class Store:
     """Keeps tensors in a tier outside the device's memory, and gives them back verified.
 
     tier   "host": memory of this machine, not page-locked; "disk": a file without a name, which ends with the process
-    dir    folder of that file; None: $TMPDIR, or /tmp
+    dir    folder of that file, a str or a path; None: $TMPDIR, or /tmp
     limit  bytes that may be kept, with headers: a number, or a text like "64GiB"; None: what there is
 
     The memory of the process does not grow with what is on disk: data go through 16 MiB of buffers. Tensors of a CUDA device go
@@ -58,16 +66,19 @@ class Store:
 
     Any thread may use it. A process that is forked has to make stores of its own.
 
-    ValueError for an unknown tier or limit; RuntimeError if the file cannot be made. Warns if the folder is in memory.
+    ValueError for an unknown tier or limit, or a folder of the host tier; TypeError for a folder that is no path; RuntimeError
+    if the file cannot be made. Warns if the folder is in memory.
     """
 
     def __init__(self, tier: str, dir: str | os.PathLike[str] | None = None, limit: int | str | None = None) -> None:
         if tier not in STORE_TIERS:
             raise ValueError(f"Store: tier={tier!r}; choose one of {', '.join(map(repr, STORE_TIERS))}")
+        folder = _folder(dir, "dir")
+        if tier == "host" and folder:
+            raise ValueError(f"Store: dir={dir!r}, and a host store has no folder; leave dir out, or pass tier='disk'")
         self.tier = tier
-        self._core = _core.store_open(tier == "disk", os.fspath(dir or ""), -1 if limit is None else bytes_of(limit, "limit"))
+        self._core = _core.store_open(tier == "disk", folder, -1 if limit is None else bytes_of(limit, "limit"))
         self._lock = threading.Lock()  # of what follows
-        self._without_data = self._without_data_peak = 0  # bytes
         self._transfers: dict[torch.device, _Transfers] = {}
         stats: dict[str, Any] = _core.store_stats(self._core)
         self.place: str = stats["place"]
@@ -83,9 +94,15 @@ class Store:
         role   what the tensor is used for; kept with it
         codec  a block codec (`policy.BLOCKS`): encoded before it is put, where that makes it smaller (`stash.codecs.takes`)
 
-        TypeError for a tensor whose memory is not its elements (shards, packed weights, sparse tensors). RuntimeError if there
+        TypeError for a tensor whose memory is not its elements (shards, packed weights, sparse tensors, conj and neg views).
+        RuntimeError if there
         is no room, or if an earlier block could not be written.
         """
+        for bit, is_set in (("conj", t.is_conj()), ("neg", t.is_neg())):
+            if is_set:
+                raise TypeError(
+                    f"Store.put: t is a {bit} view, whose values are not those of its memory; pass t.resolve_{bit}()"
+                )
         if not can_store(t):
             raise TypeError(
                 f"Store.put: t is a {type(t).__name__} ({t.layout}, {t.device}); pass a plain tensor on the CPU or CUDA"
@@ -112,18 +129,12 @@ class Store:
         found = dict.fromkeys(("host", "host_peak", "pinned", "pinned_peak", "disk", "disk_peak"), 0)
         core: dict[str, Any] = _core.store_stats(self._core)
         with self._lock:
-            now = found[self.tier] = core["bytes"] + self._without_data
-            found[f"{self.tier}_peak"] = max(core["peak"], self._without_data_peak, now)
+            now = found[self.tier] = core["bytes"] + core["counted"]
+            found[f"{self.tier}_peak"] = max(core["peak"], core["most_counted"], now)
             found["pinned"] = found["pinned_peak"] = sum(transfers.bytes() for transfers in self._transfers.values())
         for name in ("host", "host_peak"):
             found[name] += core["buffers"]
         return found
-
-    def _count(self, nbytes: int) -> None:
-        """Of tensors without data."""
-        with self._lock:
-            self._without_data += nbytes
-            self._without_data_peak = max(self._without_data_peak, self._without_data)
 
     def _transfers_of(self, device: torch.device) -> _Transfers:
         with self._lock:
@@ -141,16 +152,17 @@ class Ticket:
     tier   "host" or "disk";  bytes  of the tensor there, as encoded
     """
 
-    __slots__ = ("__weakref__", "_codec", "_label", "_layout", "_like", "_number", "_part", "_store", "bytes")
+    __slots__ = ("__weakref__", "_codec", "_held", "_label", "_layout", "_like", "_part", "_store", "bytes")
 
     def __init__(self, store: Store, part: torch.Tensor, layout: Layout, codec: str | None, role: str | None) -> None:
-        self._number: int | None = None
+        # What the store has of it, which ends with the ticket; None until a tensor of a device is put.
+        self._held: _core.StoreBlock | _core.StoreCount | None = None
         self._store, self._layout, self._codec = store, layout, codec  # of the tensor
         self._part: Layout | None = Layout.of(part)  # of what is stored
         self._like = part.new_empty(0)  # gives memory on the device, in the mode of tensors without data
         self.bytes = part.numel() * part.element_size()
         if isinstance(part, FakeTensor) or part.is_meta:
-            store._count(self.bytes)
+            self._held = _core.StoreCount(store._core, self.bytes)
             return
         size, stride, dtype, _ = layout
         self._label = f"{dtype} {list(size)} {list(stride)} {codec or 'exact'} {role or ''}".encode()[:2048]
@@ -166,8 +178,8 @@ class Ticket:
 
     def prefetch(self) -> None:
         """Begins to read, as far as there are buffers free, so that `get` waits less. Does nothing for the host tier."""
-        if self._part is not None and self._number is not None:
-            _core.store_prefetch(self._store._core, self._number)
+        if isinstance(held := self._held, _core.StoreBlock):
+            held.prefetch()
 
     def get(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor, without a graph: same size, dtype, device, values (with a codec: the decoded ones) and strides; one
@@ -202,31 +214,25 @@ class Ticket:
 
     def drop(self) -> None:
         """Frees the space now. The ticket cannot be read any more."""
-        part, self._part = self._part, None
-        number, self._number = self._number, None
-        if part is None:
-            return
-        if number is not None:
-            _core.store_drop(self._store._core, number)
-        elif isinstance(self._like, FakeTensor) or self._like.is_meta:
-            self._store._count(-self.bytes)
-
-    def __del__(self) -> None:
-        if getattr(self, "_part", None) is None:
-            return
-        with contextlib.suppress(RuntimeError, ValueError, TypeError):  # in a fork, cleared, or at the interpreter's end
-            self.drop()
+        self._part = None
+        held, self._held = self._held, None
+        if held is not None:
+            held.drop()
 
     def _put(self, flat: torch.Tensor) -> None:
         """`flat` lies in host memory."""
-        self._number = _core.store_put(self._store._core, flat.data_ptr(), self.bytes, self._label)
+        self._held = _core.StoreBlock(self._store._core, flat.data_ptr(), self.bytes, self._label)
 
     def _read(self, flat: torch.Tensor) -> None:
-        if flat.is_cpu:
-            assert self._number is not None  # only tensors of a device are put later
-            _core.store_get(self._store._core, self._number, flat.data_ptr())
-        else:
+        if not flat.is_cpu:
             self._store._transfers_of(flat.device).bring(self, flat)
+        else:
+            self._block().get(flat.data_ptr())
+
+    def _block(self) -> _core.StoreBlock:
+        if not isinstance(held := self._held, _core.StoreBlock):
+            raise RuntimeError(f"Ticket.get: the tensor could not be put into {self._store.place}; an earlier error said why")
+        return held
 
 
 def _fits(out: torch.Tensor, layout: Layout) -> bool:
@@ -242,7 +248,7 @@ class Stores:
     """
 
     def __init__(self, dir: str | os.PathLike[str] | None = None, limit: int | str | None = None) -> None:
-        self.dir, self.limit = dir, None if limit is None else bytes_of(limit, "store_limit")
+        self.dir, self.limit = _folder(dir, "store_dir") or None, None if limit is None else bytes_of(limit, "store_limit")
         self._open: dict[tuple[str, int], Store] = {}
         self._lock = threading.Lock()
 
@@ -254,7 +260,7 @@ class Stores:
             with self._lock:
                 store = self._open.get(key)
                 if store is None:
-                    store = self._open[key] = Store(tier, self.dir, self.limit)
+                    store = self._open[key] = Store(tier, self.dir if tier == "disk" else None, self.limit)
         return store
 
     def stats(self) -> dict[str, int]:
@@ -274,17 +280,23 @@ class _Buffer:
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self.done: torch.cuda.Event | None = None  # of the copy that reads or writes it
+        self.done: torch.cuda.Event | torch.cuda.Stream | None = None  # of the copy that reads or writes it
         self.ticket: weakref.ref[Ticket] | None = None  # whose tensor it holds until that is put
 
     def finish(self) -> None:
-        """The memory may be used again: its copy has ended, and its tensor is in the store."""
-        done, self.done = self.done, None
-        if done is not None:
-            done.synchronize()
-        ticket, self.ticket = None if self.ticket is None else self.ticket(), None
-        if ticket is not None and ticket._part is not None:
-            ticket._put(self.memory)  # which may be longer: the ticket knows its bytes
+        """The memory may be used again: its copy has ended, and its tensor is in the store. What an interrupt leaves undone is
+        done by the next call."""
+        if self.done is not None:
+            self.done.synchronize()
+            self.done = None
+        ticket = None if self.ticket is None else self.ticket()
+        try:
+            if ticket is not None and ticket._part is not None:
+                ticket._put(self.memory)  # which may be longer: the ticket knows its bytes
+        except Exception:  # said once
+            self.ticket = None
+            raise
+        self.ticket = None
 
     def room(self, nbytes: int) -> torch.Tensor:
         if self.memory.numel() < nbytes:
@@ -336,15 +348,12 @@ class _Transfers:
     def bring(self, ticket: Ticket, flat: torch.Tensor) -> None:
         """Reads the ticket's tensor into `flat`: verified on the host, and there before what is queued next in this stream."""
         with self.lock:
-            if ticket._number is None:
+            if ticket._held is None:
                 self.finish()
-            if ticket._number is None:
-                raise RuntimeError(
-                    f"Ticket.get: the tensor could not be put into {self.store.place}; an earlier error said why"
-                )
+            block = ticket._block()
             buffer = self._next()
             memory = buffer.room(ticket.bytes)
-            _core.store_get(self.store._core, ticket._number, memory.data_ptr())
+            block.get(memory.data_ptr())
             self._queue(buffer, flat.view(torch.uint8), memory, flat)
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
@@ -356,7 +365,9 @@ class _Transfers:
 
     def _queue(self, buffer: _Buffer, to: torch.Tensor, of: torch.Tensor, on_device: torch.Tensor) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        # Before the copy: an interrupt behind it may not leave memory that looks unused.
+        on_device.record_stream(self.stream)
+        buffer.done = self.stream
         with torch.cuda.stream(self.stream), torch.no_grad():
             to.copy_(of, non_blocking=True)
-        on_device.record_stream(self.stream)
         buffer.done = self.stream.record_event()

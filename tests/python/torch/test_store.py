@@ -130,8 +130,9 @@ def test_clear_takes_the_tickets_with_it(tier):
     ticket = store.put(torch.zeros(1000))
     store.clear()
     assert _core.store_stats(store._core)["space"] == 0
-    with pytest.raises(ValueError, match="no block"):
+    with pytest.raises(RuntimeError, match=r"no block.*the store was cleared; put it again"):
         ticket.get()
+    ticket.drop()
     del ticket
     assert torch.equal(store.put(torch.ones(1000)).get(), torch.ones(1000))
 
@@ -180,6 +181,58 @@ def test_a_step_that_raises_leaves_the_store_empty(tier):
         gc.enable()
 
 
+@pytest.mark.parametrize("fake", [False, True])
+@TIERS
+def test_an_interrupt_at_any_instruction_leaves_nothing(tier, fake):
+    """Python may raise KeyboardInterrupt behind any instruction, as here, before what a call returned has a name."""
+    store, count = Store(tier), 0
+    device = "meta" if fake else "cpu"
+
+    def step():
+        first, second = store.put(torch.zeros(100, device=device)), store.put(torch.ones(50, device=device))
+        first.get()
+        first.prefetch()
+        second.drop()
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename not in (module.__file__, __file__):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    interrupted = True
+    while interrupted:
+        count += 1
+        left = count
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            step()
+            interrupted = False
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert store.stats()[tier] == 0, count
+    assert count > 100
+
+
+def test_what_is_alive_at_the_end_of_the_process_is_no_leak_report():
+    """As is a loss that a script still has; here for certain."""
+    code = """
+import ctypes
+from unswag import _core
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_core.StoreCount(_core.store_open(False, "", -1), 4)))
+"""
+    output, _ = (process := run(code)).communicate(timeout=120)
+    assert process.returncode == 0 and not output
+
+
 @TIERS
 def test_memory_threads_and_files_are_flat_over_a_thousand_steps(tier):
     store = Store(tier, limit=20 * 98 * 4096)  # full at each step: a header and whole pages
@@ -219,6 +272,9 @@ def test_it_is_full():
         (dict(tier="gpu"), ValueError, "tier='gpu'; choose one of 'host', 'disk'"),
         (dict(tier="disk", limit="64 apples"), ValueError, "limit='64 apples' is no size"),
         (dict(tier="disk", limit=-1), ValueError, "limit=-1 is no size"),
+        (dict(tier="disk", limit="8388608TiB"), ValueError, "limit='8388608TiB' is more than a signed 64-bit size holds"),
+        (dict(tier="host", dir="/tmp"), ValueError, "dir='/tmp', and a host store has no folder; leave dir out"),
+        (dict(tier="disk", dir=5), TypeError, "dir=5 is no path; pass the folder's path"),
         (dict(tier="disk", dir="/nowhere/at/all"), RuntimeError, "/nowhere/at/all: No such file.*pass a folder"),
     ],
 )
@@ -233,6 +289,11 @@ def test_other_tensors_are_refused():
         store.put(torch.zeros(3, 3).to_sparse())
     with pytest.raises(TypeError, match="pass a plain tensor"):
         store.put(torch.nested.nested_tensor([torch.zeros(2)]))
+    z = torch.zeros(3, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"t is a conj view.*pass t.resolve_conj\(\)"):
+        store.put(z.conj())
+    with pytest.raises(TypeError, match=r"t is a neg view.*pass t.resolve_neg\(\)"):
+        store.put(z.conj().imag)
 
 
 def test_a_ram_disk_is_warned_of_once():

@@ -151,7 +151,7 @@ class Known:
         for kind, part in zip(ADAPTERS, (a, b, dropout), strict=True):
             container, inside, cls = tables[kind], vars(part), stock_class(part)
             facts += [
-                ("missing", None, kind, None),
+                ("unknown", (), kind, None),
                 ("entry", tables, kind, container),
                 ("entry", vars(container), "_modules", container._modules),
                 ("entry", container._modules, name, part),

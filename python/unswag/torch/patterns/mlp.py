@@ -213,7 +213,10 @@ def _may_cast(*modules: nn.Module) -> bool:
 
 def _mixed(module: nn.Module, wiring: AnyWiring, x: Tensor) -> str | None:
     """Where the dtypes are not all one, a forward that may cast between its Linears is its own affair."""
-    dtypes = {dtype for name in wiring.linears if (dtype := _dtype(getattr(module, name))) is not None}
+    linears = [getattr(module, name) for name in wiring.linears]
+    if not all(isinstance(linear, nn.Module) for linear in linears):
+        return "its forward may cast, and one of its Linears is no module"
+    dtypes = {dtype for linear in linears if (dtype := _dtype(linear)) is not None}
     if not torch.is_autocast_enabled(x.device.type):
         dtypes.add(x.dtype)
     return f"its forward may cast, and its dtypes differ ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None

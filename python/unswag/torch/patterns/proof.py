@@ -45,7 +45,8 @@ class Proof:
 
     reads   names of settings that the replacement reads at each call, as the module itself does; they may change
     unseen  names of children that the module calls and the replacement does not. Their facts are compared too. If they have
-            hooks, or torch has global ones, which would not run, the module's own forward runs
+            hooks, or torch has global ones, which would not run, or if their names in the class or in __dict__ hide them, the
+            module's own forward runs
     methods names of the methods that are replaced
     """
 
@@ -58,7 +59,7 @@ class Proof:
         methods: Iterable[str] = ("forward",),
     ) -> None:
         self._name, self._said = candidate.name, candidate.said
-        self._facts = _Facts(candidate.module, tuple(methods), frozenset(reads))
+        self._facts = _Facts(candidate.module, tuple(methods), frozenset(reads), unseen)
         self._unseen = [
             (name, _Whole(child)) for name in unseen if isinstance(child := getattr(candidate.module, name), nn.Module)
         ]
@@ -103,7 +104,13 @@ class Proof:
 class _Facts:
     """What the named methods of a module can read: from its class, its instance, and the globals of their functions."""
 
-    def __init__(self, module: nn.Module, methods: tuple[str, ...], reads: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        methods: tuple[str, ...],
+        reads: frozenset[str] = frozenset(),
+        unseen: Iterable[str] = (),
+    ) -> None:
         cls, own = stock_class(module), vars(module)
         seen = _follow(module, methods)
         helpers = [name for name in seen.members if name not in methods]
@@ -123,6 +130,9 @@ class _Facts:
         self._nones = [(table, k) for table in TABLES for k, v in own[table].items() if v is None]
         known = {*own, *seen.members, *itertools.chain.from_iterable(own[table] for table in TABLES)}
         self._absent = tuple(k for k in seen.constants if k not in known and not hasattr(cls, k))
+        # Python finds an attribute in the class and in __dict__ before it looks among the children. A replacement that does not
+        # read the attribute would not see that.
+        self._hideable = tuple(k for k in unseen if k not in own and not hasattr(cls, k))
         lists = [held for held, _ in self._shared if type(v := held.value()) is list and all(map(_is_plain, v))]
         self._open = [(held, v) for held, v in self._shared if held not in lists]
         kinds = {itemgetter: "item", attrgetter: "attribute"}
@@ -133,6 +143,7 @@ class _Facts:
             *(("missing", None, k, None) for k in self._shadows),
             *(("unset", table, k, None) for table, k in self._nones),
             *(("unknown", TABLES, k, None) for k in self._absent),
+            *(("unknown", (), k, None) for k in self._hideable),
             *((kinds[held.by], held.holder, held.name, list(held.value())) for held in lists),
         ])  # fmt: skip
 
@@ -172,7 +183,8 @@ class _Facts:
             if differs:
                 return f"{held.what} changed"
         got = [k for table, k in self._nones if own[table].get(k) is not None or k in own]
-        for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(module)):
+        hidden = [k for k in self._hideable if k in own or hasattr(type(module), k)]
+        for what in (*(k for k in self._shadows if k in own), *got, *self._appeared(module), *hidden):
             return f"it got its own {what}"
         return None
 
@@ -189,7 +201,8 @@ class _Whole:
     """A module, with its children, that the replaced method calls and the replacement does not."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._cls, self._facts = type(module), _Facts(module, ("forward",))
+        named = [k for table in TABLES for k, v in vars(module)[table].items() if v is not None]
+        self._cls, self._facts = type(module), _Facts(module, ("forward",), unseen=named)
         self._children = [(name, _Whole(child)) for name, child in module._modules.items() if child is not None]
 
     def holds(self, module: nn.Module | None) -> bool:

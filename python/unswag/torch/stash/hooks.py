@@ -45,7 +45,7 @@ def warn_once(reason: str) -> None:
 @torch.compiler.assume_constant_result
 def warn_compiled() -> None:
     """`warn_once`, callable from code that torch.compile traces."""
-    warn_once("torch.compile decides itself what is saved")
+    warn_once("torch.compile decides itself what is saved, so a store and a sweep (store=..., sweep=...) do nothing")
 
 
 def own(x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch.nn.modules import module as torch_module
 from unswag import _core
 from unswag.torch import apply_unswag_surgery, remove_unswag_surgery
 from unswag.torch.patterns.pattern import METHODS, Candidate
-from unswag.torch.patterns.proof import Proof, frozen, mentioned
+from unswag.torch.patterns.proof import TABLES, Proof, frozen, mentioned
 
 EXAMPLES = {
     "rms_norm": Norm,
@@ -133,6 +133,11 @@ CHANGES = {  # name: (examples, change)
         ["gated_mlp"],
         lambda m, _: act(m).register_full_backward_hook(lambda _, dx, __: (dx[0] * 2,)),
     ),
+    "activation, hidden": (["gated_mlp", "fused_mlp"], lambda m, _: object.__setattr__(m[1], "act", torch.tanh)),
+    "activation, hidden by the class": (
+        ["gated_mlp", "fused_mlp"],
+        lambda m, patch: patch.setattr(type(m[1]), "act", staticmethod(torch.tanh), raising=False),
+    ),
     "a Linear that is none": (["gated_mlp", "plain_mlp"], lambda m, _: m[1]._modules.update(swapped(m[1]))),
     "hook on a Linear": (["gated_mlp", "plain_mlp"], lambda m, _: hook(next(iter(m[1].children())))),
     "inplace": (["relu"], lambda m, _: setattr(m[1][1], "inplace", True)),
@@ -196,6 +201,38 @@ def test_the_core_sees_what_can_be_named(change, name, monkeypatch):
     CHANGES[change][1](ours, monkeypatch)
     for module, facts in proofs.items():
         assert facts.hold(module) == (facts.changed(module) is None)
+
+
+def doubled(what):
+    """None stays None."""
+    if isinstance(what, nn.Module):
+        return lambda x: what(x) * 2
+    return None if what is None else what.detach() * 2
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_whatever_hides_a_child_or_a_tensor_is_what_runs(name, where):
+    """Python finds it in the class and in __dict__ before it looks among the children, parameters and buffers."""
+    x, changed = batch(), 0
+    first, _ = pair(name)
+    of_module = [(path, hidden) for path, m in first[1].named_modules() for table in TABLES for hidden in getattr(m, table)]
+    for path, hidden in of_module:
+        stock, ours = pair(name)
+        before = outcome(stock, x)
+        for module in (model[1].get_submodule(path) for model in (stock, ours)):
+            value = getattr(module, hidden)
+            if where == "class":
+                cls, found = type(module), property(functools.partial(lambda value, _: value, doubled(value)))
+                module.__class__ = type(cls.__name__, (cls,), {hidden: found})
+            else:
+                object.__setattr__(module, hidden, doubled(value))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            want, have = outcome(stock, x), outcome(ours, x)
+        assert same(have, want), (path, hidden)
+        changed += isinstance(want, type) or not torch.equal(want["y"], before["y"])
+    assert changed or not of_module
 
 
 class Asked(nn.Module):

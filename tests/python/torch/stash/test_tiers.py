@@ -205,15 +205,14 @@ def test_backward_prefetches_the_one_before(monkeypatch):
     calls = []
     for name in ("get", "prefetch"):
         real = getattr(Ticket, name)
-        monkeypatch.setattr(
-            Ticket, name, lambda self, name=name, real=real: (calls.append((name, self._number)), real(self))[1]
-        )
+        monkeypatch.setattr(Ticket, name, lambda self, name=name, real=real: (calls.append((name, self)), real(self))[1])
     model = checkpointed(4, store="disk")
     model(**batch(48)).loss.backward()
-    first = calls[0][1]
-    expected = [("get", first)]
-    for k in range(1, 4):
-        expected += [("prefetch", first - k), ("get", first - k)]
+    tickets = [ticket for name, ticket in calls if name == "get"]
+    assert len(set(tickets)) == 4
+    expected = [("get", tickets[0])]
+    for ticket in tickets[1:]:
+        expected += [("prefetch", ticket), ("get", ticket)]
     assert calls == expected
 
 
@@ -316,6 +315,12 @@ def test_a_store_that_would_do_nothing_is_an_error():
         unswag.apply_unswag_surgery(model, store="ssd", verbose=False)
     with pytest.raises(RuntimeError, match="/nowhere/at/all"):
         unswag.apply_unswag_surgery(model, store="disk", store_dir="/nowhere/at/all", verbose=False)
+    with pytest.raises(ValueError, match=r"store_dir='/tmp', and a host store has no folder; .* or pass store='disk'"):
+        unswag.apply_unswag_surgery(model, store="host", store_dir="/tmp", verbose=False)
+    with pytest.raises(TypeError, match=r"store_dir=5 is no path; pass the folder's path as a str"):
+        unswag.apply_unswag_surgery(model, store="disk", store_dir=5, verbose=False)
+    with pytest.raises(ValueError, match=r"store_limit='99999999TiB' is more than a signed 64-bit size holds"):
+        unswag.apply_unswag_surgery(model, store="disk", store_limit="99999999TiB", verbose=False)
     assert "forward" not in vars(model) and STORES not in vars(model)
 
 
