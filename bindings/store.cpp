@@ -50,7 +50,8 @@ class Block {
       : store_(std::move(store)), of_(opened(store_)) {
     const std::string_view text(label.c_str(), label.size());
     Store::Ticket ticket = 0;
-    check(unlocked(of_, [&](Store& s) { return s.put(reinterpret_cast<const void*>(data), bytes, text, &ticket); }));
+    const void* const from = reinterpret_cast<const void*>(data);  // NOLINT(performance-no-int-to-ptr): as in python.cpp
+    check(unlocked(of_, [&](Store& s) { return s.put(from, bytes, text, &ticket); }));
     ticket_ = ticket;
   }
   ~Block() { static_cast<void>(end()); }  // in a fork the block is the parent's
@@ -63,7 +64,8 @@ class Block {
   }
   void get(Address data) const {
     const Store::Ticket ticket = number();
-    check_present(unlocked(of_, [&](Store& s) { return s.get(ticket, reinterpret_cast<void*>(data)); }));
+    void* const to = reinterpret_cast<void*>(data);  // NOLINT(performance-no-int-to-ptr): as in python.cpp
+    check_present(unlocked(of_, [&](Store& s) { return s.get(ticket, to); }));
   }
   void drop() {
     const Status status = end();
@@ -116,7 +118,7 @@ nb::capsule store_open(bool disk, std::string dir, std::int64_t limit) {
     nb::gil_scoped_release released;  // it waits for its threads
     delete static_cast<Opened*>(p);
   });
-  static_cast<void>(store.release());
+  static_cast<void>(store.release());  // NOLINT(bugprone-unused-return-value): the capsule owns it
   return capsule;
 }
 

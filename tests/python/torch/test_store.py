@@ -94,6 +94,7 @@ def test_out_takes_the_values_and_has_to_fit(tier):
 
 @TIERS
 def test_a_codec_encodes_first(tier):
+    torch.manual_seed(0)  # the error of four bits grows with the largest number of a block
     store = Store(tier)
     t = torch.randn(64, 256).bfloat16()
     for codec, bits in (("int8", 8.5), ("int4", 5.0)):
