@@ -128,4 +128,5 @@ def test_every_function_of_ours_takes_a_gradient_that_is_none():
     ours = [f for f in every if f.__module__.startswith("unswag.torch") and f is not Function]
     assert len(ours) > 12
     without = [f.__name__ for f in ours if "ctx.set_materialize_grads(False)" not in inspect.getsource(f)]
-    assert without == ["_NoSecondDerivative"]  # which stands behind gradients that were made
+    # the first stands behind gradients that were made, the others see gradients of steps of our own
+    assert sorted(without) == ["_Counts", "_NoSecondDerivative", "_Product"]

@@ -23,13 +23,12 @@ def test_the_functions_of_the_quick_start():
     assert names["layer"].weight.shape == (1024,)
 
 
-def test_the_guide_to_longer_sequences(capsys):
+def test_the_guide_to_longer_sequences():
     model = tiny_llama()
-    names: dict = {"model": model, "batch": batch(), "torch": torch, "unswag": unswag, "budget": 2**30}
+    names: dict = {"model": model, "batch": batch(), "torch": torch, "unswag": unswag}
     if not hasattr(model, "activation_checkpointing_enable"):  # an older transformers
         model.activation_checkpointing_enable = model.gradient_checkpointing_enable
     for snippet in snippets("long-context.md"):
         exec(compile(snippet, "docs/long-context.md", "exec"), names)
-    assert names["ledger"].peak > 0 and 0 < names["short"].peak < names["long"].peak
-    tokens = re.search(rf"{2**30} bytes hold about ([\d,]+) tokens", capsys.readouterr().out)
-    assert int(tokens[1].replace(",", "")) > 512
+    assert names["ledger"].peak > 0
+    assert "swept" in str(names["report"])

@@ -34,9 +34,9 @@ def test_mixed_dtypes_are_an_error():
 @pytest.mark.parametrize("cols", [0, 1, 2048, 14336, 1 << 23])
 def test_tiles_of_cuda_are_large_and_begin_on_a_block_of_draws(cols):
     for rows in (0, 3, 9_001):
-        made = tiles(rows, cols, F32, on_cuda=True)
+        made = tiles(rows, cols, F32, cuda=True)
         assert [i for tile in made for i in range(tile.start, tile.stop)] == list(range(rows))
         assert all(tile.start % 4 == 0 and max(tile.stop - tile.start, 4) * cols <= TILE_ELEMENTS * 2 for tile in made)
         assert len(made) <= rows * cols // TILE_ELEMENTS * 2 + 1
-        assert len(tiles(rows, cols, BF16, on_cuda=True)) == min(rows, 1)
-        assert len(tiles(rows, cols, F32, on_cuda=False)) == -(-rows // TILE)
+        assert len(tiles(rows, cols, BF16, cuda=True)) == min(rows, 1)
+        assert len(tiles(rows, cols, F32, cuda=False)) == -(-rows // TILE)

@@ -656,10 +656,10 @@ def test_a_constant_that_requires_grad_is_refused(name):
 def test_beside_swept_layers_chunks_are_small():
     from unswag.torch import loss
 
-    cpu, classes = torch.device("cpu"), 49_152
-    assert loss._rows_of_chunk(classes, cpu) == 341
+    classes = 49_152
+    assert loss.rows_of_chunk(classes, False) == 341
     with loss.beside_swept_layers():
-        assert loss._rows_of_chunk(classes, cpu) == 256
-        assert loss._rows_of_chunk(1 << 20, cpu) == 16
-        assert loss._rows_of_chunk(classes, torch.device("cuda")) == 1024
-    assert loss._rows_of_chunk(classes, cpu) == 341
+        assert loss.rows_of_chunk(classes, False) == 256
+        assert loss.rows_of_chunk(1 << 20, False) == 16
+        assert loss.rows_of_chunk(classes, True) == 1024
+    assert loss.rows_of_chunk(classes, False) == 341

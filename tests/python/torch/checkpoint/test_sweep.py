@@ -378,7 +378,7 @@ def stored(model, tier="disk"):
 def test_kept_or_not_in_memory_or_a_store(store, keep, reentrant, tmp_path):
     data, model = batch(70), with_lora(checkpointed(reentrant=reentrant))
     stock = step(model, data)
-    place = {"store": store, "store_dir": str(tmp_path)} if store else {}
+    place = {"store": store} | ({"store_dir": str(tmp_path)} if store == "disk" else {}) if store else {}
     swept(model, sweeps.Sweep(TILE, keep), **place)
     tier = store or "disk"
     before = stored(model, tier)
