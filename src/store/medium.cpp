@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -17,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <system_error>
 
 namespace unswag {
 namespace {
@@ -126,13 +128,21 @@ class Mapping {
 
 std::int64_t whole_pages(std::int64_t bytes) { return (bytes + kSector - 1) / kSector * kSector; }
 
+// -1 if it is none.
+std::int64_t number_of(const std::string& word) {
+  const char* const end = word.data() + word.size();
+  std::int64_t number = -1;
+  const auto [stopped, error] = std::from_chars(word.data(), end, number);
+  return error == std::errc() && stopped == end ? number : -1;
+}
+
 // The number behind `name` in a file of lines "name number"; the first number where `name` is empty; -1 without one.
 std::int64_t number_in(const std::string& path, const std::string& name) {
   std::ifstream file(path);
   std::string word;
   while (file >> word) {
-    if (name.empty()) return word.find_first_not_of("0123456789") == std::string::npos ? std::atoll(word.c_str()) : -1;
-    if (word == name && file >> word) return std::atoll(word.c_str());
+    if (name.empty()) return number_of(word);
+    if (word == name && file >> word) return number_of(word);
   }
   return -1;
 }

@@ -694,7 +694,8 @@ Store& Store::operator=(Store&& other) noexcept {
 }
 Store::~Store() {
   // Not in a fork: the threads are not there to be joined, and may have held the lock.
-  if (state_ && state_->is_foreign()) static_cast<void>(state_.release());
+  if (state_ && state_->is_foreign()) [[maybe_unused]]
+    State* left = state_.release();
 }
 
 Status Store::open(const StoreOptions& options, Store* store) {

@@ -15,7 +15,9 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -169,7 +171,7 @@ TEST(Extents, AnyOrderOverlapsNothingAndEndsInOneHole) {
   std::map<std::int64_t, std::int64_t> taken;
   for (int i = 0; i < 20000; ++i) {
     if (taken.empty() || draw() % 5 < (i / 2000 % 2 == 0 ? 3U : 1U)) {
-      const std::int64_t size = 1 + draw() % 9, at = extents.place(size);
+      const std::int64_t size = 1 + static_cast<std::int64_t>(draw() % 9), at = extents.place(size);
       const auto next = taken.lower_bound(at);
       ASSERT_TRUE(next == taken.end() || at + size <= next->first);
       ASSERT_TRUE(next == taken.begin() || std::prev(next)->first + std::prev(next)->second <= at);
@@ -205,7 +207,7 @@ class Everywhere : public testing::TestWithParam<std::string> {
  protected:
   Store open(std::int64_t limit = -1) {
     Store store;
-    const std::string where = GetParam();
+    const std::string& where = GetParam();
     if (where == "staged" || where == "direct") {
       fake_ = std::make_unique<Fake>(where == "staged");
       return over(*fake_, limit);
@@ -218,7 +220,7 @@ class Everywhere : public testing::TestWithParam<std::string> {
 INSTANTIATE_TEST_SUITE_P(, Everywhere, testing::Values("disk", "host", "staged", "direct"),
                          [](const auto& info) { return info.param; });
 
-const std::vector<std::int64_t> kSizes = {
+constexpr std::int64_t kSizes[] = {
     0,     1,      63,        64,        65,   4031,     4032,          4033,          12288,
     12289, 100000, kMiB - 64, kMiB - 63, kMiB, kMiB + 1, 3 * kMiB - 64, 3 * kMiB - 63, 5 * kMiB + 7};
 
@@ -235,7 +237,7 @@ TEST_P(Everywhere, WhatIsPutComesBackAnyNumberOfTimes) {
     total += n;
   }
   EXPECT_EQ(store.stats().bytes, total);
-  EXPECT_EQ(store.stats().blocks, static_cast<std::int64_t>(kSizes.size()));
+  EXPECT_EQ(store.stats().blocks, std::ssize(kSizes));
   for (int round = 0; round < 3; ++round) {
     for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
       if (round > 0) expect_ok(store.prefetch(block->first));
@@ -262,7 +264,7 @@ TEST_P(Everywhere, StepsOfOnePatternTakeNothingMore) {
     std::vector<std::int64_t> sizes;
     std::mt19937 same(7);
     for (int i = 0; i < 12; ++i) {
-      sizes.push_back(same() % 200000);
+      sizes.push_back(static_cast<std::int64_t>(same() % 200000));
       Ticket ticket = 0;
       expect_ok(store.put(data.data(), sizes.back(), "", &ticket));
       tickets.push_back(ticket);
@@ -290,8 +292,8 @@ TEST_P(Everywhere, ClearGivesTheSpaceBackAndTheStoreGoesOn) {
   Store store = open();
   const Bytes data = random_bytes(2 * kMiB, 8);
   for (int round = 0; round < 3; ++round) {
-    std::vector<Ticket> tickets;
-    for (int i = 0; i < 5; ++i) tickets.push_back(put(store, data));
+    std::vector<Ticket> tickets(5);
+    for (Ticket& ticket : tickets) ticket = put(store, data);
     expect_ok(store.prefetch(tickets[1]));
     EXPECT_GT(store.stats().space, 10 * kMiB);
     expect_ok(store.clear());
@@ -341,7 +343,7 @@ TEST_P(Everywhere, ManyThreadsAtOnce) {
     std::vector<std::pair<Ticket, Bytes>> mine;
     for (int i = 0; i < 60; ++i) {
       if (mine.size() < 4) {
-        Bytes data = random_bytes(draw() % (1 << (10 + draw() % 12)), draw());
+        Bytes data = random_bytes(static_cast<std::int64_t>(draw() % (1U << (10 + draw() % 12))), draw());
         Ticket ticket = 0;
         wrong += !store.put(data.data(), static_cast<std::int64_t>(data.size()), "thread", &ticket).ok();
         mine.emplace_back(ticket, std::move(data));
@@ -361,6 +363,7 @@ TEST_P(Everywhere, ManyThreadsAtOnce) {
     for (const auto& [ticket, data] : mine) wrong += !store.drop(ticket).ok();
   };
   std::vector<std::thread> threads;
+  threads.reserve(6);
   for (int i = 0; i < 6; ++i) threads.emplace_back(work, i);
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(wrong, 0);
@@ -372,6 +375,7 @@ TEST_P(Everywhere, SeveralThreadsReadOneBlock) {
   const Bytes data = random_bytes(5 * kMiB, 10);
   const Ticket ticket = put(store, data);
   std::vector<std::thread> threads;
+  threads.reserve(8);
   for (int i = 0; i < 8; ++i)
     threads.emplace_back([&] {
       for (int k = 0; k < 4; ++k) expect_block(store, ticket, data);
@@ -419,10 +423,10 @@ TEST(StoreThreads, AFullStoreWaitsForTheSpaceOfDroppedBlocks) {
     return false;
   };
   const Bytes data = random_bytes(20000, 27);
-  Store store = over(fake, 4 * 20480, 1);
+  Store store = over(fake, std::int64_t{4} * 20480, 1);
   for (int step = 0; step < 50 && !HasFailure(); ++step) {
-    std::vector<Ticket> tickets;
-    for (int i = 0; i < 4; ++i) tickets.push_back(put(store, data));
+    std::vector<Ticket> tickets(4);
+    for (Ticket& ticket : tickets) ticket = put(store, data);
     for (const Ticket ticket : tickets) expect_ok(store.drop(ticket));
   }
   for (int i = 0; i < 4; ++i) put(store, data);
@@ -625,8 +629,9 @@ TEST_P(Faults, AFlippedBitIsAnErrorAndTheRestIsReadable) {
   const std::int64_t header = (kHeader + static_cast<std::int64_t>(label.size()) + 63) / 64 * 64;
   std::mt19937 draw(19);
   std::vector<std::int64_t> places;
+  places.reserve(static_cast<std::size_t>(header) + 1001);
   for (std::int64_t i = 0; i < header; ++i) places.push_back(i);
-  for (int i = 0; i < 1000; ++i) places.push_back(header + draw() % data.size());
+  for (int i = 0; i < 1000; ++i) places.push_back(header + static_cast<std::int64_t>(draw() % data.size()));
   places.push_back(header + static_cast<std::int64_t>(data.size()) - 1);
   Bytes found(data.size());
   for (const std::int64_t place : places) {
@@ -796,9 +801,8 @@ TEST(StoreHost, TakesNoMoreThanThereIs) {
 TEST(StoreHost, GivesMemoryBackWhenItIsCleared) {
   const auto resident = [] {
     std::int64_t pages = 0, unused = 0;
-    std::FILE* file = std::fopen("/proc/self/statm", "r");
-    EXPECT_EQ(std::fscanf(file, "%ld %ld", &unused, &pages), 2);
-    std::fclose(file);
+    std::ifstream file("/proc/self/statm");
+    EXPECT_TRUE(file >> unused >> pages);
     return pages * sysconf(_SC_PAGESIZE);
   };
   Store store;
