@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from unswag.ledger import Ledger
 from unswag.torch.audit import config_of, measure
 from unswag.torch.patterns.probing import HOOKS
 
-__all__ = ["NoDryRun", "checkpoints", "copied", "dry_run"]
+__all__ = ["NoDryRun", "checkpoints", "copied", "dry_run", "quietly"]
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -26,6 +27,18 @@ class NoDryRun(Exception):
     """A model cannot be run without data; the message says why."""
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Around runs without data: FakeTensorMode's own log prints each error that it raises, with its traceback."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@quietly()
 def dry_run(model: nn.Module, tokens: int = 64) -> Ledger:
     """The ledger of a training step of a copy of `model` on tensors that have shapes and no data: nothing is computed, and the
     model is not touched. In the model's dtype, without autocast, in training mode, with its gradient checkpointing.
@@ -35,8 +48,6 @@ def dry_run(model: nn.Module, tokens: int = 64) -> Ledger:
 
     NoDryRun if the batch is not known or the forward does not run on such tensors.
     """
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints each error that it raises, with its traceback
-    quiet, log.disabled = log.disabled, True
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         copy = copied(model, fake)
@@ -61,8 +72,6 @@ def dry_run(model: nn.Module, tokens: int = 64) -> Ledger:
         raise
     except Exception as error:  # of copying the model, or of its config
         raise NoDryRun(f"a copy without data cannot be made: {type(error).__name__}: {_line(error)}") from error
-    finally:
-        log.disabled = quiet
 
 
 def checkpoints(model: nn.Module) -> bool | None:

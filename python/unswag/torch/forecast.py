@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unswag.plans import Alive
 from unswag.torch import scratch
 from unswag.torch.blueprint import Blueprint
 from unswag.torch.loss import rows_of_chunk
@@ -15,20 +16,9 @@ from unswag.torch.planned_step import Step, planned_step
 from unswag.torch.timeline import Instant
 from unswag.torch.ways import Way
 
-__all__ = ["Forecast", "Peak", "Piece", "first_length"]
+__all__ = ["Forecast", "Peak", "first_length"]
 
 CUDA_TOKENS = 4096  # of the shorter of the two steps: from there on the chunks of the loss and of LoRA have their full size
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor, or several alike, alive at an instant."""
-
-    module: str
-    role: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class Peak:
     step: Step
     at: int
 
-    def alive(self, blueprint: Blueprint) -> list[Piece]:
+    def alive(self, blueprint: Blueprint) -> list[Alive]:
         """What is alive there, largest first, of the whole model: like tensors of layers left out are counted with those that
         stand for them."""
         grown = self.tokens / self.step.tokens
@@ -52,7 +42,7 @@ class Peak:
                 per_token = any(n in thing.shape for n in lengths)
                 nbytes = thing.bytes * (grown if per_token else 1) * blueprint.times(thing.module)
                 shape = tuple(round(n * grown) if n in lengths else n for n in thing.shape)
-                pieces.append(Piece(thing.module, thing.role, shape, thing.dtype, round(nbytes)))
+                pieces.append(Alive(thing.module, thing.role, shape, thing.dtype, round(nbytes)))
         return sorted(pieces, key=lambda piece: -piece.bytes)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unswag import sizes
-from unswag.plans import MEMORIES, Alive, Option, Plan
+from unswag.plans import MEMORIES, Option, Plan
 from unswag.torch import scratch
 from unswag.torch.blueprint import Blueprint, blueprint, model_of
 from unswag.torch.forecast import Forecast
@@ -172,12 +172,11 @@ def plan_of(case: Case, forecasts: list[Forecast], context: int | None, training
         reason = f"{context:,} tokens do not fit in {limit}; {chosen.way.name} would reach {longest[chosen.way.name]:,}"
         reason += f", or take {sizes.show(_needed(case, chosen, tokens))}"
     device, instant = case.at(chosen, tokens)
-    peak = chosen.peak(tokens)
-    alive = [Alive(p.module, p.role, p.shape, p.dtype, p.bytes) for p in peak.alive(case.blueprint)[:MOST_ALIVE]]
     return Plan(
-        model=case.blueprint.name, device=case.device, context=tokens, batch=case.batch, 
+        model=case.blueprint.name, device=case.device, context=tokens, batch=case.batch,
         peak=_by_memory(case, chosen, tokens, device),
-        reserved=_needed(case, chosen, tokens), instant=instant, alive=alive, choices=dict(chosen.way.choices), reason=reason,
+        reserved=_needed(case, chosen, tokens), instant=instant,
+        alive=chosen.peak(tokens).alive(case.blueprint)[:MOST_ALIVE], choices=dict(chosen.way.choices), reason=reason,
         step_cost=round(chosen.way.cost(case.trains_weights), 2), fits=fits, limits=case.limits, weights=case.weights,
         states=case.states, way=chosen.way.name, training=training,
         options=[_option(case, f, tokens, longest[f.way.name]) for f in (*forecasts[: -len(ours)], *ranked)],

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unswag.torch import scratch
 from unswag.torch.blueprint import Blueprint
-from unswag.torch.dry_run import copied
+from unswag.torch.dry_run import copied, quietly
 from unswag.torch.planned_device import planned_for
 from unswag.torch.timeline import Instant, Thing, Timeline
 
@@ -80,7 +79,7 @@ def planned_step(blueprint: Blueprint, tokens: int, batch: int = 1, device: str 
 
     Raises what the model's own code raises on tensors without data.
     """
-    with _quiet(), planned_for(device):
+    with quietly(), planned_for(device):
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = copied(blueprint.model, fake)
         ids = fake.from_tensor(torch.zeros((batch, tokens), dtype=torch.long))
@@ -133,13 +132,3 @@ def _is_stored(thing: Thing) -> bool:
 
 def _in(layer: str) -> Callable[[Thing], bool]:
     return lambda thing: f"{thing.module}.".startswith(f"{layer}.")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints each error that it raises, with its traceback
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

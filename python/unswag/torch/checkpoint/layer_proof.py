@@ -175,12 +175,12 @@ def _same(call: Call, autocast: Autocast, tokens: int) -> _Found:
     raise errors[0]
 
 
-Kept = dict[tuple[str, str], tuple[Any, Any]]
+Contents = dict[tuple[str, str], tuple[Any, Any]]
 
 
-def _kept_by(twin: nn.Module) -> Kept:
+def _kept_by(twin: nn.Module) -> Contents:
     """What its modules hold beside parameters, parts and what UnSwag puts there: (value, version or copy)."""
-    found: Kept = {}
+    found: Contents = {}
     for name, module in twin.named_modules():
         for key, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
             ours = key.startswith("_unswag") or type(value).__module__.partition(".")[0] == "unswag"
@@ -195,7 +195,7 @@ def _kept_by(twin: nn.Module) -> Kept:
     return found
 
 
-def _changed(before: Kept, after: Kept) -> str | None:
+def _changed(before: Contents, after: Contents) -> str | None:
     """What is there now and was not, or is another object or version, or another number."""
     for place, (value, version) in after.items():
         old, old_version = before.get(place, (None, -1))
